@@ -1,0 +1,194 @@
+"""Compiles csrc/ with one compiler call per file: ``python build_native.py [--tests] [--sanitize] [--out DIR]``.
+
+A file's instruction set is read off its name (``*_avx512bf16.cpp`` gets the AVX-512-BF16 flags), files are
+compiled in parallel, and objects are kept in build/ with their dependency files, so that a second build only
+compiles what changed. New kernels need no entry here: every csrc/<op>/*.cpp is found by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+TORCH_TARGET = "0x020a000000000000ULL"  # libtorch stable ABI of torch 2.10
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86_FLAGS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+# No -ffast-math: NaN and infinity carry meaning here. Contraction gives fused multiply-adds.
+COMMON = [
+    "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-function",
+]  # fmt: skip
+
+
+class NativeBuildError(RuntimeError):
+    """The native libraries cannot be built here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The compiler and the flags that follow from the machine."""
+
+    cxx: list[str]
+    machine: str
+    isas: tuple[str, ...]
+
+    @staticmethod
+    def find() -> Toolchain:
+        cxx = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
+        if not cxx[0] or shutil.which(cxx[0]) is None:
+            raise NativeBuildError("no C++ compiler found (looked for $CXX, g++, clang++)")
+        machine = platform.machine().lower()
+        if machine in ("x86_64", "amd64"):
+            isas = tuple(name for name, flags in X86_FLAGS.items() if _accepts(cxx, flags))
+        elif machine in ("aarch64", "arm64"):
+            isas = ("neon",)
+        else:
+            isas = ()
+        return Toolchain(cxx, machine, isas)
+
+    def have_macros(self) -> list[str]:
+        return [f"-DFXA_HAVE_{isa.upper()}=1" for isa in self.isas]
+
+
+def _accepts(cxx: list[str], flags: list[str]) -> bool:
+    probe = [*cxx, "-std=c++20", *flags, "-x", "c++", "-", "-fsyntax-only"]
+    return subprocess.run(probe, input=b"int main(){}", capture_output=True, check=False).returncode == 0
+
+
+def _isa_of(source: Path) -> str | None:
+    last = source.stem.rsplit("_", 1)[-1]
+    return last if last in ("generic", "neon", *X86_FLAGS) else None
+
+
+def _compile(tool: Toolchain, source: Path, objects: Path, extra: list[str]) -> Path | None:
+    """Compile one file if it or anything it includes changed; None when its instruction set is not for here."""
+    isa = _isa_of(source)
+    flags = [*COMMON, *tool.have_macros(), *extra, f"-I{CSRC}"]
+    if isa is not None:
+        if isa != "generic" and isa not in tool.isas:
+            return None
+        flags += [*X86_FLAGS.get(isa, []), f"-DFXA_ISA={isa}", f"-DFXA_ISA_{isa.upper()}=1"]
+    key = hashlib.sha256(" ".join([*tool.cxx, *flags]).encode()).hexdigest()[:12]
+    obj = objects / f"{source.relative_to(ROOT).as_posix().replace('/', '__')}.{key}.o"
+    deps = obj.with_suffix(".d")
+    if _fresh(obj, deps):
+        return obj
+    command = [*tool.cxx, *flags, "-MMD", "-MF", str(deps), "-c", str(source), "-o", str(obj)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise NativeBuildError(f"compiling {source.relative_to(ROOT)} failed:\n{done.stderr[-6000:]}")
+    if done.stderr.strip():
+        print(done.stderr, file=sys.stderr)
+    return obj
+
+
+def _fresh(obj: Path, deps: Path) -> bool:
+    if not obj.exists() or not deps.exists():
+        return False
+    names = deps.read_text().replace("\\\n", " ").split(":", 1)[-1].split()
+    built = obj.stat().st_mtime
+    return all(Path(name).exists() and Path(name).stat().st_mtime <= built for name in names)
+
+
+def _library(tool: Toolchain, sources: list[Path], target: Path, objects: Path, extra: list[str], link: list[str]) -> None:
+    objects.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with ThreadPoolExecutor(jobs) as pool:
+        compiled = list(pool.map(lambda s: _compile(tool, s, objects, extra), sources))
+    objs = [str(o) for o in compiled if o is not None]
+    if target.exists() and all(Path(o).stat().st_mtime <= target.stat().st_mtime for o in objs):
+        return
+    # Link beside the target and move it over, so that a process using the old library keeps its file.
+    fresh = target.with_suffix(".tmp")
+    done = subprocess.run([*tool.cxx, "-shared", *objs, "-o", str(fresh), *link], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise NativeBuildError(f"linking {target.name} failed:\n{done.stderr[-4000:]}")
+    fresh.replace(target)
+    print(f"fastxattn: built {target.name} ({', '.join(('generic', *tool.isas))})")
+
+
+def _kernel_sources() -> list[Path]:
+    """Torch-free kernels: everything under csrc/<op>/ and csrc/core that is not a binding."""
+    return sorted(p for p in CSRC.glob("*/*.cpp") if p.parent.name != "bindings" and not p.stem.endswith("_torch"))
+
+
+def _torch_flags() -> tuple[list[str], list[str]]:
+    try:
+        import torch
+    except ImportError as error:
+        raise NativeBuildError("torch is not importable in the building environment") from error
+    base = Path(torch.__file__).parent
+    include = [f"-isystem{base}/include", f"-isystem{base}/include/torch/csrc/api/include"]
+    if not (base / "include/torch/csrc/stable/library.h").exists():
+        raise NativeBuildError(f"torch {torch.__version__} has no stable ABI headers; 2.10 or newer is needed")
+    return [*include, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"], [f"-L{base}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def build_cpu(target: Path, tool: Toolchain) -> None:
+    """libfastxattn_cpu.so: kernels plus their torch registrations."""
+    flags, link = _torch_flags()
+    sources = [*_kernel_sources(), *sorted(CSRC.glob("*/*_torch.cpp"))]
+    _library(tool, sources, target / "libfastxattn_cpu.so", ROOT / "build/obj-cpu", flags, link)
+
+
+def build_test_module(target: Path, tool: Toolchain, sanitize: bool) -> Path:
+    """The pybind11 module over the torch-free cores, for the tests: NumPy arrays and a forced instruction set."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise NativeBuildError("the test module needs pybind11") from error
+    extra = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    kind = "asan" if sanitize else "plain"
+    link: list[str] = []
+    if sanitize:
+        extra += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+        link = ["-fsanitize=address,undefined"]
+    name = f"_fastxattn_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = [*_kernel_sources(), *sorted((CSRC / "bindings").glob("test_module*.cpp"))]
+    _library(tool, sources, target / name, ROOT / f"build/obj-test-{kind}", extra, link)
+    return target / name
+
+
+def build_all(target: Path) -> None:
+    """Every library a wheel ships."""
+    tool = Toolchain.find()
+    build_cpu(target, tool)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "fastxattn/_lib")
+    parser.add_argument("--tests", action="store_true", help="build the pybind11 test module instead")
+    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan")
+    options = parser.parse_args()
+    try:
+        if options.tests:
+            build_test_module(options.out, Toolchain.find(), options.sanitize)
+        else:
+            build_all(options.out)
+    except NativeBuildError as error:
+        raise SystemExit(f"fastxattn: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

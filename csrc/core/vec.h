@@ -1,0 +1,172 @@
+// The vector of W floats that kernel bodies are written in, one definition per instruction set.
+//
+// GCC and Clang vector types carry + - * / and comparisons; only what they cannot express is an
+// intrinsic. Include from .inl files only: the width and the namespace depend on FXA_ISA.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/scalar.h"
+
+#if defined(FXA_ISA_AVX2) || defined(FXA_ISA_AVX512) || defined(FXA_ISA_AVX512BF16)
+#include <immintrin.h>
+#endif
+#if defined(FXA_ISA_AVX512) || defined(FXA_ISA_AVX512BF16)
+#define FXA_VEC512 1
+#endif
+
+namespace fastxattn::FXA_ISA {
+
+#if defined(FXA_VEC512)
+inline constexpr int W = 16;  // floats per vector
+#elif defined(FXA_ISA_NEON)
+inline constexpr int W = 4;
+#else
+inline constexpr int W = 8;
+#endif
+
+using vf = float __attribute__((vector_size(W * 4)));
+using vi = int32_t __attribute__((vector_size(W * 4)));
+using vu = uint32_t __attribute__((vector_size(W * 4)));
+using vf_unaligned = float __attribute__((vector_size(W * 4), aligned(4), may_alias));
+using vu_unaligned = uint32_t __attribute__((vector_size(W * 4), aligned(4), may_alias));
+using vh = uint16_t __attribute__((vector_size(W * 2)));
+using vh_unaligned = uint16_t __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+#define FXA_INLINE static inline __attribute__((always_inline))
+
+FXA_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+FXA_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
+FXA_INLINE vf splat(float x) { return x - vf{}; }  // x - 0 keeps the sign of zero and folds to a broadcast
+FXA_INLINE vi splat(int32_t x) { return x - vi{}; }
+FXA_INLINE vf zero() { return vf{}; }
+FXA_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted: files are built with -ffp-contract=fast
+
+// max/min return the second operand when either is NaN, on every instruction set.
+#if defined(FXA_VEC512)
+FXA_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+FXA_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+FXA_INLINE vf round_even(vf x) { return _mm512_roundscale_ps(x, 0); }
+FXA_INLINE vf scale_by_pow2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+FXA_INLINE float reduce_add(vf x) { return _mm512_reduce_add_ps(x); }
+FXA_INLINE float reduce_max(vf x) { return _mm512_reduce_max_ps(x); }
+#else
+#if defined(FXA_ISA_AVX2)
+FXA_INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+FXA_INLINE vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
+FXA_INLINE vf round_even(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+FXA_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+FXA_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+// Adding 1.5 * 2^23 leaves no fraction bits: exact for |x| < 2^22, which is all that exp2 asks for.
+FXA_INLINE vf round_even(vf x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+#endif
+// x * 2^n for whole n >= -150, in two steps so that results below the normal range flush gradually.
+FXA_INLINE vf scale_by_pow2(vf x, vf n) {
+  const vi whole = __builtin_convertvector(n, vi);
+  const vi half = whole >> 1;
+  const vf first = reinterpret_cast<vf>((half + 127) << 23);
+  const vf second = reinterpret_cast<vf>((whole - half + 127) << 23);
+  return x * first * second;
+}
+FXA_INLINE float reduce_add(vf x) {
+  float sum = 0;
+  for (int step = W / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) x[i] += x[i + step];
+  sum = x[0];
+  return sum;
+}
+FXA_INLINE float reduce_max(vf x) {
+  float m = x[0];
+  for (int i = 1; i < W; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+#endif
+
+// Lanes [0, n) of memory, the rest `fill`; touches no byte past p[n - 1].
+FXA_INLINE vf load_first(const float* p, int n, float fill = 0.0f) {
+  if (n >= W) return load(p);
+  float lanes[W];
+  for (int i = 0; i < W; ++i) lanes[i] = i < n ? p[i] : fill;
+  return load(lanes);
+}
+FXA_INLINE void store_first(float* p, vf x, int n) {
+  if (n >= W) return store(p, x);
+  float lanes[W];
+  store(lanes, x);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// 2^x: |relative error| <= 2e-7 where the result is normal; 0 below -150; NaN stays NaN; -inf gives 0.
+FXA_INLINE vf exp2(vf x) {
+  x = max(splat(-150.0f), x);  // operand order keeps NaN
+  x = min(splat(128.0f), x);
+  const vf n = round_even(x);
+  const vf f = x - n;
+  vf y = splat(0x1.5bba14p-10f);
+  y = fma(y, f, splat(0x1.3cea88p-7f));
+  y = fma(y, f, splat(0x1.c6b752p-5f));
+  y = fma(y, f, splat(0x1.ebf9bcp-3f));
+  y = fma(y, f, splat(0x1.62e42ap-1f));
+  y = fma(y, f, splat(1.0f));
+  return scale_by_pow2(y, n);
+}
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+FXA_INLINE vf exp(vf x) { return exp2(x * splat(kLog2e)); }
+
+// tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error <= 2e-7, saturates without overflow.
+FXA_INLINE vf tanh(vf x) {
+  const vf e = exp2(min(splat(60.0f), x * splat(2.0f * kLog2e)));
+  return splat(1.0f) - splat(2.0f) / (e + splat(1.0f));
+}
+
+// W elements of memory of any type as floats.
+FXA_INLINE vf load_as_f32(const float* p) { return load(p); }
+FXA_INLINE vf load_as_f32(const bf16_t* p) {
+  const vh bits = *reinterpret_cast<const vh_unaligned*>(p);
+  return reinterpret_cast<vf>(__builtin_convertvector(bits, vu) << 16);
+}
+FXA_INLINE vf load_as_f32(const f16_t* p) {
+#if defined(FXA_VEC512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(FXA_ISA_AVX2)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = to_f32(p[i]);
+  return r;
+#endif
+}
+FXA_INLINE void store_from_f32(float* p, vf x) { store(p, x); }
+FXA_INLINE void store_from_f32(bf16_t* p, vf x) {
+#if defined(FXA_ISA_AVX512BF16)
+  const __m256bh narrow = _mm512_cvtneps_pbh(x);
+  std::memcpy(p, &narrow, sizeof(narrow));
+#else
+  const vu u = reinterpret_cast<vu>(x);
+  const vu rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  const vu quiet = u >> 16 | 0x40u;
+  const vu bits = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(bits, vh);
+#endif
+}
+FXA_INLINE void store_from_f32(f16_t* p, vf x) {
+#if defined(FXA_VEC512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(FXA_ISA_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < W; ++i) p[i] = from_f32<f16_t>(x[i]);
+#endif
+}
+
+// Two bf16 in one 32-bit lane: the operand of the bf16 dot product, which sums the products of both.
+struct bf16x2 {
+  uint32_t bits;
+};
+
+}  // namespace fastxattn::FXA_ISA

@@ -1,0 +1,1 @@
+"""One room per operation; every room has the same file names."""

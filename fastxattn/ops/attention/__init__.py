@@ -1,0 +1,1 @@
+"""Cross-attention over variable-length token sets."""

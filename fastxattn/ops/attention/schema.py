@@ -1,0 +1,39 @@
+"""Operator schemas of the attention op: one forward and one backward per compiled backend, and their fakes.
+
+Arguments common to all of them:
+
+* ``query`` (rows_q, heads, head_dim), ``key`` (rows_k, kv_heads, head_dim), ``value`` (rows_k, kv_heads, value_dim);
+* ``cu_seqlens_q/k`` (batch + 1,) int32: where each sequence's *slots* start. Without an index, slot = row;
+* ``seqused_q/k`` (batch,) int32 or None: use only the first so many slots of each sequence;
+* ``query_index`` / ``key_index`` (slots,) int32 or None: the row that a slot stands for;
+* ``kv_range`` (rows_q, 2) int32 or None: by query row, the visible key slots [start, end) of its own sequence;
+* ``key_bias`` (rows_k,) or (rows_k, heads) float32 or None: by key row, added to the scaled, capped score;
+* ``bias`` 4-D (batch|1, heads|1, rows of q per sequence|1, rows of k per sequence|1) or None, for the padded layout:
+  indexed by the row's place in its sequence (row - cu_seqlens[b]);
+* ``dropout_seed`` (1,) int64 or None.
+
+Forward returns ``out`` (rows_q, heads, value_dim) in the query's dtype and ``lse`` (heads, rows_q) float32, with 0 and
+-inf in rows that no slot stands for or that see no key. Backward returns gradients for query, key, value, key_bias and
+bias; those not asked for in ``needs`` (a bit mask, see :data:`NEEDS`) are empty tensors of shape (0,).
+"""
+
+from __future__ import annotations
+
+import torch
+
+NEEDS = {"query": 1, "key": 2, "value": 4, "key_bias": 8, "bias": 16}
+
+_PROBLEM = (
+    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, "
+    "Tensor? seqused_k, Tensor? query_index, Tensor? key_index, Tensor? kv_range, Tensor? key_bias, Tensor? bias, "
+    "float scale, float softcap, float dropout_p, Tensor? dropout_seed"
+)
+_FORWARD = f"({_PROBLEM}) -> (Tensor out, Tensor lse)"
+_BACKWARD = (
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_PROBLEM}, int needs) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias, Tensor grad_bias)"
+)
+
+for _backend in ("cpu", "triton", "cuda"):
+    torch.library.define(f"fastxattn::attention_{_backend}", _FORWARD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"fastxattn::attention_backward_{_backend}", _BACKWARD, tags=torch.Tag.pt2_compliant_tag)

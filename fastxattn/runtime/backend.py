@@ -1,0 +1,97 @@
+"""Which backend runs a problem, and why.
+
+Every operation has an ordered table of :class:`Backend` entries, fastest first, ending with ``reference``,
+which supports everything. ``"auto"`` takes the first that supports the problem; a backend asked for by name is
+used or refused with its reason, never replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastxattn.runtime import env
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an operation."""
+
+    name: str
+    supports: Callable[[Any], str | None]
+    """Takes the operation's problem description; None when it can run it, else the reason why not."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend says of one problem."""
+
+    backend: str
+    reason: str | None  # None: supported
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend a call would use, with every backend's verdict; ``print`` it."""
+
+    op: str
+    chosen: str
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        width = max(len(v.backend) for v in self.verdicts)
+        lines = [f"{self.op}: backend {self.chosen!r}"]
+        for v in self.verdicts:
+            mark = "->" if v.backend == self.chosen else "  "
+            lines.append(f"  {mark} {v.backend:<{width}}  {'supported' if v.reason is None else v.reason}")
+        lines += [f"     {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def resolve(op: str, backends: Sequence[Backend], problem: object, requested: str) -> str:
+    """The name of the backend that runs ``problem``.
+
+    Raises:
+        ValueError: ``requested`` is not a backend of this operation.
+        RuntimeError: ``requested`` cannot run this problem; the message says why.
+    """
+    if requested == "auto":
+        requested = env.default_backend
+    if requested == "auto":
+        for backend in backends:
+            if backend.supports(problem) is None:
+                return backend.name
+        raise RuntimeError(f"{op}: no backend supports this problem\n{explain(op, backends, problem)}")
+    for backend in backends:
+        if backend.name == requested:
+            reason = backend.supports(problem)
+            if reason is None:
+                return requested
+            raise RuntimeError(f"{op}: backend={requested!r} cannot run this problem: {reason}")
+    raise ValueError(f"{op}: backend must be auto or one of {', '.join(b.name for b in backends)}; got {requested!r}")
+
+
+def explain(
+    op: str, backends: Sequence[Backend], problem: object, requested: str = "auto", notes: Sequence[str] = ()
+) -> Explanation:
+    """Every backend's verdict on ``problem``, and the one that would run (``"none"`` when refused)."""
+    verdicts = tuple(Verdict(b.name, b.supports(problem)) for b in backends)
+    wanted = env.default_backend if requested == "auto" else requested
+    able = [v.backend for v in verdicts if v.reason is None and wanted in ("auto", v.backend)]
+    return Explanation(op, able[0] if able else "none", verdicts, tuple(notes))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make ``backend="auto"`` mean ``name`` inside a ``with`` block (process-wide, for tests and comparisons)."""
+    if name not in env.BACKENDS:
+        raise ValueError(f"name must be one of {', '.join(env.BACKENDS)}; got {name!r}")
+    before = env.default_backend
+    env.default_backend = name
+    try:
+        yield
+    finally:
+        env.default_backend = before

@@ -1,0 +1,96 @@
+"""Loads the compiled libraries, once and only when a backend needs them.
+
+A library that was never built and one that does not load are different faults with different remedies; each
+gets its own message. ``import fastxattn`` itself loads nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastxattn.runtime import env
+
+LIBRARY_DIR = Path(__file__).resolve().parent.parent / "_lib"
+CPU_ISAS = ("generic", "neon", "avx2", "avx512", "avx512bf16", "amx")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded library, or the reason there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str | None  # None: loaded
+
+
+@functools.cache
+def cpu_library() -> Loaded:
+    """The CPU kernels (``libfastxattn_cpu.so``), loaded at the first call."""
+    loaded = _load(LIBRARY_DIR / "libfastxattn_cpu.so", "the CPU kernels", "pip install --no-build-isolation .")
+    library = loaded.library
+    if library is None:
+        return loaded
+    library.fastxattn_cpu_isa.restype = ctypes.c_char_p
+    library.fastxattn_force_cpu_isa.argtypes = [ctypes.c_char_p]
+    if env.forced_cpu_isa and not library.fastxattn_force_cpu_isa(env.forced_cpu_isa.encode()):
+        raise ValueError(
+            f"environment variable FASTXATTN_CPU_ISA must be one of {', '.join(_available(library))} on this "
+            f"machine; got {env.forced_cpu_isa!r}"
+        )
+    return loaded
+
+
+@functools.cache
+def cuda_library() -> Loaded:
+    """The CUDA kernels (``libfastxattn_cuda.so``), loaded at the first call."""
+    return _load(
+        LIBRARY_DIR / "libfastxattn_cuda.so",
+        "the CUDA kernels",
+        "FASTXATTN_BUILD_CUDA=1 pip install --no-build-isolation .",
+    )
+
+
+def _load(path: Path, what: str, remedy: str) -> Loaded:
+    if not path.exists():
+        return Loaded(None, f"{what} were not built with this installation; build them with `{remedy}`")
+    try:
+        torch.ops.load_library(str(path))
+        return Loaded(ctypes.CDLL(str(path)), None)
+    except OSError as error:
+        return Loaded(
+            None, f"{what} were built but {path.name} does not load ({error}); rebuild them against torch {torch.__version__}"
+        )
+
+
+def _available(library: ctypes.CDLL) -> tuple[str, ...]:
+    return tuple(name for i, name in enumerate(CPU_ISAS) if library.fastxattn_cpu_isa_available(i))
+
+
+def available_cpu_isas() -> tuple[str, ...]:
+    """Instruction sets that are compiled in and that this machine runs, slowest first; empty without the library."""
+    library = cpu_library().library
+    return () if library is None else _available(library)
+
+
+def active_cpu_isa() -> str | None:
+    """The instruction set the CPU kernels run on, or None without the library."""
+    library = cpu_library().library
+    return None if library is None else library.fastxattn_cpu_isa().decode()
+
+
+def force_cpu_isa(name: str) -> None:
+    """Run the CPU kernels on one instruction set from now on; ``"auto"`` lifts it.
+
+    Raises:
+        ValueError: ``name`` is not in :func:`available_cpu_isas`.
+        RuntimeError: the CPU library is not there.
+    """
+    loaded = cpu_library()
+    if loaded.library is None:
+        raise RuntimeError(f"cannot force a CPU instruction set: {loaded.reason}")
+    if not loaded.library.fastxattn_force_cpu_isa(name.encode()):
+        raise ValueError(f"name must be auto or one of {', '.join(_available(loaded.library))}; got {name!r}")

@@ -1,0 +1,5 @@
+"""Input factories and error budgets: used by this project's tests, and by anyone who adds a backend."""
+
+from fastxattn.testing.budget import ErrorReport, assert_within_budget, measure_error
+
+__all__ = ["ErrorReport", "assert_within_budget", "measure_error"]
