@@ -49,6 +49,7 @@ class BuildWithNative(build_py):
     """build_py that also compiles the native libraries into the package."""
 
     def run(self) -> None:
+        """Copy the Python files, then compile."""
         super().run()
         # An editable install imports the package from the source tree, so the libraries belong there.
         package = ROOT / "fastxattn" if self.editable_mode else Path(self.build_lib) / "fastxattn"
@@ -59,6 +60,7 @@ class PlatformDistribution(Distribution):
     """Marks the wheel as platform specific although it has no Python extension module."""
 
     def has_ext_modules(self) -> bool:
+        """Whether this distribution carries compiled code."""
         return os.environ.get("FASTXATTN_BUILD_NATIVE", "auto") != "0"
 
 

@@ -58,12 +58,11 @@ def _load(path: Path, what: str, remedy: str) -> Loaded:
     if not path.exists():
         return Loaded(None, f"{what} were not built with this installation; build them with `{remedy}`")
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         return Loaded(ctypes.CDLL(str(path)), None)
     except OSError as error:
-        return Loaded(
-            None, f"{what} were built but {path.name} does not load ({error}); rebuild them against torch {torch.__version__}"
-        )
+        remedy = f"rebuild them against torch {torch.__version__}"
+        return Loaded(None, f"{what} were built but {path.name} does not load ({error}); {remedy}")
 
 
 def _available(library: ctypes.CDLL) -> tuple[str, ...]:
