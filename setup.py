@@ -16,7 +16,6 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
-from setuptools.command.sdist import sdist
 from setuptools.dist import Distribution
 
 ROOT = Path(__file__).parent
@@ -80,6 +79,6 @@ def stable_abi_wheel() -> dict[str, type]:
 
 if __name__ == "__main__":
     setup(
-        cmdclass={"build_py": BuildWithNative, "sdist": sdist, **stable_abi_wheel()},
+        cmdclass={"build_py": BuildWithNative, **stable_abi_wheel()},
         distclass=PlatformDistribution,
     )
