@@ -39,7 +39,8 @@ class ContextAttention(torch.autograd.Function):
         """Gradients of query, context and key_bias, those that are needed."""
         grad_out, grad_lse = grads
         query, context, cu_q, cu_k, kv_range, key_bias, out, lse, softmax = ctx.saved_tensors
-        wanted = {"query": ctx.needs_input_grad[0], "context": ctx.needs_input_grad[1], "key_bias": ctx.needs_input_grad[5]}
+        asked = ctx.needs_input_grad
+        wanted = {"query": asked[0], "context": asked[1], "key_bias": asked[5]}
         needs = sum(NEEDS[name] for name, want in wanted.items() if want)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         grad_lse = None if grad_lse is None else grad_lse.contiguous()

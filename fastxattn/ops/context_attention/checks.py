@@ -39,9 +39,8 @@ def check_arguments(
             raise ValueError(f"{name} must have shape (batch + 1,); got {tuple(offsets.shape)}")
         _check_contents(name, offsets, rows)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"cu_seqlens_k must have as many entries as cu_seqlens_q, {cu_seqlens_q.shape[0]}; got {cu_seqlens_k.shape[0]}"
-        )
+        wanted, got = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
+        raise ValueError(f"cu_seqlens_k must have as many entries as cu_seqlens_q, {wanted}; got {got}")
     if kv_range is not None:
         if kv_range.dtype != torch.int32:
             raise TypeError(f"kv_range must be int32; got {kv_range.dtype}")
