@@ -261,7 +261,7 @@ def attention_backward_bias(
             i_h64 = tl.to_tensor(i_h).to(tl.int64)
             for i_m in range(i_block_q, tl.cdiv(places_q, BLOCK_M) if ROWS_SHARED else i_block_q + 1):
                 o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-                o_row, _, m_m = find_places(p_cu_q, p_used_q, p_slot_q, slots_q, rows_q, i_b, o_m)
+                o_row, _slot, m_m = find_places(p_cu_q, p_used_q, p_slot_q, slots_q, rows_q, i_b, o_m)
                 o_head = o_m * 0 + i_h
                 b_q = load_rows(p_q + i_h64 * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)
                 b_do = load_rows(p_dout + i_h64 * stride_oh, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
@@ -275,7 +275,7 @@ def attention_backward_bias(
                     b_v = load_rows(p_v + i_kv64 * stride_vh, o_row_k, stride_vr, m_n, True, VALUE_DIM, BLOCK_DV)
                     m_seen = m_m[:, None] & m_n[None, :]
                     b_s = dot(b_q, tl.trans(b_k), None, PRECISION)
-                    b_s, _ = adjust_scores(
+                    b_s, _tanh = adjust_scores(
                         b_s, p_key_bias, p_bias + i_b64 * stride_bias_b, o_row[:, None], o_row_k[None, :],
                         o_m[:, None], o_n[None, :], o_head[:, None], m_seen,
                         stride_key_bias, stride_bias_q, stride_bias_k, stride_bias_h, scale, softcap, UNIT, SOFTCAP,

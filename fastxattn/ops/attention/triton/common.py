@@ -51,13 +51,22 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_seen(b_a, b_x, b_acc, m_seen, GUARD: tl.constexpr, PRECISION: tl.constexpr):
-    """b_acc + b_a @ b_x where b_a is zero outside m_seen; a NaN or infinity of b_x reaches only rows that see it."""
+    """b_acc + b_a @ b_x where b_a is zero outside m_seen, and a NaN or infinity of b_x reaches only who sees it.
+
+    Zero times NaN is NaN, so rows of b_x that are not finite leave the product and are added one by one, to those who
+    see them. Without GUARD everybody in the tile sees every row.
+    """
     if GUARD:
-        m_bad = (b_x - b_x) != 0
-        if tl.max(tl.max(m_bad.to(tl.int32), 1), 0) > 0:
-            b_hit = dot(m_seen.to(b_x.dtype), m_bad.to(b_x.dtype), None, PRECISION)
-            b_acc = tl.where(b_hit > 0, float("nan"), b_acc)
-            b_x = tl.where(m_bad, 0.0, b_x).to(b_x.dtype)
+        m_bad = tl.max(((b_x - b_x) != 0).to(tl.int32), 1)
+        if tl.max(m_bad, 0) > 0:
+            o_j = tl.arange(0, b_x.shape[0])
+            for i_j in range(0, b_x.shape[0]):
+                m_j = (o_j == i_j) & (m_bad > 0)
+                b_row = tl.sum(tl.where(m_j[:, None], b_x, 0.0).to(tl.float32), 0)
+                b_column = tl.sum(tl.where(m_j[None, :], b_a, 0.0), 1)
+                m_hit = tl.max((m_seen & m_j[None, :]).to(tl.int32), 1) > 0
+                b_acc = tl.where(m_hit[:, None], b_acc + b_column[:, None] * b_row[None, :], b_acc)
+            b_x = tl.where(m_bad[:, None] > 0, 0.0, b_x).to(b_x.dtype)
     return dot(b_a.to(b_x.dtype), b_x, b_acc, PRECISION)
 
 

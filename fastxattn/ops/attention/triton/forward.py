@@ -40,7 +40,7 @@ def forward_step(
     b_v = load_rows(p_v, o_row_k, stride_v, m_n, MASKED, VALUE_DIM, BLOCK_DV)
     m_seen = m_row[:, None] & m_n[None, :]
     b_s = dot(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
-    b_s, _ = adjust_scores(
+    b_s, _tanh = adjust_scores(
         b_s, p_key_bias, p_bias, o_row[:, None], o_row_k[None, :], o_pos[:, None], (o_row_k - base_k)[None, :],
         o_head[:, None], m_seen, stride_key_bias, stride_bias_q, stride_bias_k, stride_bias_h, scale, softcap,
         UNIT, SOFTCAP, KEY_BIAS_HEADS,
