@@ -176,7 +176,9 @@ def _read_nvidia(done: Any) -> tuple[int, int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
         code = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
     text = usage.stdout + usage.stderr
     registers, stack = (int(re.search(pattern, text)[1]) for pattern in (r"REG:(\d+)", r"STACK:(\d+)"))  # type: ignore[index]

@@ -60,7 +60,9 @@ def attention_backward_query(
     o_head = i_kv * GROUP + o_m % GROUP
     o_row = find_rows(p_index_q, start_q + o_m // GROUP, rows_q, m_m)
     o_pos = o_row - start_q
-    b_do = load_rows(p_dout + o_head.to(tl.int64)[:, None] * stride_oh, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
+    b_do = load_rows(
+        p_dout + o_head.to(tl.int64)[:, None] * stride_oh, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV
+    )
     b_out = load_rows(p_out, o_row * heads + o_head, VALUE_DIM, m_m, True, VALUE_DIM, BLOCK_DV)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     if p_dlse is not None:
@@ -170,7 +172,9 @@ def attention_backward_key(
             m_seen = (o_n[:, None] >= b_start[None, :]) & (o_n[:, None] < b_end[None, :])
             any_seen = (tl.min(b_start, 0) < i_first + BLOCK_N) & (tl.max(b_end, 0) > i_first)
         if any_seen:
-            b_q = load_rows(p_q + o_head.to(tl.int64)[:, None] * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)
+            b_q = load_rows(
+                p_q + o_head.to(tl.int64)[:, None] * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D
+            )
             p_dout_rows = p_dout + o_head.to(tl.int64)[:, None] * stride_oh
             b_do = load_rows(p_dout_rows, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
             b_lse = load_statistic(p_lse, o_row, o_head, rows_q, m_m) * UNIT
@@ -209,7 +213,9 @@ def attention_backward_key(
         tl.store(p_dk + o_slot[:, None] * HEAD_DIM + o_d[None, :], b_dk, mask=m_n[:, None] & (o_d < HEAD_DIM)[None, :])
     if p_dv is not None:
         b_dv = b_dv.to(p_dv.dtype.element_ty)
-        tl.store(p_dv + o_slot[:, None] * VALUE_DIM + o_dv[None, :], b_dv, mask=m_n[:, None] & (o_dv < VALUE_DIM)[None, :])
+        tl.store(
+            p_dv + o_slot[:, None] * VALUE_DIM + o_dv[None, :], b_dv, mask=m_n[:, None] & (o_dv < VALUE_DIM)[None, :]
+        )
     if p_dkey_bias is not None:
         p_sums = p_dkey_bias + o_slot[:, None] * HEAD_SUMS + o_sum[None, :]
         tl.store(p_sums, b_dkey_bias, mask=m_n[:, None] & (o_sum < HEAD_SUMS)[None, :])
