@@ -1,4 +1,4 @@
-"""The CPU regression set: ``pytest benchmarks/test_regression.py --benchmark-autosave``, then ``pytest-benchmark compare``.
+"""The CPU regression set: ``pytest benchmarks/test_regression.py --benchmark-autosave``; ``pytest-benchmark compare``.
 
 No assertion is about time; the check that gates each case's speed is asserted.
 """
