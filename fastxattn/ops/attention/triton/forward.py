@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from fastxattn.ops.attention.triton.common import (
-    adjust_scores, dot, dot_seen, find_rows, find_sequence, find_span, keep_mask, load_ranges, load_rows, power,
+    adjust_scores,
+    dot,
+    dot_seen,
+    find_rows,
+    find_sequence,
+    find_span,
+    keep_mask,
+    load_ranges,
+    load_rows,
+    power,
     unit_of,
 )  # fmt: skip
 
@@ -160,7 +169,7 @@ def attention_merge(
     o_dv = tl.arange(0, BLOCK_DV)
     m_out = m_m[:, None] & (o_dv < VALUE_DIM)[None, :]
     heads = kv_heads * GROUP
-    o_out = (o_row * heads + o_head)[:, None] * VALUE_DIM + o_dv[None, :]
+    o_out = (o_row.to(tl.int64) * heads + o_head)[:, None] * VALUE_DIM + o_dv[None, :]
 
     b_acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
