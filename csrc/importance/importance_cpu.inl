@@ -19,7 +19,7 @@ struct ImportanceScratch {
   Element<T>* queries;       // [elements of a row][kImportanceLanes]
   float *scores, *extra;     // [kImportanceKeys][kImportanceLanes]
   float* sums;               // [keys of the item][W]
-  float *base, *weight;      // per lane: log2 of the normaliser, weight
+  float *lse, *weight;       // per lane: normaliser (infinite: none), weight
   int64_t *row, *key_row;    // row of each lane, of each key of the item
   int32_t *head, *begin, *end;
   const T **query_at, **key_at;
@@ -36,7 +36,7 @@ struct ImportanceScratch {
     take(scores, kImportanceKeys * kImportanceLanes);
     take(extra, p.key_bias != nullptr ? kImportanceKeys * kImportanceLanes : 0);
     take(sums, most_keys * W);
-    take(base, kImportanceLanes);
+    take(lse, kImportanceLanes);
     take(weight, kImportanceLanes);
     take(row, kImportanceLanes);
     take(key_row, most_keys);
@@ -61,7 +61,7 @@ static Lanes importance_lanes(const ImportanceParams& params, const Sequence& se
     const float lse = params.lse[query_head * p.rows_q + row];
     s.row[i] = row;
     s.head[i] = static_cast<int32_t>(query_head % p.group());
-    s.base[i] = there && lse != -infinity ? lse * kLog2e : infinity;
+    s.lse[i] = there && lse != -infinity ? lse : infinity;
     s.weight[i] = !there ? 0.0f
                   : params.row_weight == nullptr
                       ? 1.0f
@@ -79,14 +79,15 @@ static Lanes importance_lanes(const ImportanceParams& params, const Sequence& se
   return lanes;
 }
 
-// sums[j] += weight * 2^(c * scores[j] - base), lane by lane.
-static void add_weights(const float* scores, int64_t keys, int64_t width, float c, const float* base,
+// sums[j] += weight * exp(c * scores[j] - lse), lane by lane. The difference is formed before it is turned into a power
+// of two: rounding a large score times log2(e) would cost more than everything else.
+static void add_weights(const float* scores, int64_t keys, int64_t width, float c, const float* lse,
                         const float* weight, float* sums) {
   for (int64_t j = 0; j < keys; ++j) {
     vf sum = load(sums + j * W);
     for (int64_t i = 0; i < width; i += W) {
-      const vf x = fma(load(scores + j * kImportanceLanes + i), splat(c), -load(base + i));
-      sum = fma(exp2(x), load(weight + i), sum);
+      const vf x = fma(load(scores + j * kImportanceLanes + i), splat(c), -load(lse + i));
+      sum = fma(exp2(x * splat(kLog2e)), load(weight + i), sum);
     }
     store(sums + j * W, sum);
   }
@@ -106,7 +107,7 @@ static void importance_item(const ImportanceParams& params, const ImportanceItem
   }
   pack_rows<T>(s.key_at, keys, p.head_dim, s.keys, s.key_ld);
   const bool transform = needs_transform(p);
-  const float c = transform ? kLog2e : p.scale * kLog2e;
+  const float c = transform ? 1.0f : p.scale;
 
   for (int64_t query = 0; query < sequence.queries; query += kImportanceLanes) {
     const int64_t count = least(kImportanceLanes, sequence.queries - query);
@@ -129,7 +130,7 @@ static void importance_item(const ImportanceParams& params, const ImportanceItem
         }
         adjust_scores(p, s.scores, n, kImportanceLanes, transform, extra, nullptr, masked, lanes, first);
       }
-      add_weights(s.scores, n, lanes.width, c, s.base, s.weight, s.sums + j * W);
+      add_weights(s.scores, n, lanes.width, c, s.lse, s.weight, s.sums + j * W);
     }
   }
   float* score = params.score + item.head * p.slots_k + sequence.first_k + item.key_begin;

@@ -26,6 +26,7 @@ from fastxattn.ops.attention.triton.common import (
     keep_mask_scattered,
     load_ranges,
     load_rows,
+    narrow,
     power,
     unit_of,
 )  # fmt: skip
@@ -127,7 +128,7 @@ def attention_backward_query(
         o_d = tl.arange(0, BLOCK_D)
         o_plane = i_split.to(tl.int64) * rows_q + o_row
         p_dq_rows = p_dq + (o_plane * heads + o_head)[:, None] * HEAD_DIM + o_d[None, :]
-        b_dq = (b_dq * scale).to(p_dq.dtype.element_ty)
+        b_dq = narrow(b_dq * scale, p_dq.dtype.element_ty)
         tl.store(p_dq_rows, b_dq, mask=m_m[:, None] & (o_d < HEAD_DIM)[None, :])
 
 
@@ -218,10 +219,10 @@ def attention_backward_key(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     if p_dk is not None:
-        b_dk = (b_dk * scale).to(p_dk.dtype.element_ty)
+        b_dk = narrow(b_dk * scale, p_dk.dtype.element_ty)
         tl.store(p_dk + o_slot[:, None] * HEAD_DIM + o_d[None, :], b_dk, mask=m_n[:, None] & (o_d < HEAD_DIM)[None, :])
     if p_dv is not None:
-        b_dv = b_dv.to(p_dv.dtype.element_ty)
+        b_dv = narrow(b_dv, p_dv.dtype.element_ty)
         tl.store(
             p_dv + o_slot[:, None] * VALUE_DIM + o_dv[None, :], b_dv, mask=m_n[:, None] & (o_dv < VALUE_DIM)[None, :]
         )

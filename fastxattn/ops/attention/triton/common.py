@@ -39,6 +39,16 @@ def power(b_x, UNIT: tl.constexpr):
 
 
 @triton.jit
+def narrow(b_x, DTYPE: tl.constexpr):
+    """Float32 to a narrower type, to nearest even; the interpreter truncates to bfloat16, so it is led there."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
+        b_x = tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
 def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
     """b_acc + b_a @ b_b in float32; the interpreter multiplies 16-bit floats wrongly, so they are widened there."""
     if INTERPRETED:
@@ -67,7 +77,7 @@ def dot_seen(b_a, b_x, b_acc, m_seen, GUARD: tl.constexpr, PRECISION: tl.constex
                 m_hit = tl.max((m_seen & m_j[None, :]).to(tl.int32), 1) > 0
                 b_acc = tl.where(m_hit[:, None], b_acc + b_column[:, None] * b_row[None, :], b_acc)
             b_x = tl.where(m_bad[:, None] > 0, 0.0, b_x).to(b_x.dtype)
-    return dot(b_a.to(b_x.dtype), b_x, b_acc, PRECISION)
+    return dot(narrow(b_a, b_x.dtype), b_x, b_acc, PRECISION)
 
 
 @triton.jit

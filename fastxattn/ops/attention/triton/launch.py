@@ -121,7 +121,7 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         part = query.new_empty(splits, *out.shape, dtype=torch.float32)
         part_lse = lse.new_empty(splits, *lse.shape)
     runtime, constants = launch.runtime(), launch.constants(tile)
-    with _device(query):
+    with on_device(query):
         forward.attention_forward[(programs * splits,)](
             **runtime, p_out=part, p_lse=part_lse, SPLITS=splits, SPLIT_KEYS=config.SPLIT_KEYS, **constants
         )
@@ -150,7 +150,7 @@ def attention_backward(
         if name in wanted and x is not None:
             grads[name] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     if query.numel() and key.shape[0] and launch.batch and out.numel():
-        with _device(query):
+        with on_device(query):
             _launch_backward(launch, dense_rows(grad_out), grad_lse, out.contiguous(), lse.contiguous(), grads, wanted)
     return grads["query"], grads["key"], grads["value"], grads["key_bias"], grads["bias"]
 
@@ -247,6 +247,6 @@ def _slot_of_row(index: Tensor | None, offsets: Tensor, used: Tensor | None, row
     return inverse.scatter_(0, target.long().clamp(0, rows), place.to(torch.int32))[:rows]
 
 
-def _device(x: Tensor) -> Any:
+def on_device(x: Tensor) -> Any:
     """Kernels launch on the current CUDA device; make it the tensors' own."""
     return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("fastxattn")
