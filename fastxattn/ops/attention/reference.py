@@ -45,13 +45,13 @@ def attention_reference(
     wide = torch.promote_types(query.dtype, torch.float32)
     dtype, (query, key, value) = query.dtype, (t.to(wide) for t in (query, key, value))
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    rows_q = _rows(query, cu_seqlens_q, seqused_q, query_index)
-    rows_k = _rows(key, cu_seqlens_k, seqused_k, key_index)
+    rows_q = slot_rows(query, cu_seqlens_q, seqused_q, query_index)
+    rows_k = slot_rows(key, cu_seqlens_k, seqused_k, key_index)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
 
     done, outs, lses = [], [], []
     for b, (mine, theirs) in enumerate(zip(rows_q, rows_k, strict=True)):
-        runs = _runs(mine, theirs.shape[0], kv_range)
+        runs = visible_runs(mine, theirs.shape[0], kv_range)
         sizes = [n for n, _, _ in runs]
         queries = query[mine].transpose(0, 1).unflatten(0, (-1, groups)).split(sizes, dim=2)
         keys, values = key[theirs].transpose(0, 1), value[theirs].transpose(0, 1)
@@ -90,7 +90,7 @@ def attention_reference(
     return out.to(dtype), lse
 
 
-def _rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | None) -> list[Tensor]:
+def slot_rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | None) -> list[Tensor]:
     """For each sequence, the rows of ``tokens`` that its slots stand for, int64."""
     rows = torch.arange(tokens.shape[0], device=tokens.device) if index is None else index.long()
     bounds = offsets.tolist()
@@ -98,7 +98,7 @@ def _rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | 
     return [rows[start : start + length] for start, length in zip(bounds, lengths, strict=False)]
 
 
-def _runs(rows: Tensor, keys: int, kv_range: Tensor | None) -> list[tuple[int, int, int]]:
+def visible_runs(rows: Tensor, keys: int, kv_range: Tensor | None) -> list[tuple[int, int, int]]:
     """A sequence's query rows as runs of n neighbours that see the same key slots [begin, end)."""
     if kv_range is None:
         return [(rows.shape[0], 0, keys)]
