@@ -100,6 +100,14 @@ def _select(
         longest = int(offsets.diff().max()) if batch else 0
     probe = ranked if x is None else x
     index, cu_keep, assignment, rows = run(
-        "select", probe, backend, ranked, cu_seqlens, counts, None if protected is None else protected.contiguous(), x, capacity
+        "select",
+        probe,
+        backend,
+        ranked,
+        cu_seqlens,
+        counts,
+        None if protected is None else protected.contiguous(),
+        x,
+        capacity,
     )
     return Selection(index, cu_keep, assignment, cu_seqlens, longest, ranked, protected), rows

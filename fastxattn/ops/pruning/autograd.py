@@ -45,9 +45,7 @@ class Merge(torch.autograd.Function):
     """Sums of rows by destination."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, assignment: Tensor, coefficient: Tensor | None, rows: int, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, assignment: Tensor, coefficient: Tensor | None, rows: int, backend: str) -> Tensor:
         ctx.backend = backend
         saved = x if coefficient is not None and coefficient.requires_grad else None
         ctx.save_for_backward(assignment, coefficient, saved)

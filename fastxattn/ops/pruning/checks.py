@@ -36,7 +36,9 @@ def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
 def check_scores(scores: Tensor, cu_seqlens: Tensor) -> None:
     """``scores`` (total,) floating point, on the device of ``cu_seqlens``."""
     if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point:
-        raise TypeError(f"scores must be a floating-point tensor; got {getattr(scores, 'dtype', type(scores).__name__)}")
+        raise TypeError(
+            f"scores must be a floating-point tensor; got {getattr(scores, 'dtype', type(scores).__name__)}"
+        )
     if scores.ndim != 1:
         raise ValueError(f"scores must have shape (total,); got {tuple(scores.shape)}")
     check_offsets("cu_seqlens", cu_seqlens, scores.shape[0])

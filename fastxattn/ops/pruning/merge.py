@@ -44,9 +44,7 @@ def best_match(
         checks.check_offsets(f"cu_{name}", offsets, index.shape[0])
     if cu_a.shape != cu_b.shape:
         raise ValueError(f"cu_b must have the shape of cu_a, {tuple(cu_a.shape)}; got {tuple(cu_b.shape)}")
-    best, similarity = run(
-        "match", features, backend, features.detach().contiguous(), a_index, cu_a, b_index, cu_b
-    )
+    best, similarity = run("match", features, backend, features.detach().contiguous(), a_index, cu_a, b_index, cu_b)
     return best, similarity
 
 
@@ -91,7 +89,11 @@ def bipartite(
     wanted = torch.where(cu_b.diff() > 0, torch.minimum(wanted, cu_a.diff()), 0)
     merged = select(similarity, cu_a, wanted, backend=backend)
     gone = torch.zeros(total + 1, dtype=torch.bool, device=features.device)
-    source = torch.where(merged.keep_index >= 0, a_index[merged.keep_index.clamp_min(0).long()], total) if a_index.numel() else merged.keep_index
+    source = (
+        torch.where(merged.keep_index >= 0, a_index[merged.keep_index.clamp_min(0).long()], total)
+        if a_index.numel()
+        else merged.keep_index
+    )
     gone[source.long()] = True
     keep = inside & ~gone[:total]
     counts = segments.segment_sum(keep, cu_seqlens).to(torch.int32)
@@ -99,7 +101,12 @@ def bipartite(
     target = torch.full((total + 1,), -1, dtype=torch.int32, device=features.device)
     if a_index.numel():
         target[torch.where(a_index >= 0, a_index, total).long()] = best
-    return _join(kept, gone[:total], target[:total], torch.ones(total, device=features.device) if sizes is None else sizes.float())
+    return _join(
+        kept,
+        gone[:total],
+        target[:total],
+        torch.ones(total, device=features.device) if sizes is None else sizes.float(),
+    )
 
 
 def _join(kept: Selection, joins: Tensor, target: Tensor, weight: Tensor) -> Selection:
@@ -135,9 +142,7 @@ def nearest(
     return _join(selection, dropped, target[:total], ones if weight is None else weight.float())
 
 
-def contextual(
-    dominant: Selection, features: Tensor, count: int, *, backend: str = "auto"
-) -> Selection:
+def contextual(dominant: Selection, features: Tensor, count: int, *, backend: str = "auto") -> Selection:
     """Keep ``count`` evenly spaced leftovers besides the dominant tokens; the other leftovers merge into the nearest.
 
     VisionZip, Yang et al., CVPR 2025 (arXiv 2412.04467). The result keeps dominant and contextual tokens in order.

@@ -94,5 +94,3 @@ def merge_rows(
     chosen = resolve("pruning.merge", BACKENDS, x, backend)
     out = Merge.apply(_as_rows(x), assignment, coefficient, rows, chosen)
     return out.reshape(rows, *x.shape[1:])  # type: ignore[no-any-return]
-
-

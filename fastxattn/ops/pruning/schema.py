@@ -37,9 +37,7 @@ BACKENDS = ("cpu", "triton")
 
 for _backend in BACKENDS:
     for _name, _schema in SCHEMAS.items():
-        torch.library.define(
-            f"fastxattn::pruning_{_name}_{_backend}", _schema, tags=torch.Tag.pt2_compliant_tag
-        )
+        torch.library.define(f"fastxattn::pruning_{_name}_{_backend}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
 def _select(

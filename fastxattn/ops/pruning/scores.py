@@ -83,7 +83,9 @@ def text_relevance(image: Tensor, text: Tensor, cu_image: Tensor, cu_text: Tenso
     mean = unit_text.new_zeros(batch + 1, text.shape[1]).index_add(0, owner, unit_text)[:batch]
     mean = mean / cu_text.diff().clamp_min(1)[:, None]
     row = segments.sequence_ids(cu_image, image.shape[0])
-    cosine = (torch.nn.functional.normalize(image.float(), dim=1) * torch.nn.functional.pad(mean, (0, 0, 0, 1))[row]).sum(1)
+    cosine = (
+        torch.nn.functional.normalize(image.float(), dim=1) * torch.nn.functional.pad(mean, (0, 0, 0, 1))[row]
+    ).sum(1)
     high = torch.nn.functional.pad(segments.segment_max(cosine, cu_image), (0, 1))[row]
     low = -torch.nn.functional.pad(segments.segment_max(-cosine, cu_image), (0, 1))[row]
     return (cosine - low) / (high - low).clamp_min(1e-6)

@@ -60,7 +60,9 @@ class Selection:
         """(kept,) int32: place of each kept token in its sequence's order, 0 for the best; -1 beyond the last."""
         total = self.scores.shape[0]
         ranked = segments.best_first(self.scores, self.source_cu_seqlens, self.protected)
-        start = torch.nn.functional.pad(self.source_cu_seqlens, (0, 1))[segments.sequence_ids(self.source_cu_seqlens, total)]
+        start = torch.nn.functional.pad(self.source_cu_seqlens, (0, 1))[
+            segments.sequence_ids(self.source_cu_seqlens, total)
+        ]
         place = torch.empty(total, dtype=torch.int32, device=ranked.device)
         place[ranked] = torch.arange(total, dtype=torch.int32, device=ranked.device) - start
         if total == 0:

@@ -21,7 +21,9 @@ from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
 from fastxattn.ops.pruning.selection import Selection
 
 
-def attention_topk(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, attention: Tensor, **options: Any) -> Selection:
+def attention_topk(
+    tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, attention: Tensor, **options: Any
+) -> Selection:
     """Keep the most attended tokens.
 
     With CLS rows: EViT (arXiv 2202.07800), FasterVLM (2412.01818). With the last text token's row inside the language
@@ -89,7 +91,13 @@ def cdpruner(
 
 
 def visionzip(
-    tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, attention: Tensor, contextual: int | None = None, **options: Any
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    budget: Budget,
+    *,
+    attention: Tensor,
+    contextual: int | None = None,
+    **options: Any,
 ) -> Selection:
     """VisionZip, Yang et al., CVPR 2025 (arXiv 2412.04467): dominant tokens by attention, contextual ones by merging.
 
