@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,10 +157,10 @@ class PackedTokens:
     def to_list(self) -> list[Tensor]:
         """Views of the sequences, (length_i, ...) each. Reads the offsets (waits for a GPU)."""
         bounds = self.cu_seqlens.tolist()
-        return [self.values[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [self.values[a:b] for a, b in itertools.pairwise(bounds)]
 
     @classmethod
-    def from_nested(cls, nested: Tensor) -> PackedTokens:
+    def from_nested(cls, nested: Any) -> PackedTokens:
         """From a jagged ``torch.nested`` tensor (batch, j, ...) whose ragged axis is 1. Reads the longest length."""
         if not nested.is_nested or nested.layout != torch.jagged:
             raise TypeError("nested must be a torch.nested tensor of layout torch.jagged")

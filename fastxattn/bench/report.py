@@ -42,9 +42,8 @@ def markdown_table(records: Sequence[Record], provider: str) -> str:
         theirs = [r for r in group if r.provider == r.rival]
         if ours and theirs:
             a, b = ours[0], theirs[0]
-            lines.append(
-                f"| {case} | {direction} | {dtype} | {b.provider} | {b.median_ms:.3g} | {a.median_ms:.3g} | {a.ratio:.2f}x |"
-            )
+            times = f"{b.provider} | {b.median_ms:.3g} | {a.median_ms:.3g} | {a.ratio:.2f}x"
+            lines.append(f"| {case} | {direction} | {dtype} | {times} |")
     return "\n".join(lines) + "\n"
 
 

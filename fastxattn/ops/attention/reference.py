@@ -12,6 +12,7 @@ and a run touches only those keys: what nobody sees, NaN included, cannot reach 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -94,7 +95,7 @@ def _rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | 
     """For each sequence, the rows of ``tokens`` that its slots stand for, int64."""
     rows = torch.arange(tokens.shape[0], device=tokens.device) if index is None else index.long()
     bounds = offsets.tolist()
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)] if used is None else used.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(bounds)] if used is None else used.tolist()
     return [rows[start : start + length] for start, length in zip(bounds, lengths, strict=False)]
 
 
