@@ -28,9 +28,16 @@ class Visible:
     keys: Tensor | None = None
     """(batch, Lk) boolean, the keys that some query sees; None: all of them."""
     ranges: Tensor | None = None
-    """(batch, Lq, 2) int32: each query sees the *existing* keys [start, end), counted without the others; None: all."""
+    """(batch, Lq, 2) int32: each query sees those of ``keys`` that are in [start, end) of the padded axis; None: all."""
     bias: Tensor | None = None
     """(batch|1, heads|1, Lq|1, Lk|1), added to the scores: what has no structure. Then the other two are None."""
+
+    def packed_ranges(self) -> Tensor | None:
+        """(batch * Lq, 2) int32: ``ranges`` counted in the keys that exist, for packed keys."""
+        if self.ranges is None or self.keys is None:
+            return None if self.ranges is None else self.ranges.flatten(0, 1)
+        before = torch.nn.functional.pad(self.keys.cumsum(1, dtype=torch.int32), (1, 0))
+        return before.gather(1, self.ranges.flatten(1).long()).view(-1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,17 +126,16 @@ def _seen(additive: Tensor) -> Tensor | None:
 def _intervals(seen: Tensor, batch: int, queries: int, keys: int) -> Visible | None:
     """Each row of ``seen`` (batch|1, Lq, Lk) as an interval of the keys that any row sees, or None."""
     present = seen.any(1)  # (batch|1, Lk)
-    rank = present.cumsum(-1)
+    before = torch.nn.functional.pad(present.cumsum(-1), (1, 0))
     counts = seen.sum(-1)
     as_bytes = seen.to(torch.uint8)
-    first, last = as_bytes.argmax(-1), keys - 1 - as_bytes.flip(-1).argmax(-1)
-    start, end = rank.gather(1, first) - 1, rank.gather(1, last)
     empty = counts == 0
-    if not bool((empty | (end - start == counts)).all()):
+    start = as_bytes.argmax(-1).masked_fill(empty, 0)
+    end = (keys - as_bytes.flip(-1).argmax(-1)).masked_fill(empty, 0)
+    if not torch.equal(before.gather(1, end) - before.gather(1, start), counts):
         return None
-    start, end = start.masked_fill(empty, 0), end.masked_fill(empty, 0)
     existing = None if bool(present.all()) else present.expand(batch, keys)
-    if bool(((start == 0) & (end == rank[:, -1:])).all()):
+    if torch.equal(counts, before[:, -1:].expand_as(counts)):
         return Visible(keys=existing)
     ranges = torch.stack([start, end], dim=-1).to(torch.int32)
     return Visible(existing, ranges.expand(batch, queries, 2))

@@ -66,7 +66,7 @@ class MllamaCrossAttention(Adapter):
             longest,
             states.shape[1],
             scale=me.scaling,
-            kv_range=None if visible.ranges is None else visible.ranges.flatten(0, 1),
+            kv_range=visible.packed_ranges(),
             dropout_p=me.dropout if me.training else 0.0,
         )
         return me.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None  # type: ignore[union-attr]
