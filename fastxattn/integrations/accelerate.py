@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -180,7 +181,9 @@ def _parents(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def _note_unknown(report: Report, module: nn.Module) -> None:
-    name = type(module).__name__
-    if "Attention" in name or "Attn" in name or "QFormer" in name or "Resampler" in name:
+    # A leaf that projects keys and values itself; its containers have nothing to swap.
+    if re.search("Atte?n", type(module).__name__) and not any(
+        re.search("Atte?n", type(child).__name__) for child in module.modules() if child is not module
+    ):
         full = class_name(type(module))
         report.unknown[full] = report.unknown.get(full, 0) + 1
