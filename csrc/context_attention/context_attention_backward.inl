@@ -1,7 +1,7 @@
 // Backward, a span of keys at a time, in two sweeps that each own what they write: panels of rows compute the
 // weights, their gradients and grad_query; key blocks then turn what the panels left into grad_context.
 //
-//   P = exp(s - lse)   dS = P * (grad_out . context - delta) * scale   delta = grad_out . out - grad_lse
+//   P = softmax(s)   dS = P * (grad_out . context - delta) * scale   delta = grad_out . out - grad_lse
 //   grad_query += dS context      grad_context += dS^T query + P^T grad_out      grad_key_bias += sum dS / scale
 #pragma once
 
@@ -41,17 +41,19 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
   float* scores = reinterpret_cast<float*>(block + 2 * padded * kContextKeys);
   float* products = scores + kContextKeys * kContextLanes;
   E* pairs = reinterpret_cast<E*>(products + kContextKeys * kContextLanes);
-  float* lse = products + 3 * kContextKeys * kContextLanes;
-  float* deltas = lse + kContextLanes;
+  float* top = products + 3 * kContextKeys * kContextLanes;
+  float* inverse = top + kContextLanes;
+  float* deltas = inverse + kContextLanes;
 
   const T* outs[kContextLanes];
   for (int64_t i = 0; i < rows.lanes; ++i) {
-    lse[i] = __builtin_inff(), deltas[i] = 0.0f;  // a weight of exp(-inf) = 0
+    top[i] = inverse[i] = deltas[i] = 0.0f;
     if (i >= rows.n) continue;
     const int64_t row = panel.row + i;
     outs[i] = static_cast<const T*>(g.grad_out) + row * p.width;
-    const float value = p.lse[row % p.heads * p.rows_q + row / p.heads] * kLog2e;
-    if (value != -__builtin_inff()) lse[i] = value, deltas[i] = delta[row];
+    const int64_t at = row % p.heads * p.rows_q + row / p.heads;
+    top[i] = p.softmax[at], inverse[i] = p.softmax[p.heads * p.rows_q + at];
+    if (inverse[i] != 0.0f) deltas[i] = delta[row];
   }
   bool packed = false, zeroed = first != 0;
   const int64_t last = first + kContextSpan < panel.keys ? first + kContextSpan : panel.keys;
@@ -80,7 +82,7 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
       for (int64_t i = 0; i < rows.lanes; i += W) {
         const int64_t at = j * rows.lanes + i;
         const vf s = load(scores + at);
-        const vf weight = exp2(s - load(lse + i));
+        const vf weight = exp(s - load(top + i)) * load(inverse + i);
         vf grad = weight * (load(products + at) - load(deltas + i));
         if (masked) grad = s == splat(-__builtin_inff()) ? zero() : grad;
         sum += grad;

@@ -189,13 +189,13 @@ struct KeyBlock {
   }
 };
 
-// scores[key][lane] in base 2 (scale * log2 e and the bias included), -inf where the row does not see the key.
+// scores[key][lane] with scale and bias, -inf where the row does not see the key.
 template <class T>
 static void finish_scores(const ContextAttentionParams& p, const Rows<T>& rows, int64_t key_row, int64_t place,
                           int64_t count, bool masked, float* scores) {
-  const vf factor = splat(p.scale * kLog2e);
+  const vf factor = splat(p.scale);
   for (int64_t j = 0; j < count; ++j) {
-    const vf bias = splat(p.key_bias == nullptr ? 0.0f : p.key_bias[key_row + j] * kLog2e);
+    const vf bias = splat(p.key_bias == nullptr ? 0.0f : p.key_bias[key_row + j]);
     float* row = scores + j * rows.lanes;
     for (int64_t i = 0; i < rows.lanes; i += W) {
       vf s = fma(load(row + i), factor, bias);

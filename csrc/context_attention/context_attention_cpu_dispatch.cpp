@@ -70,7 +70,10 @@ void clear_unused_rows(const ContextAttentionParams& p) {
   const int64_t row_bytes = p.heads * p.width * dtype_size(p.dtype);
   std::memset(static_cast<char*>(p.out) + used * row_bytes, 0, static_cast<size_t>((p.rows_q - used) * row_bytes));
   for (int64_t h = 0; h < p.heads; ++h)
-    for (int64_t q = used; q < p.rows_q; ++q) p.lse[h * p.rows_q + q] = -__builtin_inff();
+    for (int64_t q = used; q < p.rows_q; ++q) {
+      p.lse[h * p.rows_q + q] = -__builtin_inff();
+      p.softmax[h * p.rows_q + q] = p.softmax[(p.heads + h) * p.rows_q + q] = 0.0f;
+    }
 }
 
 }  // namespace

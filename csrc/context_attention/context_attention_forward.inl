@@ -5,7 +5,7 @@
 
 namespace fastxattn::FXA_ISA {
 
-// Turns scores into weights exp2(s - top), raising `top` first; alpha is what earlier sums must be multiplied by.
+// Turns scores into weights exp(s - top), raising `top` first; alpha is what earlier sums must be multiplied by.
 template <class E>
 static bool online_softmax(int64_t lanes, int64_t count, float* scores, E* weights, float* top, float* total, float* alpha) {
   bool rescale = false;
@@ -14,10 +14,10 @@ static bool online_softmax(int64_t lanes, int64_t count, float* scores, E* weigh
     vf after = before;
     for (int64_t j = 0; j < count; ++j) after = max(load(scores + j * lanes + i), after);  // NaN leaves it alone
     const vf base = after == splat(-__builtin_inff()) ? zero() : after;
-    const vf factor = exp2(before - base);
+    const vf factor = exp(before - base);
     vf sum = zero();
     for (int64_t j = 0; j < count; ++j) {
-      const vf w = exp2(load(scores + j * lanes + i) - base);
+      const vf w = exp(load(scores + j * lanes + i) - base);
       sum += w;
       put_weights(weights, lanes, j, i, w);
       if constexpr (kPer<E> == 2) store(scores + j * lanes + i, w);  // in float32, for rows of NaN
@@ -45,8 +45,10 @@ static void write_result(const ContextAttentionParams& p, const ContextPanel& pa
     int64_t c = 0;
     for (; c + W <= p.width; c += W) store_from_f32(out + c, load(from + c) * splat(inverse));
     for (; c < p.width; ++c) out[c] = from_f32<T>(from[c] * inverse);
-    p.lse[row % p.heads * p.rows_q + row / p.heads] =
-        empty ? -__builtin_inff() : (top[i] + __builtin_log2f(total[i])) * kLn2;
+    const int64_t at = row % p.heads * p.rows_q + row / p.heads;
+    p.lse[at] = empty ? -__builtin_inff() : top[i] + __builtin_logf(total[i]);
+    p.softmax[at] = empty ? 0.0f : top[i];
+    p.softmax[p.heads * p.rows_q + at] = inverse;
   }
 }
 
@@ -118,7 +120,7 @@ static void merge_parts(const ContextAttentionParams& p, const ContextPanel& pan
     float total = 0.0f;
     for (int64_t n = 0; n < panel.parts; ++n) {
       float* statistic = parts + n * stride + statistics + i;
-      const float weight = *statistic == -__builtin_inff() ? 0.0f : __builtin_exp2f(*statistic - top);
+      const float weight = *statistic == -__builtin_inff() ? 0.0f : __builtin_expf(*statistic - top);
       total += weight * statistic[kContextLanes];
       float* sums = parts + i * padded;
       const float* from = parts + n * stride + i * padded;

@@ -16,7 +16,7 @@ void check_offsets(const Tensor& offsets, int64_t rows, const char* name) {
 
 ContextAttentionParams problem(const Tensor& query, const Tensor& context, const Tensor& cu_q, const Tensor& cu_k,
                                const OptionalTensor& kv_range, const OptionalTensor& key_bias, double scale,
-                               const Tensor& out, const Tensor& lse) {
+                               const Tensor& out, const Tensor& lse, const Tensor& softmax) {
   STD_TORCH_CHECK(query.dim() == 3 && context.dim() == 2 && query.size(2) == context.size(1),
                   "fastxattn: query must be (rows, heads, width) and context (rows, width)");
   STD_TORCH_CHECK(query.scalar_type() == context.scalar_type(), "fastxattn: query and context must have one dtype");
@@ -39,6 +39,8 @@ ContextAttentionParams problem(const Tensor& query, const Tensor& context, const
                   "fastxattn: out must be contiguous, of query's shape and dtype");
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == query.size(0) * query.size(1),
                   "fastxattn: lse must be contiguous float32 (heads, rows of query)");
+  STD_TORCH_CHECK(softmax.scalar_type() == ScalarType::Float && softmax.is_contiguous() && softmax.numel() == 2 * lse.numel(),
+                  "fastxattn: softmax must be contiguous float32 (2, heads, rows of query)");
   ContextAttentionParams p{};
   p.dtype = dtype_of(query, "query");
   p.batch = cu_q.size(0) - 1;
@@ -57,21 +59,23 @@ ContextAttentionParams problem(const Tensor& query, const Tensor& context, const
   p.key_bias = data_or_null<float>(key_bias);
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
+  p.softmax = static_cast<float*>(softmax.data_ptr());
   return p;
 }
 
-std::tuple<Tensor, Tensor> op_forward(Tensor query, Tensor context, Tensor cu_q, Tensor cu_k, OptionalTensor kv_range,
+std::tuple<Tensor, Tensor, Tensor> op_forward(Tensor query, Tensor context, Tensor cu_q, Tensor cu_k, OptionalTensor kv_range,
                                       OptionalTensor key_bias, double scale) {
   Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
   Tensor lse = torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float);
-  context_attention_forward(problem(query, context, cu_q, cu_k, kv_range, key_bias, scale, out, lse), torch_parallel());
-  return {out, lse};
+  Tensor softmax = torch::stable::new_empty(query, {2, query.size(1), query.size(0)}, ScalarType::Float);
+  context_attention_forward(problem(query, context, cu_q, cu_k, kv_range, key_bias, scale, out, lse, softmax), torch_parallel());
+  return {out, lse, softmax};
 }
 
-std::tuple<Tensor, Tensor, Tensor> op_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor query,
+std::tuple<Tensor, Tensor, Tensor> op_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor softmax, Tensor query,
                                                Tensor context, Tensor cu_q, Tensor cu_k, OptionalTensor kv_range,
                                                OptionalTensor key_bias, double scale, int64_t needs) {
-  const auto p = problem(query, context, cu_q, cu_k, kv_range, key_bias, scale, out, lse);
+  const auto p = problem(query, context, cu_q, cu_k, kv_range, key_bias, scale, out, lse, softmax);
   STD_TORCH_CHECK(grad_out.scalar_type() == query.scalar_type() && grad_out.is_contiguous() && grad_out.numel() == query.numel(),
                   "fastxattn: grad_out must be contiguous, of query's shape and dtype");
   STD_TORCH_CHECK(!grad_lse.has_value() || (grad_lse->scalar_type() == ScalarType::Float && grad_lse->is_contiguous() &&

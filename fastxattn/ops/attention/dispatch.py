@@ -6,15 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastxattn.ops.attention import checks, cpu
 from fastxattn.ops.attention.autograd import FORWARD, Attention, wants_gradient
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
+from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env
 from fastxattn.runtime.backend import Backend, resolve
 
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
+_CPU = ("auto", "cpu")
 BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
 
 
@@ -38,6 +41,36 @@ def attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of a problem; arguments as in the operator schema, ``scale`` None for 1 / sqrt(head_dim)."""
+    if (
+        cpu.ready
+        and not is_compiling()
+        and backend in _CPU
+        and env.default_backend in _CPU
+        and explaining.explaining_in is None
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        # The short way: the operator checks everything it relies on, and Python looks only when it has refused.
+        try:
+            scale_ = query.size(-1) ** -0.5 if scale is None else scale
+            if dropout_p:
+                dropout_seed = seed_tensor(dropout_seed, query.device)
+            if torch.is_grad_enabled() and (
+                query.requires_grad
+                or key.requires_grad
+                or value.requires_grad
+                or (key_bias is not None and key_bias.requires_grad)
+                or (bias is not None and bias.requires_grad)
+            ):
+                return Attention.apply(
+                    "cpu", query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index,
+                    kv_range, key_bias, bias, scale_, softcap, dropout_p, dropout_seed,
+                )  # fmt: skip
+            return cpu.direct(
+                query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index,
+                kv_range, key_bias, bias, scale_, softcap, dropout_p, dropout_seed,
+            )  # fmt: skip
+        except (RuntimeError, TypeError, AttributeError):
+            pass
     return _checked(
         query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index, kv_range,
         key_bias, bias, scale, softcap, dropout_p, dropout_seed, backend=backend,
@@ -81,7 +114,7 @@ def _prepare(*arguments: Any) -> Problem:
         changes["key_bias"] = problem.key_bias.to(wide)
     if problem.scale is None:
         changes["scale"] = query.shape[2] ** -0.5
-    changes["dropout_seed"] = _seed(problem.dropout_seed, query.device) if problem.dropout_p else None
+    changes["dropout_seed"] = seed_tensor(problem.dropout_seed, query.device) if problem.dropout_p else None
     return problem._replace(**changes)
 
 
@@ -93,7 +126,7 @@ def _autocast(t: Tensor) -> Tensor:
     return t.to(torch.get_autocast_dtype(kind))
 
 
-def _seed(seed: int | Tensor | None, device: torch.device) -> Any:
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Any:
     """(1,) int64 on ``device``; drawn from torch's generator when None."""
     if seed is None:
         return torch.randint(0, 2**63 - 1, (1,), device=device)
