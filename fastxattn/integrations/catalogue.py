@@ -40,5 +40,8 @@ for _family in HOOKED:
 for _name, _adapter in CLASSES.items():
     register_adapter(f"transformers.models.{_name}", f"{_HERE}.transformers.{_adapter}")
 register_adapter("torch.nn.modules.activation.MultiheadAttention", f"{_HERE}.torch_nn:MultiheadAttention")
-for _name in ("TransformerEncoderLayer", "TransformerDecoderLayer"):
-    register_adapter(f"torch.nn.modules.transformer.{_name}", f"{_HERE}.torch_nn:{_name}")
+register_adapter("torch.nn.modules.transformer.TransformerEncoderLayer", f"{_HERE}.torch_nn:TransformerEncoderLayer")
+register_adapter(
+    "transformers.models.siglip.modeling_siglip.SiglipMultiheadAttentionPoolingHead",
+    f"{_HERE}.torch_nn:SiglipPoolingHead",
+)

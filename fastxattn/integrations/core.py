@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -122,52 +124,80 @@ def plain_linear(*modules: nn.Module) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Called:
+    """Key and value projections that must be called as they are (see :func:`plain_linear`)."""
+
+    key: nn.Module
+    value: nn.Module
+
+    def project(self, context: PackedTokens, heads: int, value: PackedTokens | None = None) -> ContextKV:
+        """Keys of ``context``'s rows and values of ``value``'s, (total_k, heads, D)."""
+        source = context if value is None else value
+        k, v = self.key(context.values), self.value(source.values)
+        return ContextKV(
+            k.unflatten(-1, (heads, -1)), v.unflatten(-1, (heads, -1)), context.cu_seqlens, context.max_seqlen
+        )
+
+
+Projections = KeyValueWeights | Called
+
+
+def projections(key: nn.Linear, value: nn.Linear) -> Projections:
+    """The two layers as weights, which may be absorbed, or as modules to call."""
+    return KeyValueWeights.of(key, value) if plain_linear(key, value) else Called(key, value)
+
+
 def read(
     query: Tensor,
     features: Tensor,
     mask: Tensor | PackedMask | None,
-    key: nn.Linear,
-    value: nn.Linear,
+    weights: Projections,
     *,
     heads: int,
     scale: float,
     dropout_p: float = 0.0,
+    values: Tensor | None = None,
 ) -> Tensor | None:
     """Multi-head attention of projected queries over raw features: only the features that exist are projected.
 
     Args:
         query: (batch, Lq, heads * D), projected.
         features: (batch, Lk, d_in), or packed (1, total_k, d_in) with a :class:`PackedMask`.
-        mask: as the model has it.
-        key: projection of the keys.
-        value: projection of the values.
+        mask: as the model has it; boolean True = sees.
+        weights: the key and value projections.
         heads: number of heads.
         scale: of the scores.
         dropout_p: on the weights.
+        values: features that the values are made of, when not ``features``; padded ones only.
 
     Returns:
         (batch, Lq, heads * Dv), or None for a problem too small to gain.
     """
     batch, length, _ = query.shape
+    value_rows = None
     if isinstance(mask, PackedMask):
         packed = PackedTokens(features[0], mask.cu_seqlens_k, mask.max_seqlen_k)
     else:
-        small = query.view(batch, length, heads, -1).transpose(1, 2)
-        if not worth(small, features[:, None]):
+        split = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+        if not worth(split, features[:, None]):
             return None
         visible = recognise(mask, batch, length, features.shape[1])
-        if visible.bias is not None:
-            k, v = (proj(features).unflatten(-1, (heads, -1)).transpose(1, 2) for proj in (key, value))
-            return attend_padded(small, k, v, visible, scale=scale, dropout_p=dropout_p).flatten(2)
         packed = PackedTokens.from_padded(features, visible.keys)
+        value_rows = None if values is None else PackedTokens.from_padded(values, visible.keys)
+        if visible.bias is not None:
+            kv = weights.project(packed, heads, value_rows)
+            k, v = (t.unflatten(0, features.shape[:2]).transpose(1, 2) for t in (kv.key, kv.value))
+            return attend_padded(split, k, v, visible, scale=scale, dropout_p=dropout_p).flatten(2)
         mask = PackedMask(packed.cu_seqlens, packed.max_seqlen, kv_range=visible.packed_ranges())
     offsets, longest = query_offsets(mask, batch, length, query.device)
     rows = query.reshape(batch * length, heads, -1)
     layout = PackedTokens(rows, offsets, longest)
-    options = {"scale": scale, "kv_range": mask.kv_range, "dropout_p": dropout_p}
-    if plain_linear(key, value):
-        out = cross_attend(rows, layout, packed, KeyValueWeights.of(key, value), **options)  # type: ignore[arg-type]
+    if isinstance(weights, KeyValueWeights):
+        out = cross_attend(
+            rows, layout, packed, weights, value=value_rows, kv_range=mask.kv_range, scale=scale, dropout_p=dropout_p
+        )
     else:
-        k, v = (proj(packed.values).unflatten(-1, (heads, -1)) for proj in (key, value))
-        out = attend(rows, layout, ContextKV(k, v, packed.cu_seqlens, packed.max_seqlen), **options)  # type: ignore
+        kv = weights.project(packed, heads, value_rows)
+        out = attend(rows, layout, kv, kv_range=mask.kv_range, scale=scale, dropout_p=dropout_p)
     return out.view(batch, length, -1)

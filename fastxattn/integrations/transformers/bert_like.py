@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastxattn.integrations.core import read
+from fastxattn.integrations.core import projections, read
 from fastxattn.integrations.swap import Adapter
 from fastxattn.integrations.transformers.capturing import wants_maps
 
@@ -16,8 +16,7 @@ def _read(module: Any, hidden_states: Tensor, context: Tensor, mask: Tensor | No
         module.query(hidden_states),
         context,
         mask,
-        module.key,
-        module.value,
+        projections(module.key, module.value),
         heads=module.num_attention_heads,
         scale=module.attention_head_size**-0.5,
         dropout_p=module.dropout.p if module.training else 0.0,

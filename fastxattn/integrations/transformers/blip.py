@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastxattn.integrations.core import attend_padded, read, worth
+from fastxattn.integrations.core import attend_padded, projections, read, worth
 from fastxattn.integrations.masks import PackedMask, Visible, recognise
 from fastxattn.integrations.swap import Adapter
 from fastxattn.integrations.transformers.capturing import wants_maps
@@ -118,8 +118,7 @@ class BlipTextAttention(Adapter):
                 me.query(hidden_states),
                 features,
                 mask,
-                me.key,
-                me.value,
+                projections(me.key, me.value),
                 heads=me.num_attention_heads,
                 scale=me.attention_head_size**-0.5,
                 dropout_p=me.dropout.p if me.training else 0.0,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastxattn.integrations.core import pack_keys, read
+from fastxattn.integrations.core import pack_keys, projections, read
 from fastxattn.integrations.masks import PackedMask, recognise
 from fastxattn.integrations.swap import Adapter
 from fastxattn.integrations.transformers import IMPLEMENTATION
@@ -70,8 +70,7 @@ class QFormerAttention(Adapter):
             me.query(hidden_states),
             encoder_hidden_states,
             encoder_attention_mask,
-            me.key,
-            me.value,
+            projections(me.key, me.value),
             heads=me.num_attention_heads,
             scale=me.scaling,
             dropout_p=me.attention_dropout if me.training else 0.0,
