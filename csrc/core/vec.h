@@ -10,7 +10,16 @@
 #include "core/scalar.h"
 
 #if defined(FXA_ISA_AVX2) || defined(FXA_ISA_AVX512) || defined(FXA_ISA_AVX512BF16)
+// GCC 12's own headers start some intrinsics from a variable they name undefined (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 #if defined(FXA_ISA_AVX512) || defined(FXA_ISA_AVX512BF16)
 #define FXA_VEC512 1
@@ -87,9 +96,13 @@ FXA_INLINE float reduce_max(vf x) {
 // Lanes [0, n) of memory, the rest `fill`; touches no byte past p[n - 1].
 FXA_INLINE vf load_first(const float* p, int n, float fill = 0.0f) {
   if (n >= W) return load(p);
+#if defined(FXA_VEC512)
+  return _mm512_mask_loadu_ps(splat(fill), static_cast<__mmask16>((1u << (n > 0 ? n : 0)) - 1), p);
+#else
   float lanes[W];
   for (int i = 0; i < W; ++i) lanes[i] = i < n ? p[i] : fill;
   return load(lanes);
+#endif
 }
 FXA_INLINE void store_first(float* p, vf x, int n) {
   if (n >= W) return store(p, x);
@@ -98,19 +111,27 @@ FXA_INLINE void store_first(float* p, vf x, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// 2^x: |relative error| <= 2e-7 where the result is normal; 0 below -150; NaN stays NaN; -inf gives 0.
-FXA_INLINE vf exp2(vf x) {
-  x = max(splat(-150.0f), x);  // operand order keeps NaN
-  x = min(splat(128.0f), x);
-  const vf n = round_even(x);
-  const vf f = x - n;
+// 2^f for |f| <= 0.5, relative error <= 2e-7.
+FXA_INLINE vf exp2_fraction(vf f) {
   vf y = splat(0x1.5bba14p-10f);
   y = fma(y, f, splat(0x1.3cea88p-7f));
   y = fma(y, f, splat(0x1.c6b752p-5f));
   y = fma(y, f, splat(0x1.ebf9bcp-3f));
   y = fma(y, f, splat(0x1.62e42ap-1f));
-  y = fma(y, f, splat(1.0f));
-  return scale_by_pow2(y, n);
+  return fma(y, f, splat(1.0f));
+}
+
+// 2^x: |relative error| <= 2e-7 where the result is normal; 0 below -150; NaN stays NaN; -inf gives 0.
+FXA_INLINE vf exp2(vf x) {
+#if defined(FXA_VEC512)
+  // The fraction of an infinity is 0 here, and scalef saturates both ways: no clamping needed.
+  return scale_by_pow2(exp2_fraction(_mm512_reduce_ps(x, 0)), round_even(x));
+#else
+  x = max(splat(-150.0f), x);  // operand order keeps NaN
+  x = min(splat(128.0f), x);
+  const vf n = round_even(x);
+  return scale_by_pow2(exp2_fraction(x - n), n);
+#endif
 }
 
 inline constexpr float kLog2e = 1.4426950408889634f;
@@ -118,10 +139,37 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 
 FXA_INLINE vf exp(vf x) { return exp2(x * splat(kLog2e)); }
 
-// tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error <= 2e-7, saturates without overflow.
+// tanh(x) = e / (e + 2) with e = exp(2x) - 1, formed without cancellation: relative error <= 5e-7.
 FXA_INLINE vf tanh(vf x) {
-  const vf e = exp2(min(splat(60.0f), x * splat(2.0f * kLog2e)));
-  return splat(1.0f) - splat(2.0f) / (e + splat(1.0f));
+  // Beyond 30 the result is 1 in float; the clamps' operand order keeps NaN.
+  const vf y = max(splat(-30.0f), min(splat(30.0f), x * splat(2.0f * kLog2e)));
+  const vf n = round_even(y);
+  const vf f = y - n;
+  vf q = splat(0x1.5bba14p-10f);
+  q = fma(q, f, splat(0x1.3cea88p-7f));
+  q = fma(q, f, splat(0x1.c6b752p-5f));
+  q = fma(q, f, splat(0x1.ebf9bcp-3f));
+  q = fma(q, f, splat(0x1.62e42ap-1f));
+  const vf power = scale_by_pow2(splat(1.0f), n);
+  const vf e = fma(power, q * f, power - splat(1.0f));
+  return e / (e + splat(2.0f));
+}
+
+// log2(x): absolute error <= 2e-7 plus rounding for normal x > 0; 0 gives -inf, infinity and NaN stay.
+FXA_INLINE vf log2(vf x) {
+  const vi bits = reinterpret_cast<vi>(x);
+  const vi exponent = (bits - 0x3f3504f3) >> 23;  // mantissa lands in [sqrt(1/2), sqrt(2))
+  const vf m = reinterpret_cast<vf>(bits - (exponent << 23));
+  const vf t = (m - splat(1.0f)) / (m + splat(1.0f));
+  const vf t2 = t * t;
+  vf y = splat(2.0f / 9.0f * 1.4426950408889634f);
+  y = fma(y, t2, splat(2.0f / 7.0f * 1.4426950408889634f));
+  y = fma(y, t2, splat(2.0f / 5.0f * 1.4426950408889634f));
+  y = fma(y, t2, splat(2.0f / 3.0f * 1.4426950408889634f));
+  y = fma(y, t2, splat(2.0f * 1.4426950408889634f));
+  const vf result = fma(y, t, __builtin_convertvector(exponent, vf));
+  const vf infinity = splat(__builtin_inff());
+  return x == zero() ? -infinity : x < infinity ? result : x;
 }
 
 // W elements of memory of any type as floats.
@@ -162,6 +210,53 @@ FXA_INLINE void store_from_f32(f16_t* p, vf x) {
 #else
   for (int i = 0; i < W; ++i) p[i] = from_f32<f16_t>(x[i]);
 #endif
+}
+
+// The first n of W elements of any type, the rest zero; touches nothing past them.
+template <class T>
+FXA_INLINE vf load_first_as_f32(const T* p, int64_t n) {
+  if (n >= W) return load_as_f32(p);
+  T lanes[W] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load_as_f32(lanes);
+}
+template <class T>
+FXA_INLINE void store_first_from_f32(T* p, vf x, int64_t n) {
+  if (n >= W) return store_from_f32(p, x);
+  T lanes[W];
+  store_from_f32(lanes, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// a0 b0 a1 b1 ... from the lower, or the upper, halves of two vectors.
+#if defined(FXA_VEC512)
+FXA_INLINE vf interleave_low(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+FXA_INLINE vf interleave_high(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(FXA_ISA_NEON)
+FXA_INLINE vf interleave_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+FXA_INLINE vf interleave_high(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#else
+FXA_INLINE vf interleave_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+FXA_INLINE vf interleave_high(vf a, vf b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#endif
+
+// Transposes a W x W tile held in registers: interleaving halves log2(W) times moves every element home.
+FXA_INLINE void transpose(vf (&x)[W]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    vf y[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = interleave_low(x[i], x[i + W / 2]);
+      y[2 * i + 1] = interleave_high(x[i], x[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = y[i];
+  }
 }
 
 // Two bf16 in one 32-bit lane: the operand of the bf16 dot product, which sums the products of both.

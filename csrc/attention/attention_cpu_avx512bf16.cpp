@@ -1,0 +1,1 @@
+#include "attention/attention_cpu.inl"

@@ -1,0 +1,240 @@
+// Forward, tiled: a panel of keys and values at a time, all query blocks of the item against it.
+//
+//   S^T[key][lane] = K Q^T,  P^T = softmax weights,  O^T[value_dim][lane] = O^T * alpha + V^T P^T
+#pragma once
+
+#include "attention/attention_dropout.inl"
+#include "attention/attention_plan.h"
+
+namespace fastxattn::FXA_ISA {
+
+// Hands out 64-byte aligned pieces of the thread's scratch memory; with a null base it only measures.
+struct Arena {
+  char* base;
+  size_t used = 0;
+
+  template <class U>
+  U* take(int64_t n) {
+    U* at = base == nullptr ? nullptr : reinterpret_cast<U*>(base + used);
+    used += (static_cast<size_t>(n) * sizeof(U) + 63) / 64 * 64;
+    return at;
+  }
+};
+
+template <class T>
+struct ForwardScratch {
+  using E = Element<T>;
+  int64_t depth, key_ld, value_ld;  // elements of a query or key row; leading dimensions of the panels
+  E *keys, *values;                 // [kKeyBlock][key_ld]; [kKeyBlock / kPair][value_ld]
+  E* queries;                       // per block of lanes [depth][block width]
+  float* acc;                       // per block of lanes [value_dim][block width]
+  float *m, *l, *alpha, *factor;    // per lane: running maximum, sum, correction; final factor
+  float *scores, *weights, *extra;  // [kKeyBlock][kLaneBlock]
+  const T **query_at, **key_at, **value_at;  // row addresses
+  T** out_at;
+  float** partial_at;
+  int64_t *row, *key_row;
+  int32_t *head, *begin, *end;
+
+  ForwardScratch(const AttentionParams& p, Arena& arena) {
+    depth = elements<T>(p.head_dim);
+    key_ld = round_up(depth, W);
+    value_ld = round_up(p.value_dim, W);
+    keys = arena.take<E>(kKeyBlock * key_ld);
+    values = arena.take<E>(kKeyBlock * value_ld);
+    queries = arena.take<E>(kLaneChunk * depth);
+    acc = arena.take<float>(kLaneChunk * p.value_dim);
+    m = arena.take<float>(kLaneChunk);
+    l = arena.take<float>(kLaneChunk);
+    alpha = arena.take<float>(kLaneBlock);
+    factor = arena.take<float>(kLaneBlock);
+    scores = arena.take<float>(kKeyBlock * kLaneBlock);
+    weights = Operand<T>::kPair == 2 ? arena.take<float>(kKeyBlock * kLaneBlock / 2) : scores;
+    extra = p.key_bias || p.bias ? arena.take<float>(kKeyBlock * kLaneBlock) : nullptr;
+    query_at = arena.take<const T*>(kLaneChunk);
+    key_at = arena.take<const T*>(kKeyBlock);
+    value_at = arena.take<const T*>(kKeyBlock);
+    out_at = arena.take<T*>(kLaneChunk);
+    partial_at = arena.take<float*>(kLaneChunk);
+    row = arena.take<int64_t>(kLaneChunk);
+    key_row = arena.take<int64_t>(kKeyBlock);
+    head = arena.take<int32_t>(kLaneChunk);
+    begin = arena.take<int32_t>(kLaneChunk);
+    end = arena.take<int32_t>(kLaneChunk);
+  }
+};
+
+// O^T += V^T P^T where a row of V holds NaN or infinity and some lanes do not see it: those skip it.
+template <class T>
+static void accumulate_seen(const Element<T>* values, int64_t value_ld, const float* weights, float* acc, int64_t ld,
+                            int64_t value_dim, const Lanes& lanes, int64_t key_begin, int64_t keys,
+                            const float* alpha) {
+  const Element<T>* p = reinterpret_cast<const Element<T>*>(weights);
+  for (int64_t c = 0; c < value_dim; ++c) {
+    for (int64_t i = 0; i < lanes.count; ++i) {
+      float sum = alpha == nullptr ? 0.0f : acc[c * ld + i] * alpha[i];
+      for (int64_t j = 0; j < keys; ++j) {
+        if (lanes.sees(i, key_begin + j)) sum += value_at(p, ld, j, i) * value_at(values, value_ld, j, c);
+      }
+      acc[c * ld + i] = sum;
+    }
+  }
+}
+
+// Writes one block's results: output rows in T, or float partial rows when the keys are split.
+template <class T>
+static void finish_block(const AttentionParams& p, int64_t kv_head, const Lanes& lanes, int64_t lane_begin, bool touched,
+                         bool transformed, const ForwardScratch<T>& s, int64_t offset, float* partial,
+                         int64_t sequence_lanes) {
+  const float keep = p.dropout_p < 1.0f ? 1.0f / (1.0f - p.dropout_p) : 0.0f;
+  float lse[kLaneBlock];
+  float* acc = s.acc + offset * p.value_dim;
+  for (int64_t i = 0; i < lanes.width; i += W) {
+    const vf sum = load(s.l + offset + i), top = load(s.m + offset + i);
+    const vf none = zero() - splat(__builtin_inff());
+    const vi blank = touched ? sum == zero() : vi{} - 1;
+    store(s.factor + i, blank ? zero() : splat(keep) / sum);
+    const vf scaled = transformed ? top : top * splat(p.scale);
+    store(lse + i, blank ? none : fma(log2(sum), splat(kLn2), scaled));
+  }
+  if (!touched) {
+    for (int64_t i = 0; i < p.value_dim * lanes.width; i += W) store(acc + i, zero());
+  }
+  const int64_t group = p.group();
+  for (int64_t i = 0; i < lanes.count; ++i) {
+    const int64_t head = kv_head * group + lanes.head[i];
+    if (partial != nullptr) {
+      const int64_t at = kv_head * sequence_lanes + lane_begin + i;
+      s.partial_at[i] = partial + at * p.value_dim;
+      partial[p.kv_heads * sequence_lanes * p.value_dim + at] = lse[i];
+    } else {
+      s.out_at[i] = static_cast<T*>(p.out) + (lanes.row[i] * p.heads + head) * p.value_dim;
+      p.lse[head * p.rows_q + lanes.row[i]] = lse[i];
+    }
+  }
+  if (partial != nullptr) {
+    unpack_columns<float>(acc, lanes.width, s.factor, s.partial_at, lanes.count, p.value_dim);
+  } else {
+    unpack_columns<T>(acc, lanes.width, s.factor, s.out_at, lanes.count, p.value_dim);
+  }
+}
+
+template <class T>
+static void forward_tiled(const AttentionParams& p, const ForwardItem& item, float* workspace, Arena arena) {
+  using E = Element<T>;
+  const ForwardScratch<T> s(p, arena);
+  const Sequence sequence = sequence_of(p, item.sequence);
+  const Lanes all = make_lanes(p, sequence, item.lane_begin, item.lane_end, s.row, s.head, s.begin, s.end);
+  const int64_t group = p.group(), sequence_lanes = sequence.queries * group;
+  const int64_t blocks = (all.count + kLaneBlock - 1) / kLaneBlock;
+  Lanes block[kLaneChunk / kLaneBlock];
+  for (int64_t b = 0; b < blocks; ++b) block[b] = all.slice(b * kLaneBlock, kLaneBlock);
+
+  const bool transform = needs_transform(p);
+  const float c = transform ? kLog2e : p.scale * kLog2e;
+  const T* query = static_cast<const T*>(p.query);
+  int64_t key_begin = item.key_begin, key_end = item.key_end;
+  if (all.begin != nullptr) {  // whole panels outside every lane's range are never read
+    if (all.first > key_begin) key_begin += (all.first - key_begin) / kKeyBlock * kKeyBlock;
+    key_end = least(key_end, all.last);
+  }
+
+  for (int64_t head = item.head_begin; head < item.head_end; ++head) {
+    for (int64_t i = 0; i < all.count; ++i) {
+      s.query_at[i] = query + all.row[i] * p.query_row + (head * group + all.head[i]) * p.query_head;
+    }
+    bool touched[kLaneChunk / kLaneBlock] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t offset = b * kLaneBlock;
+      pack_columns<T>(s.query_at + offset, block[b].count, p.head_dim, s.queries + offset * s.depth, block[b].width);
+      for (int64_t i = 0; i < block[b].width; i += W) {
+        store(s.m + offset + i, splat(-__builtin_inff()));
+        store(s.l + offset + i, zero());
+      }
+    }
+    for (int64_t k = key_begin; k < key_end; k += kKeyBlock) {
+      const int64_t keys = least(kKeyBlock, key_end - k);
+      for (int64_t j = 0; j < keys; ++j) {
+        const int64_t row = key_row_of(p, sequence.first_k + k + j);
+        s.key_row[j] = row;
+        s.key_at[j] = static_cast<const T*>(p.key) + row * p.key_row + head * p.key_head;
+        s.value_at[j] = static_cast<const T*>(p.value) + row * p.value_row + head * p.value_head;
+      }
+      pack_rows<T>(s.key_at, keys, p.head_dim, s.keys, s.key_ld);
+      pack_depth_rows<T>(s.value_at, keys, p.value_dim, s.values, s.value_ld);
+      const int64_t pairs = elements<T>(keys);
+      int finite = -1;  // of the value panel; looked at only when some lane must not see it
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Lanes& lanes = block[b];
+        if (!lanes.sees_any(k, k + keys)) continue;
+        const int64_t offset = b * kLaneBlock, ld = lanes.width;
+        const bool masked = !lanes.sees_all(k, k + keys);
+        gemm<E, AOrder::rows, Init::zero>(keys, ld, s.depth, s.keys, s.key_ld, s.queries + offset * s.depth, ld,
+                                          s.scores, ld);
+        if (transform || masked) {
+          if (s.extra != nullptr) gather_bias(p, item.sequence, sequence, head, lanes, s.key_row, keys, s.extra, ld);
+          adjust_scores(p, s.scores, keys, ld, transform, s.extra, nullptr, masked, lanes, k);
+        }
+        softmax_tile<T>(s.scores, keys, ld, ld, c, s.m + offset, s.l + offset, s.alpha, s.weights);
+        if (p.dropout_p > 0.0f) drop_weights<T>(p, head, lanes, k, keys, s.weights, ld);
+
+        float* acc = s.acc + offset * p.value_dim;
+        const E* weights = reinterpret_cast<const E*>(s.weights);
+        if (masked && finite < 0) finite = all_finite(s.values, pairs * s.value_ld);
+        if (masked && finite == 0) {
+          accumulate_seen<T>(s.values, s.value_ld, s.weights, acc, ld, p.value_dim, lanes, k, keys,
+                             touched[b] ? s.alpha : nullptr);
+        } else if (touched[b]) {
+          gemm<E, AOrder::columns, Init::scale>(p.value_dim, ld, pairs, s.values, s.value_ld, weights, ld, acc, ld,
+                                                s.alpha);
+        } else {
+          gemm<E, AOrder::columns, Init::zero>(p.value_dim, ld, pairs, s.values, s.value_ld, weights, ld, acc, ld);
+        }
+        touched[b] = true;
+      }
+    }
+    float* partial = item.partial < 0 ? nullptr : workspace + item.partial;
+    for (int64_t b = 0; b < blocks; ++b) {
+      finish_block<T>(p, head, block[b], item.lane_begin + b * kLaneBlock, touched[b], transform, s, b * kLaneBlock,
+                      partial, sequence_lanes);
+    }
+  }
+}
+
+// out = sum_i exp(lse_i - lse) out_i over the pieces of a sequence's keys, in their order.
+template <class T>
+static void merge_rows(const AttentionParams& p, const ForwardMerge& merge, const float* workspace) {
+  const Sequence sequence = sequence_of(p, merge.sequence);
+  const int64_t group = p.group(), lanes = sequence.queries * group;
+  const float* base = workspace + merge.partial;
+  for (int64_t head = 0; head < p.kv_heads; ++head) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t at = head * lanes + lane;
+      const float* lses = base + p.kv_heads * lanes * p.value_dim + at;
+      float top = -__builtin_inff();
+      for (int64_t i = 0; i < merge.splits; ++i) top = lses[i * merge.stride] > top ? lses[i * merge.stride] : top;
+      const float anchor = top == -__builtin_inff() ? 0.0f : top;
+      float weight[kMaxSplits], sum = 0.0f;
+      for (int64_t i = 0; i < merge.splits; ++i) {
+        weight[i] = exp(splat(lses[i * merge.stride] - anchor))[0];
+        sum += weight[i];
+      }
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int64_t row = query_row_of(p, sequence.first_q + lane / group), h = head * group + lane % group;
+      T* out = static_cast<T*>(p.out) + (row * p.heads + h) * p.value_dim;
+      for (int64_t c = 0; c < p.value_dim; c += W) {
+        const int64_t here = least(W, p.value_dim - c);
+        vf x = zero();
+        for (int64_t i = 0; i < merge.splits; ++i) {
+          const vf part = load_first(base + i * merge.stride + at * p.value_dim + c, static_cast<int>(here));
+          x = fma(splat(weight[i]), part, x);
+        }
+        store_first_from_f32(out + c, x * splat(inverse), here);
+      }
+      const vf total = log2(splat(sum)) * splat(kLn2) + splat(anchor);
+      p.lse[h * p.rows_q + row] = sum == 0.0f ? -__builtin_inff() : total[0];
+    }
+  }
+}
+
+}  // namespace fastxattn::FXA_ISA

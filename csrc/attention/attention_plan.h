@@ -1,0 +1,68 @@
+// How a problem is cut into work. The cuts depend on each sequence and on the head counts only, never on the
+// number of threads or on the rest of the batch, so that results do not either.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "attention/attention.h"
+
+namespace fastxattn {
+
+inline constexpr int64_t kKeyBlock = 96;     // keys per panel: a multiple of every tile height in core/gemm.h
+inline constexpr int64_t kLaneBlock = 64;    // query rows per score tile
+inline constexpr int64_t kLaneChunk = 256;   // query rows that share one packed panel
+inline constexpr int64_t kMaxSplits = 16;    // pieces a sequence's keys are cut into at most
+
+// A piece of the forward pass: some heads of one sequence, a run of lanes, a run of keys.
+// A lane is one (query, head of the group) pair: lane = query * group + head_in_group.
+struct ForwardItem {
+  int64_t sequence;
+  int64_t head_begin, head_end;  // key/value heads
+  int64_t lane_begin, lane_end;
+  int64_t key_begin, key_end;  // key slots
+  int64_t split;               // which piece of the keys this is
+  int64_t partial;             // where its partial results lie in the workspace (floats), -1: writes the output
+  bool few;                    // few query rows: stream the keys instead of tiling
+};
+
+// Sums up the pieces of one sequence's keys afterwards.
+struct ForwardMerge {
+  int64_t sequence, splits;
+  int64_t partial;  // workspace offset of the first split
+  int64_t stride;   // floats from one split to the next
+};
+
+// A run of items that one thread takes at a time, big runs first.
+struct TaskRange {
+  int64_t begin, end;
+};
+
+struct ForwardPlan {
+  std::vector<ForwardItem> items;
+  std::vector<TaskRange> tasks;
+  std::vector<ForwardMerge> merges;
+  int64_t workspace = 0;  // floats
+};
+
+ForwardPlan plan_forward(const AttentionParams& p);
+
+// A piece of the backward pass: one key/value head of one sequence, a run of lanes and a run of keys.
+struct BackwardItem {
+  int64_t sequence;
+  int64_t head_begin, head_end;
+  int64_t lane_begin, lane_end;
+  int64_t key_begin, key_end;
+  int64_t query_partial;  // workspace offset for its share of grad_query, -1: writes the output
+  int64_t key_partial;    // workspace offset for its share of grad_key and grad_value, -1: writes the output
+  int64_t bias_partial;   // workspace offset of its row of key bias sums: [kv_head][group or 1][key slot of the chunk]
+};
+
+// The thread's own scratch memory, at least `bytes`, 64-byte aligned, kept between calls.
+void* thread_scratch(size_t bytes);
+
+// Groups items of the given costs into tasks of at least a grain each, and orders them by falling cost.
+std::vector<TaskRange> make_tasks(const std::vector<double>& costs);
+
+}  // namespace fastxattn

@@ -1,0 +1,129 @@
+// torch ops over the attention core: shapes, dtypes and strides are checked here, contents in attention_check.cpp.
+#include <cstring>
+#include <tuple>
+
+#include "attention/attention.h"
+#include "attention/attention_check.h"
+#include "bindings/torch_glue.h"
+
+namespace fastxattn {
+namespace {
+
+using torch::stable::Device;
+
+#define FXA_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastxattn::attention: ", __VA_ARGS__)
+
+Tensor allocate(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+}
+
+// Rows, heads, depth with a contiguous last axis.
+void check_rows(const Tensor& t, const char* name, ScalarType dtype) {
+  FXA_CHECK(t.is_cpu(), name, " must be on the CPU");
+  FXA_CHECK(t.scalar_type() == dtype, name, " must have the dtype of query");
+  FXA_CHECK(t.dim() == 3, name, " must have 3 dimensions, got ", t.dim());
+  FXA_CHECK(t.size(2) <= 1 || t.stride(2) == 1 || t.numel() == 0, name, " must be contiguous in its last axis");
+}
+
+const int32_t* ints(const OptionalTensor& t, const char* name, int64_t least, int64_t dims = 1) {
+  if (!t.has_value()) return nullptr;
+  FXA_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Int, name, " must be an int32 tensor on the CPU");
+  FXA_CHECK(t->dim() == dims && t->is_contiguous(), name, " must be contiguous with ", dims, " dimension(s)");
+  FXA_CHECK(t->size(0) >= least, name, " must have at least ", least, " entries, got ", t->size(0));
+  return data_or_null<int32_t>(t);
+}
+
+AttentionParams make_params(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_q,
+                            const Tensor& cu_k, const OptionalTensor& used_q, const OptionalTensor& used_k,
+                            const OptionalTensor& index_q, const OptionalTensor& index_k,
+                            const OptionalTensor& kv_range, const OptionalTensor& key_bias, const OptionalTensor& bias,
+                            double scale, double softcap, double dropout_p, const OptionalTensor& seed,
+                            AttentionContent& content) {
+  AttentionParams p;
+  const ScalarType dtype = query.scalar_type();
+  p.dtype = dtype_of(query, "query");
+  check_rows(query, "query", dtype);
+  check_rows(key, "key", dtype);
+  check_rows(value, "value", dtype);
+  p.query = query.const_data_ptr();
+  p.key = key.const_data_ptr();
+  p.value = value.const_data_ptr();
+  p.query_row = query.stride(0), p.query_head = query.stride(1);
+  p.key_row = key.stride(0), p.key_head = key.stride(1);
+  p.value_row = value.stride(0), p.value_head = value.stride(1);
+  p.rows_q = query.size(0), p.heads = query.size(1), p.head_dim = query.size(2);
+  p.rows_k = key.size(0), p.kv_heads = key.size(1), p.value_dim = value.size(2);
+  FXA_CHECK(p.kv_heads > 0 && p.heads > 0 && p.heads % p.kv_heads == 0, "kv_heads must divide heads, got ", p.kv_heads,
+            " and ", p.heads);
+  FXA_CHECK(key.size(2) == p.head_dim, "key must have the head_dim of query, ", p.head_dim, ", got ", key.size(2));
+  FXA_CHECK(value.size(0) == p.rows_k && value.size(1) == p.kv_heads, "value must have the rows and heads of key");
+  FXA_CHECK(p.head_dim >= 1 && p.head_dim <= 256 && p.value_dim >= 1 && p.value_dim <= 256,
+            "head_dim and value_dim must be in 1..256, got ", p.head_dim, " and ", p.value_dim);
+
+  p.cu_q = ints(cu_q, "cu_seqlens_q", 1);
+  p.batch = cu_q.size(0) - 1;
+  p.cu_k = ints(cu_k, "cu_seqlens_k", 1);
+  FXA_CHECK(cu_k.size(0) == p.batch + 1, "cu_seqlens_q and cu_seqlens_k must have the same length");
+  p.used_q = ints(used_q, "seqused_q", p.batch);
+  p.used_k = ints(used_k, "seqused_k", p.batch);
+  p.index_q = ints(index_q, "query_index", 0);
+  p.index_k = ints(index_k, "key_index", 0);
+  p.slots_q = index_q.has_value() ? index_q->size(0) : p.rows_q;
+  p.slots_k = index_k.has_value() ? index_k->size(0) : p.rows_k;
+  p.kv_range = ints(kv_range, "kv_range", p.rows_q, 2);
+  FXA_CHECK(!kv_range.has_value() || kv_range->size(1) == 2, "kv_range must have 2 columns");
+  if (key_bias.has_value()) {
+    FXA_CHECK(key_bias->is_cpu() && key_bias->scalar_type() == ScalarType::Float, "key_bias must be float32 on the CPU");
+    FXA_CHECK(key_bias->dim() == 1 || (key_bias->dim() == 2 && key_bias->size(1) == p.heads),
+              "key_bias must be (rows_k,) or (rows_k, heads)");
+    FXA_CHECK(key_bias->size(0) == p.rows_k, "key_bias must have a row for each key row");
+    p.key_bias = static_cast<const float*>(key_bias->const_data_ptr());
+    p.key_bias_row = key_bias->stride(0);
+    p.key_bias_head = key_bias->dim() == 2 ? key_bias->stride(1) : 0;
+  }
+  if (bias.has_value()) {
+    FXA_CHECK(bias->is_cpu() && bias->dim() == 4, "bias must have 4 dimensions, on the CPU");
+    p.bias = bias->const_data_ptr();
+    p.bias_dtype = dtype_of(*bias, "bias");
+    for (int i = 0; i < 4; ++i) {
+      p.bias_size[i] = bias->size(i);
+      p.bias_stride[i] = bias->size(i) == 1 ? 0 : bias->stride(i);
+    }
+    FXA_CHECK((p.bias_size[0] == 1 || p.bias_size[0] == p.batch) && (p.bias_size[1] == 1 || p.bias_size[1] == p.heads),
+              "bias must have 1 or batch, and 1 or heads, as its first sizes");
+    FXA_CHECK((p.bias_size[2] > 0 || p.rows_q == 0) && (p.bias_size[3] > 0 || p.rows_k == 0), "bias must not be empty");
+  }
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  p.dropout_p = static_cast<float>(dropout_p);
+  FXA_CHECK(p.dropout_p >= 0.0f && p.dropout_p <= 1.0f, "dropout_p must be in 0..1, got ", dropout_p);
+  if (p.dropout_p > 0.0f) {
+    FXA_CHECK(seed.has_value() && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+              "dropout_seed must be an int64 tensor of one element on the CPU");
+    std::memcpy(&p.seed, seed->const_data_ptr(), sizeof(p.seed));
+  }
+  const std::string fault = check_attention_content(p, content);
+  FXA_CHECK(fault.empty(), fault);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor cu_q, Tensor cu_k,
+                                     OptionalTensor used_q, OptionalTensor used_k, OptionalTensor index_q,
+                                     OptionalTensor index_k, OptionalTensor kv_range, OptionalTensor key_bias,
+                                     OptionalTensor bias, double scale, double softcap, double dropout_p,
+                                     OptionalTensor seed) {
+  AttentionContent content;
+  AttentionParams p = make_params(query, key, value, cu_q, cu_k, used_q, used_k, index_q, index_k, kv_range, key_bias,
+                                  bias, scale, softcap, dropout_p, seed, content);
+  Tensor out = allocate({p.rows_q, p.heads, p.value_dim}, query.scalar_type(), query);
+  Tensor lse = allocate({p.heads, p.rows_q}, ScalarType::Float, query);
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  attention_forward(p, content, torch_parallel(), active_isa());
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace fastxattn
+
+STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) { m.impl("attention_cpu", TORCH_BOX(&fastxattn::attention)); }
