@@ -12,7 +12,7 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw BadInput(message);
 }
 
-// A (size,) int32 input; null when absent. Optional inputs that are present are read even when they are empty.
+// A (size,) int32 input; null when absent.
 const int32_t* ints(const Tensor& t, int64_t size, const char* meaning) {
   if (!t) return nullptr;
   t.expect({size}, meaning);
@@ -87,7 +87,8 @@ void compute(Call& call) {
     p.kv_range = range.as<int32_t>();
   }
   set_biases(p, call.input(kKeyBias), call.input(kBias));
-  p.scale = call.floats[0] > 0.0f ? call.floats[0] : 1.0f / __builtin_sqrtf(static_cast<float>(p.head_dim));
+  p.scale = call.floats[0];
+  require(p.scale == p.scale, "the attribute scale is missing or NaN");
   p.softcap = call.floats[1];
   require(p.softcap >= 0.0f, "softcap must not be negative; got " + std::to_string(p.softcap));
   AttentionContent content;
@@ -122,7 +123,7 @@ const Spec& attention_spec() {
        {"key_bias", Kind::f32, false},
        {"bias", Kind::tensor, false}},
       {{"out", Kind::tensor}, {"lse", Kind::f32, false}},
-      {{"scale", 0.0f}, {"softcap", 0.0f}},
+      {{"scale", __builtin_nanf("")}, {"softcap", 0.0f}},
       {},
       compute};
   return spec;

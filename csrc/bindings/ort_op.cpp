@@ -60,9 +60,10 @@ Tensor Call::input(int index) const {
   }
   if (rank > kMaxRank) throw BadInput(std::string(argument.name) + " has too many axes: " + std::to_string(rank));
   tensor.rank = static_cast<int>(rank);
+  if (!argument.required && tensor.elements() == 0) return tensor;  // as if it were not there
   void* data = nullptr;
   check(api, api->tensor_data(const_cast<Value*>(value), &data));
-  // An empty tensor may have no memory; it is present all the same.
+  // A required tensor that is empty may have no memory; it is present all the same.
   static const int64_t kNothing[8] = {};
   tensor.data = data != nullptr ? data : kNothing;
   return tensor;

@@ -20,7 +20,8 @@ struct BadInput : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-// One input as it lies in memory: contiguous, rank <= kMaxRank. `data` is null when the input is absent.
+// One input as it lies in memory: contiguous, rank <= kMaxRank. `data` is null when the input is absent, which for an
+// optional one includes being empty (a model-local function has to connect every input).
 struct Tensor {
   const char* name = "";
   ElementType type = ElementType::undefined;
