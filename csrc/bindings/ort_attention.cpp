@@ -51,7 +51,7 @@ void set_biases(AttentionParams& p, const Tensor& key_bias, const Tensor& bias) 
   if (bias) {
     bias.expect({-1, -1, -1, -1}, "(batch|1, heads|1, query rows|1, key rows|1)");
     p.bias = bias.data;
-    p.bias_dtype = p.dtype;
+    p.bias_dtype = DType::f32;
     int64_t stride = 1;
     for (int i = 3; i >= 0; --i) {
       p.bias_size[i] = bias.size[i];
@@ -121,7 +121,7 @@ const Spec& attention_spec() {
        {"key_index", Kind::i32, false},
        {"kv_range", Kind::i32, false},
        {"key_bias", Kind::f32, false},
-       {"bias", Kind::tensor, false}},
+       {"bias", Kind::f32, false}},
       {{"out", Kind::tensor}, {"lse", Kind::f32, false}},
       {{"scale", __builtin_nanf("")}, {"softcap", 0.0f}},
       {},
