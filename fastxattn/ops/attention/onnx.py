@@ -12,26 +12,29 @@ Under ``kv_range``, an infinite value at a visible key gives NaN where the kerne
 # ruff: noqa: N802, SIM108
 # mypy: ignore-errors
 
-from __future__ import annotations
+from typing import TypeVar, Union
 
 from onnx import TensorProto, helper
+from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT32, script
 from onnxscript import opset18 as op
-from onnxscript import script, values
 
-DOMAIN = values.Opset("fastxattn", 1)
-INPUTS = (
-    "query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index",
-    "kv_range", "key_bias", "bias",
-)  # fmt: skip
+from fastxattn.ops.onnx_node import DOMAIN, node
+
+NO_INTS = helper.make_tensor("no_ints", TensorProto.INT32, [0], [])
+NO_RANGE = helper.make_tensor("no_range", TensorProto.INT32, [0, 2], [])
+NO_KEY_BIAS = helper.make_tensor("no_key_bias", TensorProto.FLOAT, [0], [])
+NO_BIAS = helper.make_tensor("no_bias", TensorProto.FLOAT, [0, 0, 0, 0], [])
 HIDDEN = helper.make_tensor("hidden", TensorProto.FLOAT, [], [float("-inf")])
+T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])  # noqa: UP007  (onnxscript reads this form)
 NAN = helper.make_tensor("nan", TensorProto.FLOAT, [], [float("nan")])
 
 
 @script(DOMAIN, default_opset=op)
 def Attention(
-    query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index, kv_range, key_bias,
-    bias, scale: float, softcap: float = 0.0,
-):  # fmt: skip
+    query: T, key: T, value: T, cu_seqlens_q: INT32, cu_seqlens_k: INT32, seqused_q: INT32, seqused_k: INT32,
+    query_index: INT32, key_index: INT32, kv_range: INT32, key_bias: FLOAT, bias: FLOAT, scale: float,
+    softcap: float = 0.0,
+) -> tuple[T, FLOAT]:  # fmt: skip
     """The portable body."""
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     v0, v1, v2 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
@@ -176,3 +179,28 @@ def Attention(
     lse_packed = op.Transpose(op.ConcatFromSequence(lses, axis=1), perm=[1, 0])
     lse = op.ScatterND(op.Expand(hidden, op.Concat(rows_q, heads, axis=0)), named, lse_packed)
     return op.CastLike(out, query), op.Transpose(lse, perm=[1, 0])
+
+
+NODE = node(Attention)
+
+
+def translate(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index, kv_range, key_bias,
+    bias, scale, softcap, dropout_p, dropout_seed,
+):  # fmt: skip
+    """The node for a call of ``fastxattn::attention_<backend>`` met by torch's exporter."""
+    if dropout_p:
+        raise ValueError(f"attention with dropout_p={dropout_p} cannot be exported; call module.eval() first")
+    nothing = op.Constant(value=NO_INTS)
+    return NODE(
+        query, key, value, cu_seqlens_q, cu_seqlens_k,
+        *(nothing if t is None else t for t in (seqused_q, seqused_k, query_index, key_index)),
+        op.Constant(value=NO_RANGE) if kv_range is None else kv_range,
+        op.Constant(value=NO_KEY_BIAS) if key_bias is None else key_bias,
+        op.Constant(value=NO_BIAS) if bias is None else op.Cast(bias, to=TensorProto.FLOAT),
+        scale=scale, softcap=softcap,
+    )  # fmt: skip
+
+
+TRANSLATIONS = {f"attention_{backend}": translate for backend in ("cpu", "triton", "cuda")}
+FUNCTIONS = {"Attention": {"loop": Attention}}
