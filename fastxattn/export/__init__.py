@@ -15,5 +15,6 @@ except ImportError as error:
 
 from fastxattn.export.onnx import Exported, to_onnx
 from fastxattn.export.session import Session, ort_library_path, session_options
+from fastxattn.export.verify import Verification, verify
 
-__all__ = ["Exported", "Session", "ort_library_path", "session_options", "to_onnx"]
+__all__ = ["Exported", "Session", "Verification", "ort_library_path", "session_options", "to_onnx", "verify"]
