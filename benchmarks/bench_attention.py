@@ -155,7 +155,7 @@ class Inputs:
         return "ok"
 
 
-def workload(shape: Shape, dtype: torch.dtype, grad: bool) -> Workload:
+def workload(shape: Shape, dtype: torch.dtype, grad: bool, full: bool = False) -> Workload:
     data = Inputs(shape, dtype, grad)
     providers = {
         "fastxattn cpu": data.with_grad(data.ours),
@@ -163,7 +163,7 @@ def workload(shape: Shape, dtype: torch.dtype, grad: bool) -> Workload:
         "sdpa padded": data.with_grad(data.sdpa),
         "eager loop": data.with_grad(data.eager_loop),
     }
-    nested = nested_sdpa(data)
+    nested = nested_sdpa(data) if full else None
     if nested is not None:
         providers["nested sdpa"] = nested
     products = 4 * shape.heads * shape.dim * shape.pairs
@@ -233,7 +233,7 @@ def cases(full: bool = False) -> Iterator[Case]:
                 continue
             for dtype in (torch.float32, torch.bfloat16):
                 direction = "forward+backward" if grad else "forward"
-                build = lambda shape=shape, dtype=dtype, grad=grad: workload(shape, dtype, grad)  # noqa: E731
+                build = lambda shape=shape, dtype=dtype, grad=grad: workload(shape, dtype, grad, full)  # noqa: E731
                 yield Case("attention", shape.name, direction, dtype, build)
     yield Case("attention", "call overhead 1x1", "forward", torch.float32, overhead_workload)
     if full:

@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "attention/attention.h"
+#include "attention/attention_merge.h"
 #include "attention/attention_plan.h"
 
 FXA_DECLARE(size_t, attention_forward_scratch, (const fastxattn::AttentionParams&))
@@ -9,6 +10,13 @@ FXA_DECLARE(void, attention_forward_item,
             (const fastxattn::AttentionParams&, const fastxattn::ForwardItem&, float* workspace, void* scratch))
 FXA_DECLARE(void, attention_merge,
             (const fastxattn::AttentionParams&, const fastxattn::ForwardMerge&, const float* workspace))
+FXA_DECLARE(size_t, attention_backward_scratch, (const fastxattn::AttentionParams&, int64_t lanes, int64_t keys))
+FXA_DECLARE(void, attention_backward_item,
+            (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BackwardItem&,
+             float* workspace, void* scratch))
+FXA_DECLARE(void, attention_bias_item,
+            (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BiasItem&,
+             float* sums, void* scratch))
 
 namespace fastxattn {
 namespace {
@@ -21,6 +29,18 @@ auto select_forward_item(Isa isa) -> void (*)(const AttentionParams&, const Forw
 }
 auto select_merge(Isa isa) -> void (*)(const AttentionParams&, const ForwardMerge&, const float*) {
   FXA_SELECT(isa, attention_merge)
+}
+
+auto select_backward_scratch(Isa isa) -> size_t (*)(const AttentionParams&, int64_t, int64_t) {
+  FXA_SELECT(isa, attention_backward_scratch)
+}
+auto select_backward_item(Isa isa)
+    -> void (*)(const AttentionParams&, const AttentionGradients&, const BackwardItem&, float*, void*) {
+  FXA_SELECT(isa, attention_backward_item)
+}
+auto select_bias_item(Isa isa)
+    -> void (*)(const AttentionParams&, const AttentionGradients&, const BiasItem&, float*, void*) {
+  FXA_SELECT(isa, attention_bias_item)
 }
 
 // Uninitialised floats: every one is written before it is read.
@@ -46,6 +66,45 @@ void attention_forward(const AttentionParams& p, const AttentionContent& content
   const auto merge = select_merge(isa);
   for_each_task(parallel, static_cast<int64_t>(plan.merges.size()),
                 [&](int64_t i, int64_t) { merge(p, plan.merges[i], workspace.get()); });
+}
+
+void attention_backward(const AttentionParams& p, const AttentionGradients& g, const AttentionContent& content,
+                        const Parallel& parallel, Isa isa) {
+  const BackwardPlan plan = plan_backward(p, g, content);
+  const size_t size = static_cast<size_t>(dtype_size(p.dtype));
+  auto clear = [&](void* data, int64_t n, bool wanted) {
+    if (data != nullptr && wanted) std::memset(data, 0, static_cast<size_t>(n) * size);
+  };
+  clear(g.grad_query, p.rows_q * p.heads * p.head_dim, !content.every_query_row || plan.queries_left_out);
+  clear(g.grad_key, p.rows_k * p.kv_heads * p.head_dim, !content.every_key_row || plan.keys_left_out);
+  clear(g.grad_value, p.rows_k * p.kv_heads * p.value_dim, !content.every_key_row || plan.keys_left_out);
+
+  const auto workspace = floats(plan.workspace);
+  if (g.grad_query || g.grad_key || g.grad_value || g.grad_key_bias) {
+    const auto run_item = select_backward_item(isa);
+    const auto bytes = select_backward_scratch(isa);
+    for_each_task(parallel, static_cast<int64_t>(plan.tasks.size()), [&](int64_t task, int64_t) {
+      for (int64_t i = plan.tasks[task].begin; i < plan.tasks[task].end; ++i) {
+        const BackwardItem& item = plan.items[i];
+        void* scratch = thread_scratch(bytes(p, item.lane_end - item.lane_begin, item.key_end - item.key_begin));
+        run_item(p, g, item, workspace.get(), scratch);
+      }
+    });
+    merge_backward(p, g, content, plan, workspace.get(), parallel);
+  }
+  if (g.grad_bias != nullptr) {
+    const int64_t n = p.bias_size[0] * p.bias_size[1] * p.bias_size[2] * p.bias_size[3];
+    // Sums are kept in float32; a narrower bias gets them rounded once at the end.
+    const auto wide = floats(p.bias_dtype == DType::f32 ? 0 : n);
+    float* sums = wide ? wide.get() : static_cast<float*>(g.grad_bias);
+    std::memset(sums, 0, static_cast<size_t>(n) * sizeof(float));
+    const std::vector<BiasItem> items = plan_bias(p);
+    const auto run_item = select_bias_item(isa);
+    const size_t bytes = select_backward_scratch(isa)(p, 0, 0);
+    for_each_task(parallel, static_cast<int64_t>(items.size()),
+                  [&](int64_t i, int64_t) { run_item(p, g, items[i], sums, thread_scratch(bytes)); });
+    if (wide) narrow(sums, g.grad_bias, p.bias_dtype, n);
+  }
 }
 
 }  // namespace fastxattn

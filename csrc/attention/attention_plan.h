@@ -13,6 +13,7 @@ namespace fastxattn {
 inline constexpr int64_t kKeyBlock = 96;     // keys per panel: a multiple of every tile height in core/gemm.h
 inline constexpr int64_t kLaneBlock = 64;    // query rows per score tile
 inline constexpr int64_t kLaneChunk = 256;   // query rows that share one packed panel
+inline constexpr int64_t kBackwardLanes = 512;  // the same in the backward pass
 inline constexpr int64_t kMaxSplits = 16;    // pieces a sequence's keys are cut into at most
 
 // A piece of the forward pass: some heads of one sequence, a run of lanes, a run of keys.
@@ -48,16 +49,46 @@ struct ForwardPlan {
 
 ForwardPlan plan_forward(const AttentionParams& p);
 
-// A piece of the backward pass: one key/value head of one sequence, a run of lanes and a run of keys.
+// A piece of the backward pass: some key/value heads of one sequence, a run of lanes and a run of keys. The partial
+// results are floats in the workspace; -1: the item writes the output itself.
 struct BackwardItem {
   int64_t sequence;
   int64_t head_begin, head_end;
   int64_t lane_begin, lane_end;
   int64_t key_begin, key_end;
-  int64_t query_partial;  // workspace offset for its share of grad_query, -1: writes the output
-  int64_t key_partial;    // workspace offset for its share of grad_key and grad_value, -1: writes the output
-  int64_t bias_partial;   // workspace offset of its row of key bias sums: [kv_head][group or 1][key slot of the chunk]
+  int64_t query_partial;     // [kv_head][lane of the sequence][head_dim], its share of grad_query
+  int64_t key_partial;       // [kv_head][key of the sequence][head_dim + value_dim], its share of grad_key, grad_value
+  int64_t key_bias_partial;  // [bias head][key of the sequence], its share of grad_key_bias
 };
+
+// The partial results of one sequence: how many, and where.
+struct BackwardMerge {
+  int64_t sequence;
+  int64_t key_chunks, query_chunks;
+  int64_t query_partial, query_stride;  // one partial per key chunk; -1: none
+  int64_t key_partial, key_stride;      // one partial per query chunk; -1: none
+  int64_t key_bias_partial, key_bias_stride;
+};
+
+struct BackwardPlan {
+  std::vector<BackwardItem> items;
+  std::vector<TaskRange> tasks;
+  std::vector<BackwardMerge> merges;
+  int64_t workspace = 0;         // floats
+  bool queries_left_out = false;  // some query row in use belongs to no item: its gradient is zero
+  bool keys_left_out = false;     // the same for key rows
+};
+
+BackwardPlan plan_backward(const AttentionParams& p, const AttentionGradients& g, const AttentionContent& content);
+
+// A region of grad_bias that one thread owns: fixed indices along the axes that are not summed.
+struct BiasItem {
+  int64_t batch_begin, batch_end;  // sequences that add to it
+  int64_t head_begin, head_end;    // key/value heads that add to it
+  int64_t place_begin, place_end;  // query places that add to it
+};
+
+std::vector<BiasItem> plan_bias(const AttentionParams& p);
 
 // The thread's own scratch memory, at least `bytes`, 64-byte aligned, kept between calls.
 void* thread_scratch(size_t bytes);

@@ -50,34 +50,37 @@ struct Lanes {
   bool sees(int64_t lane, int64_t key) const { return begin == nullptr || (begin[lane] <= key && key < end[lane]); }
 };
 
-// Fills rows, heads and ranges of lanes [lane_begin, lane_end) of a sequence.
+// Completes lanes whose rows and heads are filled in: their ranges, and the surplus up to the vector width.
+static void finish_lanes(const AttentionParams& p, const Sequence& s, int32_t* begin, int32_t* end, Lanes& lanes) {
+  lanes.width = round_up(lanes.count, W);
+  for (int64_t i = lanes.count; i > 0 && i < lanes.width; ++i) {
+    lanes.row[i] = lanes.row[i - 1];
+    lanes.head[i] = lanes.head[i - 1];
+  }
+  if (p.kv_range == nullptr) return;
+  const int32_t keys = static_cast<int32_t>(s.keys);
+  for (int64_t i = 0; i < lanes.width; ++i) {
+    const int32_t b = p.kv_range[2 * lanes.row[i]], e = p.kv_range[2 * lanes.row[i] + 1];
+    begin[i] = b < 0 ? 0 : b;
+    end[i] = e > keys ? keys : e;
+  }
+  lanes.begin = begin;
+  lanes.end = end;
+  lanes.summarize();
+}
+
+// Lanes [lane_begin, lane_end) of a sequence.
 static Lanes make_lanes(const AttentionParams& p, const Sequence& s, int64_t lane_begin, int64_t lane_end, int64_t* row,
                         int32_t* head, int32_t* begin, int32_t* end) {
   Lanes lanes{lane_end - lane_begin, 0, row, head, nullptr, nullptr, 0, 0, 0, 0};
-  lanes.width = round_up(lanes.count, W);
   const int64_t group = p.group();
   int64_t query = lane_begin / group, member = lane_begin % group;
-  const int32_t keys = static_cast<int32_t>(s.keys);
   for (int64_t i = 0; i < lanes.count; ++i) {
     row[i] = query_row_of(p, s.first_q + query);
     head[i] = static_cast<int32_t>(member);
-    if (p.kv_range != nullptr) {
-      const int32_t b = p.kv_range[2 * row[i]], e = p.kv_range[2 * row[i] + 1];
-      begin[i] = b < 0 ? 0 : b;
-      end[i] = e > keys ? keys : e;
-    }
     if (++member == group) member = 0, ++query;
   }
-  for (int64_t i = lanes.count; i < lanes.width; ++i) {
-    row[i] = row[i - 1];
-    head[i] = head[i - 1];
-    if (p.kv_range != nullptr) begin[i] = begin[i - 1], end[i] = end[i - 1];
-  }
-  if (p.kv_range != nullptr) {
-    lanes.begin = begin;
-    lanes.end = end;
-    lanes.summarize();
-  }
+  finish_lanes(p, s, begin, end, lanes);
   return lanes;
 }
 

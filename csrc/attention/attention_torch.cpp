@@ -123,7 +123,67 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Ten
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op(
+    Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value,
+    Tensor cu_q, Tensor cu_k, OptionalTensor used_q, OptionalTensor used_k, OptionalTensor index_q,
+    OptionalTensor index_k, OptionalTensor kv_range, OptionalTensor key_bias, OptionalTensor bias, double scale,
+    double softcap, double dropout_p, OptionalTensor seed, int64_t needs) {
+  AttentionContent content;
+  AttentionParams p = make_params(query, key, value, cu_q, cu_k, used_q, used_k, index_q, index_k, kv_range, key_bias,
+                                  bias, scale, softcap, dropout_p, seed, content);
+  const ScalarType dtype = query.scalar_type();
+  check_rows(grad_out, "grad_out", dtype);
+  check_rows(out, "out", dtype);
+  for (const Tensor* t : {&grad_out, &out}) {
+    FXA_CHECK(t->size(0) == p.rows_q && t->size(1) == p.heads && t->size(2) == p.value_dim,
+              "out and grad_out must be (rows_q, heads, value_dim)");
+  }
+  FXA_CHECK(out.is_contiguous(), "out must be contiguous");
+  auto is_lse = [&](const Tensor& t) {
+    return t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == p.heads &&
+           t.size(1) == p.rows_q;
+  };
+  FXA_CHECK(is_lse(lse) && lse.is_contiguous(), "lse must be (heads, rows_q) float32, contiguous");
+  FXA_CHECK(!grad_lse.has_value() || is_lse(*grad_lse), "grad_lse must be (heads, rows_q) float32");
+  p.out = const_cast<void*>(out.const_data_ptr());  // read only from here on
+  p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+
+  AttentionGradients g;
+  g.grad_out = grad_out.const_data_ptr();
+  g.grad_out_row = grad_out.stride(0), g.grad_out_head = grad_out.stride(1);
+  if (grad_lse.has_value()) {
+    g.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
+    g.grad_lse_head = grad_lse->stride(0), g.grad_lse_row = grad_lse->stride(1);
+  }
+  FXA_CHECK(!(needs & 8) || key_bias.has_value(), "needs names key_bias, which is absent");
+  FXA_CHECK(!(needs & 16) || bias.has_value(), "needs names bias, which is absent");
+  auto none = [&] { return allocate({0}, dtype, query); };
+  Tensor grad_query = needs & 1 ? allocate({p.rows_q, p.heads, p.head_dim}, dtype, query) : none();
+  Tensor grad_key = needs & 2 ? allocate({p.rows_k, p.kv_heads, p.head_dim}, dtype, query) : none();
+  Tensor grad_value = needs & 4 ? allocate({p.rows_k, p.kv_heads, p.value_dim}, dtype, query) : none();
+  Tensor grad_key_bias = none(), grad_bias = none();
+  if (needs & 1) g.grad_query = grad_query.mutable_data_ptr();
+  if (needs & 2) g.grad_key = grad_key.mutable_data_ptr();
+  if (needs & 4) g.grad_value = grad_value.mutable_data_ptr();
+  if (needs & 8) {
+    g.key_bias_has_heads = key_bias->dim() == 2;
+    grad_key_bias = g.key_bias_has_heads ? allocate({p.rows_k, p.heads}, ScalarType::Float, query)
+                                         : allocate({p.rows_k}, ScalarType::Float, query);
+    g.grad_key_bias = static_cast<float*>(grad_key_bias.mutable_data_ptr());
+  }
+  if (needs & 16) {
+    const int64_t* n = p.bias_size;
+    grad_bias = allocate({n[0], n[1], n[2], n[3]}, bias->scalar_type(), query);
+    g.grad_bias = grad_bias.mutable_data_ptr();
+  }
+  attention_backward(p, g, content, torch_parallel(), active_isa());
+  return {grad_query, grad_key, grad_value, grad_key_bias, grad_bias};
+}
+
 }  // namespace
 }  // namespace fastxattn
 
-STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) { m.impl("attention_cpu", TORCH_BOX(&fastxattn::attention)); }
+STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) {
+  m.impl("attention_cpu", TORCH_BOX(&fastxattn::attention));
+  m.impl("attention_backward_cpu", TORCH_BOX(&fastxattn::attention_backward_op));
+}

@@ -31,7 +31,9 @@ def print_table(records: Sequence[Record], title: str) -> None:
             mark = " (rival)" if r.provider == r.rival else ""
             table.add_row(*head, r.provider + mark, f"{r.median_ms:.3f}", f"{r.ratio:.2f}", f"{r.gflops:.0f}", r.gate)
         table.add_section()
-    Console().print(table)
+    console = Console()
+    # A log file has no width of its own; wrapped columns would be unreadable there.
+    console.print(table, width=None if console.is_terminal else 150)
 
 
 def markdown_table(records: Sequence[Record], provider: str) -> str:

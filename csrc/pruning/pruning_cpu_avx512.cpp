@@ -1,0 +1,2 @@
+#include "pruning/match_cpu.inl"
+#include "pruning/select_cpu.inl"

@@ -1,0 +1,121 @@
+"""Tokens in, tokens out: every module takes padded tensors or PackedTokens and works on the packed rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastxattn.packed import PackedTokens
+
+Tokens = torch.Tensor | PackedTokens
+
+
+def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query") -> tuple[PackedTokens, Layout]:
+    """``tokens`` as packed rows, and the layout that gives a result of the same rows its old form back.
+
+    Args:
+        tokens: (batch, length, width), or PackedTokens with values (total, width), which are returned as they are.
+        mask: (batch, length) boolean, True = the token is there; None: all are. Not with PackedTokens.
+        name: the argument's name, for messages.
+
+    Raises:
+        TypeError: ``tokens`` is neither, or ``mask`` is not boolean.
+        ValueError: the shapes do not fit, or a mask came with PackedTokens.
+    """
+    if isinstance(tokens, PackedTokens):
+        if mask is not None:
+            raise ValueError(f"{name}_mask must be None when {name} is PackedTokens: its lengths say what is there")
+        rows = tokens.values.shape[0]
+        if tokens.values.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Rows past the last sequence may hold anything, and 0 * NaN in a weight's gradient is NaN.
+            used = int(tokens.cu_seqlens[-1])
+            if used != rows:
+                tokens = PackedTokens(tokens.values[:used], tokens.cu_seqlens, tokens.max_seqlen)
+        return tokens, Layout(tokens, None, None, rows - tokens.values.shape[0])
+    if not isinstance(tokens, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor (batch, length, width) or PackedTokens; got {type(tokens).__name__}")
+    if tokens.ndim != 3:
+        raise ValueError(f"{name} must be (batch, length, width); got shape {tuple(tokens.shape)}")
+    batch, length, width = tokens.shape
+    values = tokens.reshape(batch * length, width)
+    if mask is None:
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=tokens.device) * length
+        packed = PackedTokens(values, starts, length)
+        return packed, Layout(packed, (batch, length), None)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}_mask must be boolean, True = the token is there; got {mask.dtype}")
+    if mask.shape != (batch, length):
+        raise ValueError(f"{name}_mask must have shape {(batch, length)}; got {tuple(mask.shape)}")
+    rows = mask.reshape(-1).nonzero().squeeze(1)
+    starts = torch.nn.functional.pad(mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    if rows.numel() != batch * length:
+        values = values.index_select(0, rows)
+    packed = PackedTokens(values, starts, length)
+    return packed, Layout(packed, (batch, length), rows)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The form that tokens came in."""
+
+    packed: PackedTokens
+    padded: tuple[int, int] | None
+    """(batch, length) of a padded tensor; None: the tokens came packed."""
+    rows: torch.Tensor | None
+    """Flat positions of the present tokens in the padded tensor; None: every token is there."""
+    unused: int = 0
+    """Rows of packed tokens past their last sequence, left out of the work."""
+
+    def restore(self, values: torch.Tensor) -> Tokens:
+        """``values`` (total, width) as the tokens came: PackedTokens, or padded with zeros where no token is."""
+        if self.padded is None:
+            if self.unused:
+                values = torch.nn.functional.pad(values, (0, 0, 0, self.unused))
+            return PackedTokens(values, self.packed.cu_seqlens, self.packed.max_seqlen)
+        batch, length = self.padded
+        if self.rows is not None and self.rows.numel() != batch * length:
+            values = values.new_zeros(batch * length, values.shape[-1]).index_copy(0, self.rows, values)
+        return values.reshape(batch, length, values.shape[-1])
+
+    def pack_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (batch, length, ...) of another tensor that belong to the present tokens, packed."""
+        if self.padded is None:
+            return rows[: rows.shape[0] - self.unused]
+        flat = rows.reshape(self.padded[0] * self.padded[1], *rows.shape[2:])
+        return flat if self.rows is None else flat.index_select(0, self.rows)
+
+    def pack_like(self, tokens: Tokens, name: str) -> torch.Tensor:
+        """Packed rows of other tokens that came in the same form, of the same lengths."""
+        if isinstance(tokens, PackedTokens):
+            if self.padded is not None:
+                raise ValueError(f"{name} must be padded like the tokens it goes with; got PackedTokens")
+            rows = tokens.values
+        elif self.padded is None:
+            raise ValueError(f"{name} must be PackedTokens like the tokens it goes with; got a padded tensor")
+        else:
+            rows = tokens
+            if tuple(rows.shape[:2]) != self.padded:
+                raise ValueError(f"{name} must have batch and length {self.padded}; got {tuple(rows.shape[:2])}")
+        packed = self.pack_rows(rows)
+        if packed.shape[0] != self.packed.values.shape[0]:
+            raise ValueError(f"{name} must have {self.packed.values.shape[0]} rows; got {packed.shape[0]}")
+        return packed
+
+
+def map_tokens(
+    tokens: Tokens, mask: torch.Tensor | None, function: Callable[[torch.Tensor], torch.Tensor], *, name: str
+) -> Tokens:
+    """``function`` applied to the present rows only; the result in the tokens' own form."""
+    packed, layout = pack(tokens, mask, name=name)
+    return layout.restore(function(packed.values))
+
+
+def check_same_batch(query: PackedTokens, context: PackedTokens) -> None:
+    """Refuse token sets of different batch sizes."""
+    if query.cu_seqlens.numel() != context.cu_seqlens.numel():
+        raise ValueError(
+            f"query and context must have the same batch size; got {query.cu_seqlens.numel() - 1} and "
+            f"{context.cu_seqlens.numel() - 1}"
+        )

@@ -1,0 +1,75 @@
+"""Tile sizes of the Triton attention kernels, from the problem and the architecture alone.
+
+A shipped configuration is one that tests/offline compiles for every architecture without a spill. The tables are short
+on purpose: three head-dim classes x (16-bit, float32). ``fastxattn.runtime.tuning`` may put better ones, measured on a
+machine that has the GPU, in front of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KERNELS = ("forward", "split", "backward_query", "backward_key", "backward_bias")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch configuration."""
+
+    block_m: int
+    """Rows (query x head of the group) per tile."""
+    block_n: int
+    """Keys per tile."""
+    warps: int
+    """Warps per program (num_warps)."""
+    stages: int
+    """Software pipeline depth (num_stages)."""
+
+
+# kernel -> widest padded head dim -> tile
+_HALF: dict[str, dict[int, Tile]] = {
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "split": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
+    "backward_query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
+    "backward_key": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
+    "backward_bias": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+}
+# Exact float32 runs on the ordinary arithmetic units, whose operands live in registers.
+_SINGLE: dict[str, dict[int, Tile]] = {
+    "forward": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 8, 1)},
+    "split": {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_query": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_key": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_bias": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+
+SPLIT_KEYS = 512
+"""Keys per chunk of the split-KV schedule; a sequence longer than MAX_SPLITS of them gets longer chunks."""
+MAX_SPLITS = 32
+SPLIT_QUERIES = 64
+"""The split-KV schedule is for at most this many rows (queries x group) per sequence on average..."""
+SPLIT_LENGTH = 1024
+"""...and at least this many keys per sequence on average."""
+
+
+def pick(kernel: str, *, itemsize: int, block_d: int, block_dv: int) -> Tile:
+    """The shipped tile of ``kernel`` for elements of ``itemsize`` bytes and padded head dims."""
+    table = (_HALF if itemsize == 2 else _SINGLE)[kernel]
+    return table[max(64, block_d, block_dv)]
+
+
+def shipped() -> list[tuple[str, int, int, Tile]]:
+    """Every (kernel, itemsize, widest head dim, tile), for the offline gates and the tuner."""
+    tables = ((2, _HALF), (4, _SINGLE))
+    return [(kernel, size, dim, tile) for size, t in tables for kernel, row in t.items() for dim, tile in row.items()]
+
+
+def splits_for(slots_q: int, slots_k: int, batch: int, group: int) -> int:
+    """Chunks of keys per sequence: 1, or what the longest possible sequence may need.
+
+    Decided by shapes alone. A chunk's size depends on its own sequence only, so within the split schedule a sequence's
+    result does not depend on its neighbours.
+    """
+    if slots_q * group > SPLIT_QUERIES * batch or slots_k < SPLIT_LENGTH * batch:
+        return 1
+    return min(MAX_SPLITS, -(-slots_k // SPLIT_KEYS))

@@ -1,0 +1,19 @@
+"""The C++ kernels: what they support."""
+
+from __future__ import annotations
+
+import torch
+
+from fastxattn.ops.context_attention.problem import Problem
+from fastxattn.runtime import native
+
+
+def supports(problem: Problem) -> str | None:
+    """None when the CPU kernels can run ``problem``, else the reason why not."""
+    if problem.device != "cpu":
+        return f"runs on the CPU; the tensors are on {problem.device}"
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no {problem.dtype} arithmetic"
+    if problem.bias_per_head:
+        return "takes key_bias of shape (total_k,), one number for all heads"
+    return native.cpu_library().reason

@@ -1,0 +1,113 @@
+"""select: scores and a budget become a Selection. prune_tokens: the same with the kept rows, in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.pruning import checks
+from fastxattn.ops.pruning.budget import Budget
+from fastxattn.ops.pruning.ops import gather_rows, run
+from fastxattn.ops.pruning.reference import kept_offsets
+from fastxattn.ops.pruning.selection import Selection
+
+
+def select(
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    budget: Budget | Tensor,
+    *,
+    protected: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str = "auto",
+) -> Selection:
+    """Keep the best tokens of each sequence, in their order.
+
+    Best first: protected tokens, then numbers before NaN, then the higher score (-0 equals 0), then the lower index.
+    Each sequence is decided by itself (only ``Budget.total`` looks across them). ``k = 0`` keeps nothing, ``k`` above the
+    length everything; with more protected tokens than ``k`` the best of them stay. Every backend keeps the same tokens.
+
+    Args:
+        scores: (total,) floating point, ranked in float32. No gradient flows through ranking.
+        cu_seqlens: (batch + 1,) int32: sequence b is rows ``cu_seqlens[b] : cu_seqlens[b + 1]``.
+        budget: a :class:`Budget`, or (batch,) int32 counts.
+        protected: (total,) bool: tokens such as CLS and registers that outrank all others.
+        max_seqlen: a bound on the lengths; makes the static size of a ratio exact for equal lengths.
+        backend: auto, triton, cpu or reference.
+
+    Returns:
+        The selection; its size is exact on the CPU, and elsewhere a bound that needs no synchronisation.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape or offset is wrong.
+
+    Example:
+        >>> kept = select(torch.tensor([0.1, 0.9, 0.5]), torch.tensor([0, 3], dtype=torch.int32), Budget.count(2))
+        >>> kept.keep_index.tolist(), kept.rank.tolist()
+        ([1, 2], [0, 1])
+    """
+    return _select(scores, cu_seqlens, budget, protected, max_seqlen, backend, None)[0]
+
+
+def prune_tokens(
+    x: Tensor,
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    budget: Budget | Tensor,
+    *,
+    protected: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Selection]:
+    """:func:`select`, and the kept rows of ``x`` (total, ...) from the same call. Differentiable in ``x``."""
+    checks.check_scores(scores, cu_seqlens)
+    checks.check_rows("x", x, scores.shape[0])
+    checks.check_device("x", x, "scores", scores)
+    fused = x.ndim == 2 and x.is_contiguous() and not (x.requires_grad and torch.is_grad_enabled())
+    selection, rows = _select(scores, cu_seqlens, budget, protected, max_seqlen, backend, x if fused else None)
+    return (rows if fused else gather_rows(x, selection.keep_index, backend=backend)), selection
+
+
+def _select(
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    budget: Budget | Tensor,
+    protected: Tensor | None,
+    max_seqlen: int | None,
+    backend: str,
+    x: Tensor | None,
+) -> tuple[Selection, Tensor]:
+    checks.check_scores(scores, cu_seqlens)
+    total, batch = scores.shape[0], cu_seqlens.shape[0] - 1
+    if protected is not None:
+        checks.check_vector("protected", protected, total, torch.bool)
+        checks.check_device("protected", protected, "scores", scores)
+    ranked = scores.detach().float().contiguous()
+    cu_seqlens = cu_seqlens.contiguous()
+    if isinstance(budget, Budget):
+        counts = budget.counts(ranked, cu_seqlens, protected, backend=backend)
+        capacity = budget.capacity(total, batch, max_seqlen)
+    elif isinstance(budget, Tensor):
+        checks.check_vector("budget", budget, batch, torch.int32)
+        counts, capacity = budget, total
+    else:
+        raise TypeError(f"budget must be a Budget or an int32 tensor of counts; got {type(budget).__name__}")
+    longest = capacity if max_seqlen is None else min(capacity, max_seqlen)
+    if checks.look_inside(cu_seqlens):
+        offsets = kept_offsets(cu_seqlens, counts, capacity)
+        capacity = int(offsets[-1])
+        longest = int(offsets.diff().max()) if batch else 0
+    probe = ranked if x is None else x
+    index, cu_keep, assignment, rows = run(
+        "select",
+        probe,
+        backend,
+        ranked,
+        cu_seqlens,
+        counts,
+        None if protected is None else protected.contiguous(),
+        x,
+        capacity,
+    )
+    return Selection(index, cu_keep, assignment, cu_seqlens, longest, ranked, protected), rows

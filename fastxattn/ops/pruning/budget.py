@@ -1,0 +1,177 @@
+"""How many tokens to keep: a budget turns scores into a count for each sequence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.pruning import segments
+from fastxattn.ops.pruning.ops import run
+
+STATIC = ("count", "ratio", "total")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A rule for the number of tokens to keep; build one with its class methods.
+
+    ====================  ==========================================================  =======
+    ``Budget.count``      ``k`` of each sequence (all, where it has fewer)            static
+    ``Budget.ratio``      ``ceil(r * length)`` of each sequence                       static
+    ``Budget.total``      ``n`` in all, shared over the batch (or a video's frames)   static
+    ``Budget.threshold``  scores of at least ``t``                                    dynamic
+    ``Budget.mass``       the fewest tokens that hold a share ``p`` of the score sum  dynamic
+    ``Budget.adaptive``   outliers: scores above ``q3 + factor * (q3 - q1)``          dynamic
+    ====================  ==========================================================  =======
+
+    A *static* budget bounds the number of kept rows by shapes alone, so that it costs no synchronisation; a *dynamic*
+    one only by the number of tokens. Protected tokens count towards ``count``, ``ratio`` and ``total``; dynamic budgets
+    keep them in addition. ``minimum`` and ``maximum`` clip every sequence's count.
+    """
+
+    kind: str
+    value: float
+    by: str = "length"
+    minimum: int = 0
+    maximum: int | None = None
+
+    @classmethod
+    def count(cls, k: int) -> Budget:
+        """Keep ``k`` tokens of each sequence."""
+        if not isinstance(k, int) or isinstance(k, bool):
+            raise TypeError(f"k must be an int; got {type(k).__name__}")
+        if k < 0:
+            raise ValueError(f"k must not be negative; got {k}")
+        return cls("count", k)
+
+    @classmethod
+    def ratio(cls, r: float, *, minimum: int = 0) -> Budget:
+        """Keep ``ceil(r * length)`` tokens of each sequence."""
+        return cls("ratio", _within("r", r, 0.0, 1.0), minimum=minimum)
+
+    @classmethod
+    def total(cls, n: int, *, by: str = "length") -> Budget:
+        """Keep ``n`` tokens in all, shared ``by`` "length", or by "score": the ``n`` best of the whole batch."""
+        if n < 0:
+            raise ValueError(f"n must not be negative; got {n}")
+        if by not in ("length", "score"):
+            raise ValueError(f"by must be length or score; got {by!r}")
+        return cls("total", n, by)
+
+    @classmethod
+    def threshold(cls, t: float, *, minimum: int = 0, maximum: int | None = None) -> Budget:
+        """Keep tokens that score at least ``t``."""
+        if math.isnan(t):
+            raise ValueError("t must be a number; got NaN")
+        return cls("threshold", t, minimum=minimum, maximum=maximum)
+
+    @classmethod
+    def mass(cls, p: float, *, minimum: int = 0, maximum: int | None = None) -> Budget:
+        """Keep the fewest tokens whose scores (negative ones as 0) sum to a share ``p`` of the sequence's sum."""
+        return cls("mass", _within("p", p, 0.0, 1.0), minimum=minimum, maximum=maximum)
+
+    @classmethod
+    def adaptive(cls, factor: float = 1.5, *, minimum: int = 1, maximum: int | None = None) -> Budget:
+        """Keep outliers by the interquartile range, as PruMerge (arXiv 2403.15388) does."""
+        return cls("adaptive", _within("factor", factor, 0.0, math.inf), minimum=minimum, maximum=maximum)
+
+    @property
+    def static(self) -> bool:
+        """Whether shapes alone bound the number of kept rows."""
+        return self.kind in STATIC
+
+    def capacity(self, total: int, batch: int, max_seqlen: int | None = None) -> int:
+        """A bound on the rows kept of ``total`` tokens in ``batch`` sequences; exact for sequences of one length."""
+        bounds = [total]
+        if self.kind == "count":
+            bounds.append(batch * int(self.value))
+        elif self.kind == "total":
+            bounds.append(int(self.value))
+        elif self.kind == "ratio":
+            bounds.append(max(math.floor(self.value * total) + batch, batch * self.minimum))
+            if max_seqlen is not None:
+                bounds.append(batch * max(_ceil(self.value * max_seqlen), self.minimum))
+        if self.maximum is not None:
+            bounds.append(batch * self.maximum)
+        return min(bounds)
+
+    def counts(
+        self, scores: Tensor, cu_seqlens: Tensor, protected: Tensor | None = None, *, backend: str = "auto"
+    ) -> Tensor:
+        """(batch,) int32: tokens to keep of each sequence, within [0, length].
+
+        Args:
+            scores: (total,) float32; NaN ranks last and never reaches a threshold.
+            cu_seqlens: (batch + 1,) int32.
+            protected: (total,) bool or None.
+            backend: of the quantiles that ``adaptive`` needs.
+        """
+        lengths = cu_seqlens.diff()
+        if self.kind == "count":
+            counts = torch.full_like(lengths, min(int(self.value), 2**31 - 1))
+        elif self.kind == "ratio":
+            counts = (lengths.double() * self.value - 1e-6).ceil()
+        elif self.kind == "total":
+            counts = self._shared(scores, cu_seqlens, protected)
+        elif self.kind == "threshold":
+            counts = _passing(scores >= self.value, cu_seqlens, protected)
+        elif self.kind == "mass":
+            counts = self._mass(scores, cu_seqlens, protected)
+        else:
+            quartiles = run("quantile", scores, backend, scores, cu_seqlens, scores.new_tensor([0.25, 0.75]))
+            cut = quartiles[:, 1] + self.value * (quartiles[:, 1] - quartiles[:, 0])
+            row = segments.sequence_ids(cu_seqlens, scores.shape[0])
+            cut = torch.nn.functional.pad(cut, (0, 1), value=torch.inf)
+            counts = _passing(scores > cut[row], cu_seqlens, protected)
+        if self.minimum:
+            counts = counts.clamp_min(self.minimum)
+        if self.maximum is not None:
+            counts = counts.clamp_max(self.maximum)
+        return torch.minimum(counts, lengths).clamp_min(0).to(torch.int32)
+
+    def _shared(self, scores: Tensor, cu_seqlens: Tensor, protected: Tensor | None) -> Tensor:
+        lengths = cu_seqlens.diff()
+        if self.by == "length":
+            return segments.share(int(self.value), lengths, lengths)
+        # The n best of all: one selection over everything, then who got how many.
+        everything = torch.stack([torch.zeros_like(cu_seqlens[-1]), cu_seqlens[-1]])
+        ranked = segments.best_first(scores, everything, protected)
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept[ranked[: int(self.value)]] = True
+        return segments.segment_sum(kept, cu_seqlens)
+
+    def _mass(self, scores: Tensor, cu_seqlens: Tensor, protected: Tensor | None) -> Tensor:
+        mass = scores.double().nan_to_num(nan=0.0).clamp_min(0.0)
+        if protected is not None:
+            mass = torch.where(protected, 0.0, mass)
+        ranked = segments.best_first(scores, cu_seqlens, protected)
+        row = segments.sequence_ids(cu_seqlens, scores.shape[0])
+        batch = cu_seqlens.shape[0] - 1
+        ordered = torch.where(row < batch, mass[ranked], 0.0)
+        running = torch.nn.functional.pad(ordered.cumsum(0), (1, 0))
+        start = running[cu_seqlens[:-1].long()]
+        wanted = self.value * (running[cu_seqlens[1:].long()] - start)
+        # A token is needed when the mass before it falls short of what is wanted (by more than rounding).
+        before = running[:-1] - torch.nn.functional.pad(start, (0, 1))[row]
+        needed = before < torch.nn.functional.pad(wanted, (0, 1))[row] * (1 - 1e-12)
+        guarded = torch.zeros_like(needed) if protected is None else protected[ranked]
+        return segments.segment_sum(needed | guarded, cu_seqlens)
+
+
+def _passing(passes: Tensor, cu_seqlens: Tensor, protected: Tensor | None) -> Tensor:
+    return segments.segment_sum(passes if protected is None else passes | protected, cu_seqlens)
+
+
+def _ceil(value: float) -> int:
+    return math.ceil(value - 1e-6)
+
+
+def _within(name: str, value: float, low: float, high: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}]; got {value}")
+    return float(value)

@@ -1,0 +1,79 @@
+"""Validation of pruning arguments; contents are looked at where that costs no device synchronisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastxattn.runtime import env
+
+
+def look_inside(t: Tensor) -> bool:
+    """Whether the contents of ``t`` may be read for checks here."""
+    if torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
+        return False
+    return t.device.type == "cpu" or env.validate_on_gpu
+
+
+def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
+    """``offsets`` (batch + 1,) int32: starts at 0, never decreases, ends within ``rows``."""
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(offsets).__name__}")
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32; got {offsets.dtype}")
+    if offsets.ndim != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{name} must have shape (batch + 1,); got {tuple(offsets.shape)}")
+    if not look_inside(offsets):
+        return
+    if (first := int(offsets[0])) != 0:
+        raise ValueError(f"{name} must start at 0; got {first}")
+    if offsets.shape[0] > 1 and int(offsets.diff().min()) < 0:
+        raise ValueError(f"{name} must not decrease; got {offsets.tolist()[:32]}")
+    if (last := int(offsets[-1])) > rows:
+        raise ValueError(f"{name} must end within the {rows} rows of the tokens; got {last}")
+
+
+def check_scores(scores: Tensor, cu_seqlens: Tensor) -> None:
+    """``scores`` (total,) floating point, on the device of ``cu_seqlens``."""
+    if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point:
+        raise TypeError(
+            f"scores must be a floating-point tensor; got {getattr(scores, 'dtype', type(scores).__name__)}"
+        )
+    if scores.ndim != 1:
+        raise ValueError(f"scores must have shape (total,); got {tuple(scores.shape)}")
+    check_offsets("cu_seqlens", cu_seqlens, scores.shape[0])
+    check_device("cu_seqlens", cu_seqlens, "scores", scores)
+
+
+def check_rows(name: str, x: Tensor, rows: int | None = None) -> None:
+    """``x`` (rows, ...) floating point."""
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim < 1 or (rows is not None and x.shape[0] != rows):
+        raise ValueError(f"{name} must have {rows} rows (axis 0); got shape {tuple(x.shape)}")
+
+
+def check_vector(name: str, t: Tensor, length: int, dtype: torch.dtype) -> None:
+    """``t`` of shape (length,) and the given dtype."""
+    if not isinstance(t, Tensor) or t.dtype != dtype:
+        raise TypeError(f"{name} must be a tensor of {dtype}; got {getattr(t, 'dtype', type(t).__name__)}")
+    if tuple(t.shape) != (length,):
+        raise ValueError(f"{name} must have shape ({length},); got {tuple(t.shape)}")
+
+
+def check_index(name: str, index: Tensor, rows: int) -> None:
+    """``index`` (n,) int32, every entry in [-1, rows)."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int32:
+        raise TypeError(f"{name} must be an int32 tensor; got {getattr(index, 'dtype', type(index).__name__)}")
+    if index.ndim != 1:
+        raise ValueError(f"{name} must have one axis; got shape {tuple(index.shape)}")
+    if look_inside(index) and index.numel():
+        low, high = (int(v) for v in torch.aminmax(index))
+        if low < -1 or high >= rows:
+            raise ValueError(f"{name} must lie in [-1, {rows}); got values from {low} to {high}")
+
+
+def check_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """Both tensors on one device."""
+    if t.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {t.device}")

@@ -1,0 +1,16 @@
+"""The C++ kernels as a backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastxattn.runtime import native
+
+
+def supports(x: Tensor) -> str | None:
+    """None when the CPU kernels take tokens like ``x``, else why not."""
+    if x.device.type != "cpu":
+        return f"needs tensors on the cpu; got {x.device.type}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16; got {x.dtype}"
+    return native.cpu_library().reason

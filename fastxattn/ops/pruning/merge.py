@@ -1,0 +1,199 @@
+"""What becomes of tokens that are not kept: merged into kept ones instead of dropped.
+
+Each function takes a selection (or makes one) and returns a selection with an assignment and weights;
+``Selection.reduce`` then averages, ``Selection.sizes`` counts, ``Selection.scatter_back`` undoes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.pruning import checks, segments
+from fastxattn.ops.pruning.api import select
+from fastxattn.ops.pruning.ops import run
+from fastxattn.ops.pruning.selection import Selection
+
+
+def _rows_where(keep: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with ``keep`` (total,) bool, ascending, and their (batch + 1,) offsets: a selection by a mask."""
+    counts = segments.segment_sum(keep, cu_seqlens).to(torch.int32)
+    chosen = select(keep.float(), cu_seqlens, counts, protected=keep)
+    return chosen.keep_index, chosen.cu_seqlens
+
+
+def best_match(
+    features: Tensor, a_index: Tensor, cu_a: Tensor, b_index: Tensor, cu_b: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """For each row of A the most similar row of B of its sequence, without a similarity matrix in memory.
+
+    Args:
+        features: (total, channels); similarity is the cosine, 0 for a zero row, NaN for a row that is not finite.
+        a_index, b_index: int32 rows of ``features``, grouped by sequence.
+        cu_a, cu_b: (batch + 1,) int32 offsets of the groups.
+        backend: auto, triton, cpu or reference.
+
+    Returns:
+        ``best`` int32 rows of ``features`` (-1 without a B) and float32 ``similarity``. Ties go to the first in B.
+    """
+    checks.check_rows("features", features)
+    if features.ndim != 2:
+        raise ValueError(f"features must have shape (total, channels); got {tuple(features.shape)}")
+    for name, index, offsets in (("a", a_index, cu_a), ("b", b_index, cu_b)):
+        checks.check_index(f"{name}_index", index, features.shape[0])
+        checks.check_offsets(f"cu_{name}", offsets, index.shape[0])
+    if cu_a.shape != cu_b.shape:
+        raise ValueError(f"cu_b must have the shape of cu_a, {tuple(cu_a.shape)}; got {tuple(cu_b.shape)}")
+    best, similarity = run("match", features, backend, features.detach().contiguous(), a_index, cu_a, b_index, cu_b)
+    return best, similarity
+
+
+def bipartite(
+    features: Tensor,
+    cu_seqlens: Tensor,
+    merges: int | Tensor,
+    *,
+    sizes: Tensor | None = None,
+    protected: Tensor | None = None,
+    backend: str = "auto",
+) -> Selection:
+    """One step of token merging: ToMe, Bolya et al., ICLR 2023 (arXiv 2210.09461).
+
+    The tokens of each sequence are split in turn into A (its even places among unprotected tokens) and B (odd); each of
+    A is matched with its most similar in B, and the ``merges`` best matches are merged, weighted by ``sizes``.
+
+    Args:
+        features: (total, channels) that similarity is measured on (ToMe: the mean of the keys over heads).
+        cu_seqlens: (batch + 1,) int32.
+        merges: tokens to merge away in each sequence, or (batch,) int32; at most half of the unprotected ones.
+        sizes: (total,) float32 tokens that each token already stands for; 1 when None.
+        protected: (total,) bool: neither merged nor merged into.
+        backend: auto, triton, cpu or reference.
+    """
+    checks.check_rows("features", features)
+    total = features.shape[0]
+    checks.check_offsets("cu_seqlens", cu_seqlens, total)
+    if isinstance(merges, int) and merges < 0:
+        raise ValueError(f"merges must not be negative; got {merges}")
+    sequence = segments.sequence_ids(cu_seqlens, total)
+    inside = sequence < cu_seqlens.shape[0] - 1
+    free = inside if protected is None else inside & ~protected
+    running = torch.nn.functional.pad(free.cumsum(0), (1, 0))
+    place = running[:-1] - running[torch.nn.functional.pad(cu_seqlens[:-1], (0, 1)).long()][sequence]
+    is_a, is_b = free & (place % 2 == 0), free & (place % 2 == 1)
+    a_index, cu_a = _rows_where(is_a, cu_seqlens)
+    b_index, cu_b = _rows_where(is_b, cu_seqlens)
+    best, similarity = best_match(features, a_index, cu_a, b_index, cu_b, backend=backend)
+    # Ranks A by similarity; tokens that are not merged stay, so the *least* similar of A are kept.
+    wanted = torch.full_like(cu_a[1:], merges) if isinstance(merges, int) else merges
+    wanted = torch.where(cu_b.diff() > 0, torch.minimum(wanted, cu_a.diff()), 0)
+    merged = select(similarity, cu_a, wanted, backend=backend)
+    gone = torch.zeros(total + 1, dtype=torch.bool, device=features.device)
+    source = (
+        torch.where(merged.keep_index >= 0, a_index[merged.keep_index.clamp_min(0).long()], total)
+        if a_index.numel()
+        else merged.keep_index
+    )
+    gone[source.long()] = True
+    keep = inside & ~gone[:total]
+    counts = segments.segment_sum(keep, cu_seqlens).to(torch.int32)
+    kept = select(keep.float(), cu_seqlens, counts, protected=keep, backend=backend)
+    target = torch.full((total + 1,), -1, dtype=torch.int32, device=features.device)
+    if a_index.numel():
+        target[torch.where(a_index >= 0, a_index, total).long()] = best
+    return _join(
+        kept,
+        gone[:total],
+        target[:total],
+        torch.ones(total, device=features.device) if sizes is None else sizes.float(),
+    )
+
+
+def _join(kept: Selection, joins: Tensor, target: Tensor, weight: Tensor) -> Selection:
+    """``kept`` with the tokens of ``joins`` (total,) averaged into the rows that ``target`` (total,) names."""
+    if kept.assignment.shape[0] == 0:
+        return kept.merged(kept.assignment, weight)
+    through = kept.assignment[target.clamp_min(0).long()]
+    return kept.merged(torch.where(joins & (target >= 0), through, kept.assignment), weight)
+
+
+def nearest(
+    selection: Selection, features: Tensor, *, weight: Tensor | None = None, backend: str = "auto"
+) -> Selection:
+    """Merge every dropped token into the most similar kept one (PruMerge, Shang et al. 2024, arXiv 2403.15388).
+
+    Args:
+        selection: what is kept.
+        features: (total, channels) that similarity is measured on.
+        weight: (total,) float32 of the average: attention received, in PruMerge; equal when None.
+        backend: auto, triton, cpu or reference.
+    """
+    total = selection.assignment.shape[0]
+    sequence = segments.sequence_ids(selection.source_cu_seqlens, total)
+    dropped = (selection.assignment < 0) & (sequence < selection.source_cu_seqlens.shape[0] - 1)
+    # A token that is not finite would spoil the average it joined; it stays dropped.
+    dropped = dropped & features.isfinite().all(1)
+    a_index, cu_a = _rows_where(dropped, selection.source_cu_seqlens)
+    b_index = selection.keep_index
+    best, _ = best_match(features, a_index, cu_a, b_index, selection.cu_seqlens, backend=backend)
+    target = torch.full((total + 1,), -1, dtype=torch.int32, device=features.device)
+    target[torch.where(a_index >= 0, a_index, total).long()] = best
+    ones = torch.ones(total, device=features.device)
+    return _join(selection, dropped, target[:total], ones if weight is None else weight.float())
+
+
+def contextual(dominant: Selection, features: Tensor, count: int, *, backend: str = "auto") -> Selection:
+    """Keep ``count`` evenly spaced leftovers besides the dominant tokens; the other leftovers merge into the nearest.
+
+    VisionZip, Yang et al., CVPR 2025 (arXiv 2412.04467). The result keeps dominant and contextual tokens in order.
+    """
+    if count < 0:
+        raise ValueError(f"count must not be negative; got {count}")
+    cu_seqlens, total = dominant.source_cu_seqlens, dominant.assignment.shape[0]
+    sequence = segments.sequence_ids(cu_seqlens, total)
+    left = (dominant.assignment < 0) & (sequence < cu_seqlens.shape[0] - 1) & features.isfinite().all(1)
+    left_index, cu_left = _rows_where(left, cu_seqlens)
+    spaced = even_spacing(cu_left, left_index.shape[0], count)
+    chosen = torch.zeros(total + 1, dtype=torch.bool, device=features.device)
+    chosen[torch.where(spaced & (left_index >= 0), left_index, total).long()] = True
+    context = chosen[:total]
+    keep = context | (dominant.assignment >= 0)
+    counts = segments.segment_sum(keep, cu_seqlens).to(torch.int32)
+    kept = select(dominant.scores, cu_seqlens, counts, protected=keep, backend=backend)
+    target = torch.full((total + 1,), -1, dtype=torch.int32, device=features.device)
+    a_index, cu_a = _rows_where(left & ~context, cu_seqlens)
+    b_index, cu_b = _rows_where(context, cu_seqlens)
+    best, _ = best_match(features, a_index, cu_a, b_index, cu_b, backend=backend)
+    target[torch.where(a_index >= 0, a_index, total).long()] = best
+    return _join(kept, left & ~context, target[:total], torch.ones(total, device=features.device))
+
+
+def even_spacing(cu_seqlens: Tensor, total: int, count: int) -> Tensor:
+    """(total,) bool: ``count`` evenly spaced tokens of each sequence (all, where it has fewer)."""
+    row = segments.sequence_ids(cu_seqlens, total)
+    length = torch.nn.functional.pad(cu_seqlens.diff(), (0, 1))[row].long()
+    place = torch.arange(total, device=cu_seqlens.device) - torch.nn.functional.pad(cu_seqlens, (0, 1))[row]
+    k = torch.minimum(length, torch.full_like(length, count))
+    # Token i is taken where floor((i + 1) k / n) steps up.
+    return (place + 1) * k // length.clamp_min(1) > place * k // length.clamp_min(1)
+
+
+def leftover(selection: Selection, *, backend: str = "auto") -> Selection:
+    """One more kept token per sequence that stands for everything dropped: EViT, Liang et al., ICLR 2022.
+
+    The best dropped token gives the leftover its place (so that order and positions stay meaningful); its value becomes
+    the average of all dropped tokens weighted by their scores (arXiv 2202.07800). A sequence that dropped nothing gets
+    none.
+    """
+    cu_seqlens = selection.source_cu_seqlens
+    counts = torch.minimum(selection.cu_seqlens.diff() + 1, cu_seqlens.diff())
+    kept = select(selection.scores, cu_seqlens, counts, protected=selection.protected, backend=backend)
+    total = selection.assignment.shape[0]
+    sequence = segments.sequence_ids(cu_seqlens, total)
+    inside = sequence < cu_seqlens.shape[0] - 1
+    seat = inside & (kept.assignment >= 0) & (selection.assignment < 0)
+    places = torch.full((cu_seqlens.shape[0],), -1, dtype=torch.int32, device=seat.device)
+    places = places.scatter_reduce(0, sequence, torch.where(seat, kept.assignment, -1), "amax")
+    joins = inside & (selection.assignment < 0) & ~selection.scores.isnan()
+    assignment = torch.where(joins, places[sequence], kept.assignment)
+    return kept.merged(assignment, torch.where(selection.assignment >= 0, 1.0, selection.scores))

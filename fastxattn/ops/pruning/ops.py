@@ -1,0 +1,84 @@
+"""Dispatch: every pruning operation on the backend that runs it, with gradients where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.pruning import cpu, reference
+from fastxattn.ops.pruning import schema  # noqa: F401  (defines the operators)
+from fastxattn.runtime.backend import Backend, Explanation, explain, resolve
+
+
+def _triton_supports(x: Tensor) -> str | None:
+    try:
+        from fastxattn.ops.pruning import triton
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    return triton.supports(x)
+
+
+BACKENDS = (
+    Backend("triton", _triton_supports),
+    Backend("cpu", cpu.supports),
+    Backend("reference", lambda x: None),
+)
+
+
+def run(name: str, probe: Tensor, backend: str, *arguments: object) -> Any:
+    """Operation ``name`` of :mod:`~fastxattn.ops.pruning.schema`; ``probe`` is the tensor whose device and dtype decide the backend."""
+    return _implementation(name, resolve(f"pruning.{name}", BACKENDS, probe, backend))(*arguments)
+
+
+def explain_pruning(x: Tensor, backend: str = "auto") -> Explanation:
+    """Which backend prunes tokens like ``x``, and each backend's verdict."""
+    return explain("pruning", BACKENDS, x, backend)
+
+
+def _implementation(name: str, chosen: str) -> Callable[..., Any]:
+    if chosen == "reference":
+        return getattr(reference, name)  # type: ignore[no-any-return]
+    return getattr(torch.ops.fastxattn, f"pruning_{name}_{chosen}").default  # type: ignore[no-any-return]
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(rows, channels), contiguous."""
+    return (x.flatten(1) if x.ndim > 1 else x[:, None]).contiguous()
+
+
+def gather_rows(x: Tensor, index: Tensor, coefficient: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """``out[j] = coefficient[j] * x[index[j]]``, 0 where the index is -1. Differentiable in ``x`` and ``coefficient``.
+
+    Args:
+        x: (rows, ...) tokens.
+        index: (n,) int32 in [-1, rows).
+        coefficient: (n,) float32 or None for 1.
+        backend: auto, triton, cpu or reference.
+    """
+    from fastxattn.ops.pruning.autograd import Gather
+
+    chosen = resolve("pruning.gather", BACKENDS, x, backend)
+    out = Gather.apply(_as_rows(x), index, coefficient, chosen)
+    return out.reshape(index.shape[0], *x.shape[1:])  # type: ignore[no-any-return]
+
+
+def merge_rows(
+    x: Tensor, assignment: Tensor, coefficient: Tensor | None, rows: int, *, backend: str = "auto"
+) -> Tensor:
+    """``out[a] = sum of coefficient[i] * x[i] over assignment[i] == a``: the transpose of :func:`gather_rows`.
+
+    Args:
+        x: (total, ...) tokens.
+        assignment: (total,) int32 in [-1, rows); rows of -1 take no part, whatever they hold.
+        coefficient: (total,) float32 or None for 1.
+        rows: of the result.
+        backend: auto, triton, cpu or reference.
+    """
+    from fastxattn.ops.pruning.autograd import Merge
+
+    chosen = resolve("pruning.merge", BACKENDS, x, backend)
+    out = Merge.apply(_as_rows(x), assignment, coefficient, rows, chosen)
+    return out.reshape(rows, *x.shape[1:])  # type: ignore[no-any-return]

@@ -1,0 +1,82 @@
+"""Operator schemas of token pruning: six operations per compiled backend, and their fakes.
+
+Everything works on packed tokens: rows of all sequences end to end, ``cu_seqlens`` (batch + 1,) int32. Rows of results
+that stand for nothing are 0, indices that stand for nothing are -1.
+
+* ``select(scores, cu_seqlens, counts, protected, x, capacity)``: the ``counts[b]`` best rows of each sequence.
+* ``gather(x, index, coefficient)``: ``out[j] = coefficient[j] * x[index[j]]``.
+* ``merge(x, assignment, coefficient, rows)``: ``out[a] = sum of coefficient[i] * x[i] over assignment[i] == a``, in
+  ascending ``i``; the transpose of ``gather``.
+* ``match(x, a_index, cu_a, b_index, cu_b)``: for each row of A the most similar row of B of the same sequence.
+* ``greedy(x, quality, cu_seqlens, counts, protected, mode)``: the order in which a greedy search picks rows.
+* ``quantile(scores, cu_seqlens, q)``: quantiles of each sequence's scores.
+
+The functions of :mod:`fastxattn.ops.pruning.reference` say exactly what each computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_MIN, DETERMINANT = 0, 1
+"""``mode`` of ``greedy``."""
+
+SCHEMAS = {
+    "select": "(Tensor scores, Tensor cu_seqlens, Tensor counts, Tensor? protected, Tensor? x, int capacity) -> "
+    "(Tensor keep_index, Tensor cu_keep, Tensor assignment, Tensor gathered)",
+    "gather": "(Tensor x, Tensor index, Tensor? coefficient) -> Tensor",
+    "merge": "(Tensor x, Tensor assignment, Tensor? coefficient, int rows) -> Tensor",
+    "match": "(Tensor x, Tensor a_index, Tensor cu_a, Tensor b_index, Tensor cu_b) -> (Tensor best, Tensor similarity)",
+    "greedy": "(Tensor x, Tensor? quality, Tensor cu_seqlens, Tensor counts, Tensor? protected, int mode) -> Tensor",
+    "quantile": "(Tensor scores, Tensor cu_seqlens, Tensor q) -> Tensor",
+}
+BACKENDS = ("cpu", "triton")
+
+for _backend in BACKENDS:
+    for _name, _schema in SCHEMAS.items():
+        torch.library.define(f"fastxattn::pruning_{_name}_{_backend}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def _select(
+    scores: Tensor, cu_seqlens: Tensor, counts: Tensor, protected: Tensor | None, x: Tensor | None, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index = scores.new_empty(capacity, dtype=torch.int32)
+    assignment = scores.new_empty(scores.shape[0], dtype=torch.int32)
+    gathered = scores.new_empty(0) if x is None else x.new_empty(capacity, x.shape[1])
+    return index, torch.empty_like(cu_seqlens), assignment, gathered
+
+
+def _gather(x: Tensor, index: Tensor, coefficient: Tensor | None) -> Tensor:
+    return x.new_empty(index.shape[0], x.shape[1])
+
+
+def _merge(x: Tensor, assignment: Tensor, coefficient: Tensor | None, rows: int) -> Tensor:
+    return x.new_empty(rows, x.shape[1])
+
+
+def _match(x: Tensor, a_index: Tensor, cu_a: Tensor, b_index: Tensor, cu_b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a_index), x.new_empty(a_index.shape[0], dtype=torch.float32)
+
+
+def _greedy(
+    x: Tensor, quality: Tensor | None, cu_seqlens: Tensor, counts: Tensor, protected: Tensor | None, mode: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _quantile(scores: Tensor, cu_seqlens: Tensor, q: Tensor) -> Tensor:
+    return scores.new_empty(cu_seqlens.shape[0] - 1, q.shape[0])
+
+
+_FAKES = {
+    "select": _select,
+    "gather": _gather,
+    "merge": _merge,
+    "match": _match,
+    "greedy": _greedy,
+    "quantile": _quantile,
+}
+for _backend in BACKENDS:
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"fastxattn::pruning_{_name}_{_backend}", _fake)

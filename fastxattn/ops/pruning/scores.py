@@ -1,0 +1,120 @@
+"""Scores that strategies rank by: attention received, relevance to a text, change between video frames."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.pruning import segments
+from fastxattn.ops.pruning.checks import check_offsets, check_rows
+
+
+def probe_scores(query: Tensor, key: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of one query per sequence over its keys, averaged over heads: (total,) float32, summing to 1.
+
+    ``score[i] = mean over heads of softmax_i(scale * <query[b], key[i]>)``: one row of the attention map, computed
+    without the map. The query is the CLS token's (EViT, FasterVLM) or the last text token's (FastV).
+
+    Args:
+        query: (batch, heads, head_dim).
+        key: (total, kv_heads, head_dim); heads a multiple of kv_heads.
+        cu_seqlens: (batch + 1,) int32 offsets of the keys.
+        scale: 1 / sqrt(head_dim) when None.
+    """
+    check_rows("query", query)
+    check_rows("key", key)
+    if query.ndim != 3 or key.ndim != 3 or query.shape[1] % key.shape[1] or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            "query and key must have shapes (batch, heads, head_dim) and (total, kv_heads, head_dim) with heads a "
+            f"multiple of kv_heads; got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    check_offsets("cu_seqlens", cu_seqlens, key.shape[0])
+    batch, heads, dim = query.shape
+    if batch != cu_seqlens.shape[0] - 1:
+        raise ValueError(f"query must have one row per sequence, {cu_seqlens.shape[0] - 1}; got {batch}")
+    row = segments.sequence_ids(cu_seqlens, key.shape[0])
+    inside = (row < batch)[:, None]
+    row = row.clamp_max(max(batch - 1, 0))
+    if batch == 0 or key.shape[0] == 0:
+        return key.new_zeros(key.shape[0], dtype=torch.float32)
+    grouped = query.float().unflatten(1, (key.shape[1], -1)) * (dim**-0.5 if scale is None else scale)
+    logits = torch.einsum("tgrd,tgd->tgr", grouped[row], key.float()).flatten(1)
+    logits = torch.where(inside, logits, -torch.inf)
+    index = row[:, None].expand(-1, heads)
+    peak = logits.new_full((batch, heads), -torch.inf).scatter_reduce(0, index, logits.detach(), "amax")
+    weight = torch.where(inside, (logits - peak.gather(0, index)).exp(), 0.0)
+    total = weight.new_zeros(batch, heads).scatter_add(0, index, weight)
+    return (weight / total.gather(0, index)).mean(1)
+
+
+def received_scores(query: Tensor, key: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:
+    """Attention each key receives from all queries of its sequence, averaged: (total,) float32, summing to 1.
+
+    For encoders without a CLS token (SigLIP), and with text tokens as queries (SparseVLM-like raters).
+
+    Args:
+        query, key: (total, heads, head_dim), (total, kv_heads, head_dim) of the same packed tokens.
+        cu_seqlens: (batch + 1,) int32.
+        scale: 1 / sqrt(head_dim) when None.
+    """
+    heads, dim = query.shape[1:]
+    out = torch.zeros(key.shape[0], device=key.device)
+    factor = dim**-0.5 if scale is None else scale
+    ends = cu_seqlens.tolist()
+    for begin, end in zip(ends, ends[1:], strict=False):
+        if begin == end:
+            continue
+        k = key[begin:end].float().repeat_interleave(heads // key.shape[1], 1).transpose(0, 1)
+        q = query[begin:end].float().transpose(0, 1) * factor
+        out[begin:end] = torch.softmax(q @ k.mT, -1).mean((0, 1))
+    return out
+
+
+def text_relevance(image: Tensor, text: Tensor, cu_image: Tensor, cu_text: Tensor) -> Tensor:
+    """CDPruner's relevance: mean cosine of each image token with the text's tokens, rescaled to [0, 1] per image.
+
+    Args:
+        image, text: (total_image, channels), (total_text, channels) in one space.
+        cu_image, cu_text: (batch + 1,) int32.
+    """
+    unit_text = torch.nn.functional.normalize(text.float(), dim=1)
+    batch = cu_image.shape[0] - 1
+    owner = segments.sequence_ids(cu_text, text.shape[0])
+    mean = unit_text.new_zeros(batch + 1, text.shape[1]).index_add(0, owner, unit_text)[:batch]
+    mean = mean / cu_text.diff().clamp_min(1)[:, None]
+    row = segments.sequence_ids(cu_image, image.shape[0])
+    cosine = (
+        torch.nn.functional.normalize(image.float(), dim=1) * torch.nn.functional.pad(mean, (0, 0, 0, 1))[row]
+    ).sum(1)
+    high = torch.nn.functional.pad(segments.segment_max(cosine, cu_image), (0, 1))[row]
+    low = -torch.nn.functional.pad(segments.segment_max(-cosine, cu_image), (0, 1))[row]
+    return (cosine - low) / (high - low).clamp_min(1e-6)
+
+
+def frame_change(tokens: Tensor, tokens_per_frame: int) -> Tensor:
+    """EVS, Bagrov et al. 2025 (arXiv 2510.14624): 1 - cosine to the same patch of the previous frame; (total,) float32.
+
+    A video's first frame scores 2, the largest possible, and so is kept before any other. ``tokens`` (frames *
+    tokens_per_frame, channels) of one video; for a batch call it per video.
+    """
+    if tokens_per_frame < 1 or tokens.shape[0] % tokens_per_frame:
+        raise ValueError(f"tokens_per_frame must divide the {tokens.shape[0]} tokens; got {tokens_per_frame}")
+    unit = torch.nn.functional.normalize(tokens.float(), dim=-1).unflatten(0, (-1, tokens_per_frame))
+    change = 1 - (unit[1:] * unit[:-1]).sum(-1)
+    return torch.cat([change.new_full((min(1, unit.shape[0]), tokens_per_frame), 2.0), change]).flatten()
+
+
+def frame_counts(tokens: Tensor, cu_frames: Tensor, total: int) -> Tensor:
+    """Token counts of a video's frames, more for frames that stand out: VidCom2, Liu et al. 2025 (arXiv 2505.14454).
+
+    A frame's uniqueness is minus the mean cosine of its tokens with the video's mean token; ``total`` tokens are shared
+    in proportion to its softmax over frames. ``cu_frames`` (frames + 1,) int32; returns (frames,) int32 counts to pass
+    to ``select`` as its budget.
+    """
+    check_offsets("cu_seqlens", cu_frames, tokens.shape[0])
+    unit = torch.nn.functional.normalize(tokens.float(), dim=1)
+    likeness = unit @ torch.nn.functional.normalize(unit.mean(0, keepdim=True), dim=1).squeeze(0)
+    lengths = cu_frames.diff()
+    uniqueness = -(segments.segment_sum(likeness, cu_frames) / lengths.clamp_min(1))
+    spread = uniqueness.std(unbiased=False).clamp_min(1e-6) if uniqueness.numel() else uniqueness.sum()
+    return segments.share(total, torch.softmax((uniqueness - uniqueness.mean()) / spread, 0), lengths)

@@ -1,0 +1,162 @@
+"""What a pruning step kept: everything needed to reduce tokens, feed attention and go back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.pruning import segments
+from fastxattn.ops.pruning.checks import check_rows
+from fastxattn.ops.pruning.ops import gather_rows, merge_rows
+
+FILLS = ("copy", "zero", "residual")
+POSITIONS = ("keep", "compact", "mean")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which tokens of each sequence stay, and where every token went.
+
+    ::
+
+        tokens       a0 a1 a2 a3 | b0 b1         source_cu_seqlens  0 4 6
+        keep_index   0  2        | 4             cu_seqlens         0 2 3
+        assignment   0 -1  1 -1  | 2 -1          place of the row that stands for the token; -1: nothing does
+
+    On GPUs and under ``torch.compile`` ``keep_index`` may be longer than ``cu_seqlens[-1]``; the entries beyond are -1,
+    and rows gathered there are 0. Attention over the kept tokens needs no gathered copy: pass ``keep_index`` as
+    ``key_index``, ``cu_seqlens`` as ``cu_seqlens_k``.
+
+    Attributes:
+        keep_index: (kept,) int32 rows of the packed tokens, ascending.
+        cu_seqlens: (batch + 1,) int32 offsets of the kept rows.
+        assignment: (total,) int32.
+        source_cu_seqlens: (batch + 1,) int32 offsets of the tokens.
+        max_seqlen: a bound on the kept rows of one sequence.
+        scores: (total,) float32 that decided.
+        protected: (total,) bool or None.
+        weight: (total,) float32 or None: each token's weight in the average that its kept row becomes; None drops
+            every other token.
+    """
+
+    keep_index: Tensor
+    cu_seqlens: Tensor
+    assignment: Tensor
+    source_cu_seqlens: Tensor
+    max_seqlen: int
+    scores: Tensor
+    protected: Tensor | None = None
+    weight: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a reduced tensor."""
+        return self.keep_index.shape[0]
+
+    @property
+    def rank(self) -> Tensor:
+        """(kept,) int32: place of each kept token in its sequence's order, 0 for the best; -1 beyond the last."""
+        total = self.scores.shape[0]
+        ranked = segments.best_first(self.scores, self.source_cu_seqlens, self.protected)
+        start = torch.nn.functional.pad(self.source_cu_seqlens, (0, 1))[
+            segments.sequence_ids(self.source_cu_seqlens, total)
+        ]
+        place = torch.empty(total, dtype=torch.int32, device=ranked.device)
+        place[ranked] = torch.arange(total, dtype=torch.int32, device=ranked.device) - start
+        if total == 0:
+            return torch.full_like(self.keep_index, -1)
+        return torch.where(self.keep_index >= 0, place[self.keep_index.clamp_min(0).long()], -1)
+
+    @property
+    def coefficient(self) -> Tensor | None:
+        """(total,) float32 shares of the tokens in their row's average (they sum to 1); None when tokens are dropped.
+
+        A row whose weights sum to 0 becomes the plain average. NaN and negative weights count as 0.
+        """
+        if self.weight is None:
+            return None
+        weight = torch.where(self.weight > 0, self.weight, 0.0)
+        ones = torch.ones_like(weight)
+        sums = merge_rows(weight, self.assignment, None, self.rows)
+        counts = merge_rows(ones, self.assignment, None, self.rows)
+        share = weight / gather_rows(sums.clamp_min(torch.finfo(sums.dtype).tiny), self.assignment)
+        equal = 1 / gather_rows(counts, self.assignment)
+        return torch.where(gather_rows(sums, self.assignment) > 0, share, equal)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Kept rows of ``x`` (total, ...), in order: (kept, ...). Differentiable."""
+        check_rows("x", x, self.assignment.shape[0])
+        return gather_rows(x, self.keep_index)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Rows of ``x`` as this selection reduces them: gathered, or averaged by :attr:`weight`. Differentiable."""
+        check_rows("x", x, self.assignment.shape[0])
+        if self.weight is None:
+            return gather_rows(x, self.keep_index)
+        return merge_rows(x, self.assignment, self.coefficient, self.rows)
+
+    def sizes(self, sizes: Tensor | None = None) -> Tensor:
+        """(kept,) float32: how many original tokens each kept row stands for, given those of the tokens (1 each)."""
+        if sizes is None:
+            sizes = torch.ones(self.assignment.shape[0], device=self.assignment.device)
+        if self.weight is None:
+            return gather_rows(sizes.float(), self.keep_index)
+        return merge_rows(sizes.float(), self.assignment, None, self.rows)
+
+    def key_bias(self, sizes: Tensor | None = None) -> Tensor:
+        """(kept,) float32 ``log(size)``: added to attention scores, a merged token weighs as its members (ToMe)."""
+        return self.sizes(sizes).clamp_min(1.0 if sizes is None else 1e-30).log()
+
+    def scatter_back(self, y: Tensor, source: Tensor | None = None, *, fill: str = "copy") -> Tensor:
+        """Bring reduced rows ``y`` (kept, ...) back to all tokens: (total, ...). Differentiable.
+
+        Every token takes the row that stands for it. ``fill`` says what the others hold: "zero"; "copy": their row of
+        ``source`` (total, ...); "residual": every token is ``source`` plus what happened to its row,
+        ``y - reduce(source)``, and the others stay as they were.
+        """
+        if fill not in FILLS:
+            raise ValueError(f"fill must be one of {', '.join(FILLS)}; got {fill!r}")
+        check_rows("y", y, self.rows)
+        if fill == "zero":
+            return gather_rows(y, self.assignment)
+        if source is None:
+            raise ValueError(f"source must be given for fill={fill!r}; got None")
+        check_rows("source", source, self.assignment.shape[0])
+        if fill == "residual":
+            return source + gather_rows(y - self.reduce(source).to(y.dtype), self.assignment)
+        shown = (self.assignment >= 0).reshape(-1, *(1 for _ in source.shape[1:]))
+        return torch.where(shown, gather_rows(y, self.assignment), source)
+
+    def positions(self, positions: Tensor | None = None, *, mode: str = "keep") -> Tensor:
+        """Positions of the kept rows.
+
+        Args:
+            positions: (total, ...) of the tokens, for example (total, 2) or (total, 3) for rotary positions of images
+                and videos; places in the sequence when None.
+            mode: "keep" their own; "compact": 0, 1, 2, ... in each sequence (as if nothing had been there); "mean":
+                the average over the tokens each row stands for, float32.
+        """
+        if mode not in POSITIONS:
+            raise ValueError(f"mode must be one of {', '.join(POSITIONS)}; got {mode!r}")
+        if mode == "compact":
+            return _places(self.cu_seqlens, self.rows)
+        if positions is None:
+            positions = _places(self.source_cu_seqlens, self.assignment.shape[0])
+        if positions.shape[0] != self.assignment.shape[0]:
+            raise ValueError(f"positions must have {self.assignment.shape[0]} rows; got shape {tuple(positions.shape)}")
+        if mode == "mean":
+            return self.reduce(positions.float())
+        if positions.shape[0] == 0:
+            return positions.new_zeros(self.rows, *positions.shape[1:])
+        return positions.index_select(0, self.keep_index.clamp_min(0).long())
+
+    def merged(self, assignment: Tensor, weight: Tensor) -> Selection:
+        """The same kept rows, with other tokens averaged into them: (total,) int32 places and float32 weights."""
+        return replace(self, assignment=assignment, weight=weight)
+
+
+def _places(cu_seqlens: Tensor, rows: int) -> Tensor:
+    at = torch.arange(rows, device=cu_seqlens.device)
+    return at - torch.nn.functional.pad(cu_seqlens, (0, 1))[segments.sequence_ids(cu_seqlens, rows)]

@@ -1,0 +1,174 @@
+"""Published pruning strategies, each a few lines over the shared kernels.
+
+A strategy is ``strategy(tokens, cu_seqlens, budget, **what it needs) -> Selection``; :data:`STRATEGIES` lists them by
+name. ``tokens`` (total, channels) are packed; ``attention`` (total,) is the attention that each token received, from
+:func:`probe_scores` (a row: CLS or the last text token) or :func:`received_scores` (a column sum: no CLS needed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.pruning import checks, merge, segments
+from fastxattn.ops.pruning.api import select
+from fastxattn.ops.pruning.budget import Budget
+from fastxattn.ops.pruning.ops import run
+from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
+from fastxattn.ops.pruning.selection import Selection
+
+
+def attention_topk(
+    tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, attention: Tensor, **options: Any
+) -> Selection:
+    """Keep the most attended tokens.
+
+    With CLS rows: EViT (arXiv 2202.07800), FasterVLM (2412.01818). With the last text token's row inside the language
+    model: FastV (2403.06764), and by stages PyramidDrop (2410.17247). With column sums: HiPrune (2508.00553) and
+    SparseVLM's text raters (2410.04417).
+    """
+    return select(attention, cu_seqlens, budget, **options)
+
+
+def evit(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, attention: Tensor, **options: Any) -> Selection:
+    """EViT, Liang et al., ICLR 2022 (arXiv 2202.07800): top-k, the rest fused into one more token."""
+    return merge.leftover(select(attention, cu_seqlens, budget, **options), backend=options.get("backend", "auto"))
+
+
+def tome(
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    budget: Budget,
+    *,
+    sizes: Tensor | None = None,
+    protected: Tensor | None = None,
+    backend: str = "auto",
+    max_seqlen: int | None = None,
+) -> Selection:
+    """ToMe, Bolya et al., ICLR 2023 (arXiv 2210.09461): one bipartite merge; it removes at most half of the tokens."""
+    probe = tokens.new_zeros(tokens.shape[0], dtype=torch.float32)
+    keep = budget.counts(probe, cu_seqlens, protected, backend=backend)
+    return merge.bipartite(
+        tokens, cu_seqlens, cu_seqlens.diff() - keep, sizes=sizes, protected=protected, backend=backend
+    )
+
+
+def _greedy(
+    tokens: Tensor, quality: Tensor | None, cu_seqlens: Tensor, budget: Budget, mode: int, options: dict[str, Any]
+) -> Selection:
+    checks.check_rows("tokens", tokens)
+    checks.check_offsets("cu_seqlens", cu_seqlens, tokens.shape[0])
+    if not budget.static:
+        raise ValueError(f"budget must be static (count, ratio, total) for a greedy search; got {budget.kind}")
+    backend, protected = options.get("backend", "auto"), options.get("protected")
+    counts = budget.counts(tokens.new_zeros(tokens.shape[0], dtype=torch.float32), cu_seqlens, None, backend=backend)
+    flat = tokens.detach().flatten(1).contiguous()
+    scores = run("greedy", flat, backend, flat, quality, cu_seqlens, counts, protected, mode)
+    return select(scores, cu_seqlens, budget, **options)
+
+
+def divprune(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
+    """DivPrune, Alvar et al., CVPR 2025 (arXiv 2503.02175): greedy max-min diversity in cosine distance."""
+    return _greedy(tokens, None, cu_seqlens, budget, MAX_MIN, options)
+
+
+def cdpruner(
+    tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, relevance: Tensor | None = None, **options: Any
+) -> Selection:
+    """CDPruner, Zhang et al. 2025 (arXiv 2506.10967): greedy MAP of a determinantal point process.
+
+    The kernel is ``diag(r) S diag(r)`` with S the cosine similarity of tokens and ``r`` their ``relevance`` (total,) to
+    an instruction, for example :func:`text_relevance`; unconditioned when None.
+    """
+    quality = None if relevance is None else relevance.detach().float().contiguous()
+    if quality is not None:
+        checks.check_vector("relevance", quality, tokens.shape[0], torch.float32)
+    return _greedy(tokens, quality, cu_seqlens, budget, DETERMINANT, options)
+
+
+def visionzip(
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    budget: Budget,
+    *,
+    attention: Tensor,
+    contextual: int | None = None,
+    **options: Any,
+) -> Selection:
+    """VisionZip, Yang et al., CVPR 2025 (arXiv 2412.04467): dominant tokens by attention, contextual ones by merging.
+
+    ``budget`` must be a count; ``contextual`` of it (a sixth when None, the paper's 10 of 64) are contextual.
+    """
+    if budget.kind != "count":
+        raise ValueError(f"budget must be a count for visionzip; got {budget.kind}")
+    few = int(budget.value) // 6 if contextual is None else contextual
+    if few > budget.value:
+        raise ValueError(f"contextual must be at most the budget, {int(budget.value)}; got {few}")
+    dominant = select(attention, cu_seqlens, Budget.count(int(budget.value) - few), **options)
+    return merge.contextual(dominant, tokens, few, backend=options.get("backend", "auto"))
+
+
+def prumerge(
+    tokens: Tensor, cu_seqlens: Tensor, budget: Budget | None = None, *, attention: Tensor, **options: Any
+) -> Selection:
+    """LLaVA-PruMerge, Shang et al. 2024 (arXiv 2403.15388): keep attention outliers, merge the rest into the nearest.
+
+    Without a ``budget`` the number of outliers decides (``Budget.adaptive``), differently for every image.
+    """
+    kept = select(attention, cu_seqlens, Budget.adaptive() if budget is None else budget, **options)
+    return merge.nearest(kept, tokens, weight=attention, backend=options.get("backend", "auto"))
+
+
+def random_tokens(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, seed: int = 0, **options: Any) -> Selection:
+    """Baseline: a random subset; the same one for a seed, on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens.shape[0], generator=generator).to(tokens.device)
+    return select(scores, cu_seqlens, budget, **options)
+
+
+def uniform_grid(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
+    """Baseline: evenly spaced tokens in sequence order (row-major patches)."""
+    zeros = tokens.new_zeros(tokens.shape[0], dtype=torch.float32)
+    counts = budget.counts(zeros, cu_seqlens, None, backend=options.get("backend", "auto"))
+    row = segments.sequence_ids(cu_seqlens, tokens.shape[0])
+    length = torch.nn.functional.pad(cu_seqlens.diff(), (0, 1))[row].long()
+    k = torch.nn.functional.pad(counts, (0, 1))[row].long()
+    place = torch.arange(tokens.shape[0], device=tokens.device) - torch.nn.functional.pad(cu_seqlens, (0, 1))[row]
+    taken = (place + 1) * k // length.clamp_min(1) > place * k // length.clamp_min(1)
+    return select(taken.float(), cu_seqlens, budget, **options)
+
+
+def average_pool(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
+    """Baseline: runs of neighbours averaged into the token at the end of each run (1-D pooling; all tokens count)."""
+    kept = uniform_grid(tokens, cu_seqlens, budget, **options)
+    before = torch.nn.functional.pad((kept.assignment >= 0).cumsum(0), (1, 0))[:-1].to(torch.int32)
+    row = segments.sequence_ids(cu_seqlens, tokens.shape[0])
+    last = torch.nn.functional.pad(kept.cu_seqlens[1:], (0, 1))[row]
+    first = torch.nn.functional.pad(kept.cu_seqlens[:-1], (0, 1))[row]
+    place = torch.where(last > first, torch.minimum(before, last - 1), -1).to(torch.int32)
+    finite = tokens.flatten(1).isfinite().all(1) | (kept.assignment >= 0)
+    return kept.merged(torch.where(finite, place, -1), torch.ones_like(kept.scores))
+
+
+def norm(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
+    """Baseline: the longest token vectors."""
+    return select(tokens.detach().float().flatten(1).norm(dim=1), cu_seqlens, budget, **options)
+
+
+STRATEGIES: dict[str, Callable[..., Selection]] = {
+    "attention": attention_topk,
+    "evit": evit,
+    "tome": tome,
+    "divprune": divprune,
+    "cdpruner": cdpruner,
+    "visionzip": visionzip,
+    "prumerge": prumerge,
+    "random": random_tokens,
+    "uniform": uniform_grid,
+    "pool": average_pool,
+    "norm": norm,
+}
+NEEDS_ATTENTION = frozenset({"attention", "evit", "visionzip", "prumerge"})
