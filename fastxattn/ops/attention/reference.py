@@ -50,13 +50,13 @@ def attention_reference(
     wide = torch.promote_types(query.dtype, torch.float32)
     narrow = matmul_dtype or wide
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    rows_q = _rows(query, cu_seqlens_q, seqused_q, query_index)
-    rows_k = _rows(key, cu_seqlens_k, seqused_k, key_index)
+    rows_q = slot_rows(query, cu_seqlens_q, seqused_q, query_index)
+    rows_k = slot_rows(key, cu_seqlens_k, seqused_k, key_index)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
 
     done, outs, lses = [], [], []
     for b, (mine, theirs) in enumerate(zip(rows_q, rows_k, strict=True)):
-        for rows, begin, end in _runs(mine, theirs.shape[0], kv_range):
+        for rows, begin, end in visible_runs(mine, theirs.shape[0], kv_range):
             seen = theirs[begin:end]
             q = query[rows].to(narrow).transpose(0, 1).unflatten(0, (-1, groups))  # (kv_heads, groups, n, head_dim)
             k = key[seen].to(narrow).transpose(0, 1)[:, None]  # (kv_heads, 1, m, head_dim)
@@ -91,7 +91,7 @@ def attention_reference(
     return out, lse
 
 
-def _rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | None) -> list[Tensor]:
+def slot_rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | None) -> list[Tensor]:
     """For each sequence, the rows of ``tokens`` that its slots stand for, int64."""
     rows = torch.arange(tokens.shape[0], device=tokens.device) if index is None else index.long()
     bounds = offsets.tolist()
@@ -99,7 +99,7 @@ def _rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | 
     return [rows[start : start + length] for start, length in zip(bounds, lengths, strict=False)]
 
 
-def _runs(rows: Tensor, keys: int, kv_range: Tensor | None) -> Iterator[tuple[Tensor, int, int]]:
+def visible_runs(rows: Tensor, keys: int, kv_range: Tensor | None) -> Iterator[tuple[Tensor, int, int]]:
     """Splits a sequence's query rows into neighbours that see the same key slots [begin, end), none of them empty."""
     if not rows.shape[0]:
         return
