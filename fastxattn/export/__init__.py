@@ -13,8 +13,23 @@ except ImportError as error:
         "pip install 'fastxattn[onnx]', or 'fastxattn[onnx-gpu]'"
     ) from error
 
+from fastxattn.export.inspect import Finding, Inspection, inspect
 from fastxattn.export.onnx import Exported, to_onnx
+from fastxattn.export.optimize import Optimized, optimize
 from fastxattn.export.session import Session, ort_library_path, session_options
 from fastxattn.export.verify import Verification, verify
 
-__all__ = ["Exported", "Session", "Verification", "ort_library_path", "session_options", "to_onnx", "verify"]
+__all__ = [
+    "Exported",
+    "Finding",
+    "Inspection",
+    "Optimized",
+    "Session",
+    "Verification",
+    "inspect",
+    "optimize",
+    "ort_library_path",
+    "session_options",
+    "to_onnx",
+    "verify",
+]

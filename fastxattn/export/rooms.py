@@ -38,7 +38,7 @@ def functions(form: str, opset: int) -> dict[str, onnx.FunctionProto]:
         raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
     protos: dict[str, onnx.FunctionProto] = {}
     for face in _faces():
-        for name, bodies in face.FUNCTIONS.items():
+        for name, bodies in face.bodies().items():
             proto = bodies.get(form, bodies["loop"]).to_function_proto()
             proto.name = name
             del proto.opset_import[:]

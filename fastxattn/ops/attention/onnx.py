@@ -203,4 +203,10 @@ def translate(
 
 
 TRANSLATIONS = {f"attention_{backend}": translate for backend in ("cpu", "triton", "cuda")}
-FUNCTIONS = {"Attention": {"loop": Attention}}
+
+
+def bodies():
+    """Portable bodies by node name and form."""
+    from fastxattn.ops.attention.onnx_padded import AttentionPadded  # it imports this module
+
+    return {"Attention": {"loop": Attention, "padded": AttentionPadded}}
