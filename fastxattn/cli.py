@@ -165,7 +165,7 @@ def inspect(path: Path) -> None:
 
 @app.command()
 def optimize(path: Path, out: Annotated[Path | None, typer.Option()] = None, overwrite: Overwrite = False) -> None:
-    """Rewrite the attention of an ONNX file into fastxattn nodes; the outputs are compared before anything is written."""
+    """Rewrite the attention of an ONNX file into fastxattn nodes; outputs are compared before writing."""
     from fastxattn import export as exporter
 
     typer.echo(exporter.optimize(path, out, overwrite=overwrite))
