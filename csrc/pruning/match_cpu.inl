@@ -208,7 +208,7 @@ void pruning_greedy(const GreedyParams& p, int64_t b, const GreedyScratch& s, fl
       const float* column = s.panel_memory + i / kPanel * kPanel * p.channels + i % kPanel;
       float diagonal = 0;
       for (int64_t c = 0; c < p.channels; ++c) diagonal += column[c * kPanel] * column[c * kPanel];
-      s.value[i] = i < n ? diagonal * quality[i] * quality[i] : 0.0f;
+      s.value[i] = diagonal > 0 ? quality[i] * quality[i] : 0.0f;  // a unit row's similarity to itself is 1, not nearly 1
       largest = s.value[i] > largest ? s.value[i] : largest;
     } else if (pick >= 0) {
       s.value[i] = __builtin_inff();

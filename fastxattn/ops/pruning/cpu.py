@@ -14,4 +14,9 @@ def supports(x: Tensor) -> str | None:
         return f"needs tensors on the cpu; got {x.device.type}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16; got {x.dtype}"
+    return _missing()
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
     return native.cpu_library().reason

@@ -332,8 +332,7 @@ def greedy(
         value = -match(finite, everything, cu_seqlens, everything, cu_seqlens, True)[1].nan_to_num(nan=-torch.inf)
         factors = scores
     else:
-        lengths = (x.float() * inverse[:, None]).square().sum(1)
-        value = lengths * weight * weight
+        value = torch.where(inverse > 0, weight * weight, 0.0)  # a unit row's similarity to itself is 1, not nearly 1
         owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(total, device=x.device, dtype=torch.int32), right=True)
         largest = torch.zeros(cu_seqlens.shape[0], device=x.device)
         largest = largest.scatter_reduce(0, owner, torch.where(unusable, 0.0, value), "amax")
