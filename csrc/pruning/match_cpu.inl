@@ -177,7 +177,8 @@ static void update_residual(const GreedyScratch& s, const float* similarity, con
 // One sequence. `quality` (padded) holds the token's weights, 0 for tokens that cannot be used.
 void pruning_greedy(const GreedyParams& p, int64_t b, const GreedyScratch& s, float* quality) {
   const int64_t begin = p.cu[b], n = p.cu[b + 1] - begin, padded = panels(n) * kPanel;
-  const int64_t count = p.counts[b] < 0 ? 0 : (p.counts[b] < n ? p.counts[b] : n);
+  const int64_t most = n < p.max_count ? n : p.max_count;
+  const int64_t count = p.counts[b] < 0 ? 0 : (p.counts[b] < most ? p.counts[b] : most);
   const bool stored = n <= kStoredGram;
   const int64_t element = dtype_size(p.dtype);
   for (int64_t i = 0; i < n; ++i) p.scores[begin + i] = -__builtin_inff();

@@ -70,6 +70,7 @@ struct GreedyParams {
   int64_t batch;                   // sequences
   int64_t channels;                // elements of a row
   DType dtype;                     // of x
+  int64_t max_count;               // no sequence gets more picks
   GreedyMode mode;                 // what a pick maximises
   float* scores;                   // (cu[batch]) out
 };

@@ -136,6 +136,7 @@ void greedy(const GreedyParams& p, const Parallel& parallel) {
   const int64_t padded = panels(longest_n) * kPanel;
   int64_t picks = 0;
   for (int64_t b = 0; b < p.batch; ++b) picks = p.counts[b] > picks ? p.counts[b] : picks;
+  picks = picks < p.max_count ? picks : p.max_count;
   picks = p.mode == GreedyMode::determinant ? (picks < longest_n ? picks : longest_n) : 0;
   // Shorter sequences may store their matrix even where the longest does not.
   const int64_t stored = longest_n <= kStoredGram ? padded : panels(kStoredGram) * kPanel;

@@ -134,11 +134,13 @@ std::tuple<Tensor, Tensor> match_op(const Tensor& x, const Tensor& a_index, cons
 }
 
 Tensor greedy_op(const Tensor& x, const OptionalTensor& quality, const Tensor& cu_seqlens, const Tensor& counts,
-                 const OptionalTensor& protected_tokens, int64_t mode) {
+                 const OptionalTensor& protected_tokens, int64_t mode, int64_t max_count) {
   check_matrix(x);
   const int64_t total = x.size(0);
   STD_TORCH_CHECK(mode == 0 || mode == 1, "fastxattn: mode must be 0 or 1; got ", mode);
+  STD_TORCH_CHECK(max_count >= 0, "fastxattn: max_count must not be negative; got ", max_count);
   GreedyParams p{};
+  p.max_count = max_count;
   p.x = x.const_data_ptr();
   p.batch = cu_seqlens.size(0) - 1;
   p.cu = offsets_of(cu_seqlens, "cu_seqlens", total);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +15,22 @@ from fastxattn.ops.pruning import schema  # noqa: F401  (defines the operators)
 from fastxattn.runtime.backend import Backend, Explanation, explain, resolve
 
 
-def _triton_supports(x: Tensor) -> str | None:
+@torch.compiler.assume_constant_result
+def _triton_missing() -> str | None:
+    """Why there are no Triton kernels; importing them registers them."""
     try:
-        from fastxattn.ops.pruning import triton
+        importlib.import_module("fastxattn.ops.pruning.triton")
     except ImportError as error:
         return f"triton is not installed ({error})"
-    return triton.supports(x)
+    return None
+
+
+def _triton_supports(x: Tensor) -> str | None:
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"needs tensors on a GPU; got {x.device.type}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16; got {x.dtype}"
+    return _triton_missing()
 
 
 BACKENDS = (

@@ -102,7 +102,13 @@ def match(x: Tensor, a_index: Tensor, cu_a: Tensor, b_index: Tensor, cu_b: Tenso
 
 
 def greedy(
-    x: Tensor, quality: Tensor | None, cu_seqlens: Tensor, counts: Tensor, protected: Tensor | None, mode: int
+    x: Tensor,
+    quality: Tensor | None,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    protected: Tensor | None,
+    mode: int,
+    max_count: int,
 ) -> Tensor:
     """(total,) float32: -t for the row picked at step t of its sequence's greedy search, -inf for the others.
 
@@ -121,7 +127,7 @@ def greedy(
         unit, weight = torch.where(invalid[:, None], 0.0, unit), torch.where(invalid, 0.0, weight)
         seeds = [] if protected is None else torch.nonzero(protected[begin:end]).flatten().tolist()
         walk = _max_min if mode == MAX_MIN else _determinant
-        for step, row in enumerate(walk(unit, weight, invalid, seeds, min(max(count, 0), n))):
+        for step, row in enumerate(walk(unit, weight, invalid, seeds, min(max(count, 0), n, max_count))):
             out[begin + row] = -float(step)
     return out
 

@@ -8,7 +8,8 @@ that stand for nothing are 0, indices that stand for nothing are -1.
 * ``merge(x, assignment, coefficient, rows)``: ``out[a] = sum of coefficient[i] * x[i] over assignment[i] == a``, in
   ascending ``i``; the transpose of ``gather``.
 * ``match(x, a_index, cu_a, b_index, cu_b)``: for each row of A the most similar row of B of the same sequence.
-* ``greedy(x, quality, cu_seqlens, counts, protected, mode)``: the order in which a greedy search picks rows.
+* ``greedy(x, quality, cu_seqlens, counts, protected, mode, max_count)``: the order in which a greedy search
+  picks rows; no sequence gets more than ``max_count`` picks (it bounds scratch memory by a number known beforehand).
 * ``quantile(scores, cu_seqlens, q)``: quantiles of each sequence's scores.
 
 The functions of :mod:`fastxattn.ops.pruning.reference` say exactly what each computes.
@@ -28,7 +29,8 @@ SCHEMAS = {
     "gather": "(Tensor x, Tensor index, Tensor? coefficient) -> Tensor",
     "merge": "(Tensor x, Tensor assignment, Tensor? coefficient, int rows) -> Tensor",
     "match": "(Tensor x, Tensor a_index, Tensor cu_a, Tensor b_index, Tensor cu_b) -> (Tensor best, Tensor similarity)",
-    "greedy": "(Tensor x, Tensor? quality, Tensor cu_seqlens, Tensor counts, Tensor? protected, int mode) -> Tensor",
+    "greedy": "(Tensor x, Tensor? quality, Tensor cu_seqlens, Tensor counts, Tensor? protected, int mode, "
+    "int max_count) -> Tensor",
     "quantile": "(Tensor scores, Tensor cu_seqlens, Tensor q) -> Tensor",
 }
 BACKENDS = ("cpu", "triton")
@@ -60,7 +62,13 @@ def _match(x: Tensor, a_index: Tensor, cu_a: Tensor, b_index: Tensor, cu_b: Tens
 
 
 def _greedy(
-    x: Tensor, quality: Tensor | None, cu_seqlens: Tensor, counts: Tensor, protected: Tensor | None, mode: int
+    x: Tensor,
+    quality: Tensor | None,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    protected: Tensor | None,
+    mode: int,
+    max_count: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
