@@ -41,7 +41,7 @@ class MllamaCrossAttention(Adapter):
         if states is not None and ours and states.shape[0] == batch and _starts(past_key_values, me.layer_idx):
             attention_mask = _without_image_rows(me, attention_mask)
             visible = recognise(attention_mask, batch, hidden_states.shape[1], states.shape[1])
-        if states is None or visible is None or visible.bias is not None or visible.keys is None:
+        if states is None or visible is None or visible.keys is None or not visible.bias is visible.uniform is None:
             return super().forward(  # type: ignore[misc, no-any-return]
                 hidden_states, states, past_key_values, attention_mask, use_cache, **kwargs
             )

@@ -71,7 +71,7 @@ class Idefics2Resampler(Adapter):
         visible = None
         if me.config._attn_implementation == IMPLEMENTATION and past_key_values is None and not wants_maps(me.config, kwargs):
             visible = recognise(attention_mask, batch, count, context.shape[1] + count)
-        if visible is None or visible.bias is not None or visible.keys is None:
+        if visible is None or visible.keys is None or not visible.bias is visible.uniform is None:
             return super().forward(latents, context, attention_mask, position_ids, past_key_values, **kwargs)  # type: ignore[misc, no-any-return]
         rows = torch.cat([context, latents], dim=1).flatten(0, 1)[visible.keys.flatten()]
         starts = torch.nn.functional.pad(visible.keys.sum(1).cumsum(0), (1, 0)).to(torch.int32)
