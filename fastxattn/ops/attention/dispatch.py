@@ -84,7 +84,11 @@ def _checked(*arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
         checks.check_shapes(problem)
         if problem.query.is_cpu or env.validate_on_gpu:
             checks.check_contents(problem)
-    name = resolve("attention", BACKENDS, problem, backend)
+    return run(resolve("attention", BACKENDS, problem, backend), problem)
+
+
+def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Run a backend on a problem that is known to be sound, differentiably."""
     if name == "reference":
         return attention_reference(*problem)
     if wants_gradient(problem):
