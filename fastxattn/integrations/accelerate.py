@@ -156,7 +156,7 @@ def _temporarily(modules: list[nn.Module]) -> Iterator[Callable[[bool], None]]:
 def _selectors(given: Selector | Iterable[Selector] | None) -> list[Selector]:
     if given is None:
         return []
-    several = [given] if isinstance(given, (str, type)) or callable(given) else list(given)
+    several = [given] if isinstance(given, (str, type)) or not isinstance(given, Iterable) else list(given)
     for one in several:
         if not (isinstance(one, (str, type)) or callable(one)):
             raise TypeError(f"include and exclude take name patterns, classes or functions; got {one!r}")

@@ -111,13 +111,17 @@ def pack_keys(tokens: Tensor, keys: Tensor | None) -> PackedTokens:
     return PackedTokens.from_padded(tokens, keys)
 
 
+# torch.nn.MultiheadAttention's output layer has a class of its own, with nothing of its own.
+_PLAIN = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def plain_linear(*modules: nn.Module) -> bool:
     """Whether each is an ``nn.Linear`` and nothing more, so that its weight can be used in another way than calling it.
 
     Hooks, adapters (LoRA), parametrisations and quantised layers must be called as they are.
     """
     return all(
-        type(m) is nn.Linear
+        type(m) in _PLAIN
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         and "forward" not in vars(m)
         for m in modules

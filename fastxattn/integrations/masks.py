@@ -32,6 +32,11 @@ class Visible:
     bias: Tensor | None = None
     """(batch|1, heads|1, Lq|1, Lk|1), added to the scores: what has no structure. Then the other two are None."""
 
+    @property
+    def everything(self) -> bool:
+        """Whether every query sees every key."""
+        return self.keys is None and self.ranges is None and self.bias is None
+
     def packed_ranges(self) -> Tensor | None:
         """(batch * Lq, 2) int32: ``ranges`` counted in the keys that exist, for packed keys."""
         if self.ranges is None or self.keys is None:
