@@ -12,7 +12,7 @@ import torch
 
 DOMAIN = "fastxattn"
 FORMS = ("loop", "padded")
-ROOMS = ("attention",)
+ROOMS = ("attention", "context_attention", "importance", "pruning")
 
 
 @functools.cache
@@ -22,6 +22,8 @@ def _faces() -> tuple[Any, ...]:
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """From each compiled operator to the function that writes its node: torch's ``custom_translation_table``."""
+    for room in ROOMS:
+        importlib.import_module(f"fastxattn.ops.{room}.schema")  # defines the operators
     return {
         getattr(torch.ops.fastxattn, name).default: translate
         for face in _faces()
