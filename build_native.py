@@ -53,6 +53,7 @@ class Toolchain:
 
     @staticmethod
     def find() -> Toolchain:
+        """The compiler in $CXX or on PATH, and the instruction sets it can compile for this machine."""
         cxx = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
         if not cxx[0] or shutil.which(cxx[0]) is None:
             raise NativeBuildError("no C++ compiler found (looked for $CXX, g++, clang++)")
@@ -66,6 +67,7 @@ class Toolchain:
         return Toolchain(cxx, machine, isas)
 
     def have_macros(self) -> list[str]:
+        """Defines that tell isa.h which kernels exist."""
         return [f"-DFXA_HAVE_{isa.upper()}=1" for isa in self.isas]
 
 
@@ -109,7 +111,9 @@ def _fresh(obj: Path, deps: Path) -> bool:
     return all(Path(name).exists() and Path(name).stat().st_mtime <= built for name in names)
 
 
-def _library(tool: Toolchain, sources: list[Path], target: Path, objects: Path, extra: list[str], link: list[str]) -> None:
+def _library(
+    tool: Toolchain, sources: list[Path], target: Path, objects: Path, extra: list[str], link: list[str]
+) -> None:
     objects.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
@@ -120,7 +124,9 @@ def _library(tool: Toolchain, sources: list[Path], target: Path, objects: Path, 
         return
     # Link beside the target and move it over, so that a process using the old library keeps its file.
     fresh = target.with_suffix(".tmp")
-    done = subprocess.run([*tool.cxx, "-shared", *objs, "-o", str(fresh), *link], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*tool.cxx, "-shared", *objs, "-o", str(fresh), *link], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise NativeBuildError(f"linking {target.name} failed:\n{done.stderr[-4000:]}")
     fresh.replace(target)
@@ -161,7 +167,13 @@ def build_test_module(target: Path, tool: Toolchain, sanitize: bool) -> Path:
     kind = "asan" if sanitize else "plain"
     link: list[str] = []
     if sanitize:
-        extra += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+        extra += [
+            "-O1",
+            "-g",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=undefined",
+            "-fno-omit-frame-pointer",
+        ]
         link = ["-fsanitize=address,undefined"]
     name = f"_fastxattn_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [*_kernel_sources(), *sorted((CSRC / "bindings").glob("test_module*.cpp"))]
@@ -176,6 +188,7 @@ def build_all(target: Path) -> None:
 
 
 def main() -> None:
+    """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "fastxattn/_lib")
     parser.add_argument("--tests", action="store_true", help="build the pybind11 test module instead")

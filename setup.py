@@ -16,7 +16,6 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
-from setuptools.command.sdist import sdist
 from setuptools.dist import Distribution
 
 ROOT = Path(__file__).parent
@@ -49,6 +48,7 @@ class BuildWithNative(build_py):
     """build_py that also compiles the native libraries into the package."""
 
     def run(self) -> None:
+        """Copy the Python files, then compile."""
         super().run()
         # An editable install imports the package from the source tree, so the libraries belong there.
         package = ROOT / "fastxattn" if self.editable_mode else Path(self.build_lib) / "fastxattn"
@@ -59,6 +59,7 @@ class PlatformDistribution(Distribution):
     """Marks the wheel as platform specific although it has no Python extension module."""
 
     def has_ext_modules(self) -> bool:
+        """Whether this distribution carries compiled code."""
         return os.environ.get("FASTXATTN_BUILD_NATIVE", "auto") != "0"
 
 
@@ -78,6 +79,6 @@ def stable_abi_wheel() -> dict[str, type]:
 
 if __name__ == "__main__":
     setup(
-        cmdclass={"build_py": BuildWithNative, "sdist": sdist, **stable_abi_wheel()},
+        cmdclass={"build_py": BuildWithNative, **stable_abi_wheel()},
         distclass=PlatformDistribution,
     )

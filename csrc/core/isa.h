@@ -42,10 +42,9 @@ bool force_isa(const char* name);
 #define FXA_CASE_AVX512(fn)
 #endif
 #if defined(FXA_HAVE_AVX512BF16)
-#define FXA_CASE_AVX512BF16(fn)       \
-  case ::fastxattn::Isa::amx:         \
-  case ::fastxattn::Isa::avx512bf16: \
-    return &::fastxattn::avx512bf16::fn;
+#define FXA_CASE_AVX512BF16(fn) \
+  case ::fastxattn::Isa::amx:   \
+  case ::fastxattn::Isa::avx512bf16: return &::fastxattn::avx512bf16::fn;
 #else
 #define FXA_CASE_AVX512BF16(fn)
 #endif
@@ -58,22 +57,22 @@ bool force_isa(const char* name);
 
 // Declares `fn` once per compiled instruction set: FXA_DECLARE(void, attention_forward, (const Params&)).
 #define FXA_DECLARE_IN(isa, ret, fn, args) \
-  namespace fastxattn::isa {              \
-  ret fn args;                            \
+  namespace fastxattn::isa {               \
+  ret fn args;                             \
   }
-#define FXA_DECLARE(ret, fn, args)                \
-  FXA_DECLARE_IN(generic, ret, fn, args)          \
-  FXA_DECLARE_IN(neon, ret, fn, args)             \
-  FXA_DECLARE_IN(avx2, ret, fn, args)             \
-  FXA_DECLARE_IN(avx512, ret, fn, args)           \
+#define FXA_DECLARE(ret, fn, args)       \
+  FXA_DECLARE_IN(generic, ret, fn, args) \
+  FXA_DECLARE_IN(neon, ret, fn, args)    \
+  FXA_DECLARE_IN(avx2, ret, fn, args)    \
+  FXA_DECLARE_IN(avx512, ret, fn, args)  \
   FXA_DECLARE_IN(avx512bf16, ret, fn, args)
 
 // Body of a function returning the kernel pointer for `isa`.
-#define FXA_SELECT(isa, fn)                                       \
-  switch (isa) {                                                  \
-    FXA_CASE_NEON(fn)                                             \
-    FXA_CASE_AVX2(fn)                                             \
-    FXA_CASE_AVX512(fn)                                           \
-    FXA_CASE_AVX512BF16(fn)                                       \
-    default: return &::fastxattn::generic::fn;                    \
+#define FXA_SELECT(isa, fn)                    \
+  switch (isa) {                               \
+    FXA_CASE_NEON(fn)                          \
+    FXA_CASE_AVX2(fn)                          \
+    FXA_CASE_AVX512(fn)                        \
+    FXA_CASE_AVX512BF16(fn)                    \
+    default: return &::fastxattn::generic::fn; \
   }

@@ -8,6 +8,7 @@ used or refused with its reason, never replaced.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,18 @@ class Explanation:
         return "\n".join(lines)
 
 
+explaining_in: int | None = None
+"""The thread inside :func:`explain_call`; calls may not take a short cut around :func:`resolve` meanwhile."""
+_explain_lock = threading.Lock()
+
+
+class _Explained(Exception):
+    """Carries the explanation out of a call that is only being asked about."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
 def resolve(op: str, backends: Sequence[Backend], problem: object, requested: str) -> str:
     """The name of the backend that runs ``problem``.
 
@@ -58,6 +71,8 @@ def resolve(op: str, backends: Sequence[Backend], problem: object, requested: st
         ValueError: ``requested`` is not a backend of this operation.
         RuntimeError: ``requested`` cannot run this problem; the message says why.
     """
+    if explaining_in is not None and explaining_in == threading.get_ident():
+        raise _Explained(explain(op, backends, problem, requested))
     if requested == "auto":
         requested = env.default_backend
     if requested == "auto":
@@ -82,6 +97,35 @@ def explain(
     wanted = env.default_backend if requested == "auto" else requested
     able = [v.backend for v in verdicts if v.reason is None and wanted in ("auto", v.backend)]
     return Explanation(op, able[0] if able else "none", verdicts, tuple(notes))
+
+
+def explain_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend ``fn(*args, **kwargs)`` would use and why; its arguments are checked, nothing is computed.
+
+    Args:
+        fn: a fastxattn function, or anything that calls one (the first operation it reaches is explained).
+        *args: its arguments.
+        **kwargs: its keyword arguments; a ``backend=`` among them is honoured.
+
+    Raises:
+        ValueError: ``fn`` reached no fastxattn operation; also whatever bad arguments raise.
+
+    Example:
+        >>> print(fastxattn.explain(fastxattn.cross_attention, query, key, value))
+        attention: backend 'cpu'
+          -> cpu        supported
+             reference  supported
+    """
+    global explaining_in
+    with _explain_lock:
+        explaining_in = threading.get_ident()
+        try:
+            fn(*args, **kwargs)
+        except _Explained as explained:
+            return explained.explanation
+        finally:
+            explaining_in = None
+    raise ValueError(f"fn must call a fastxattn operation; {getattr(fn, '__name__', fn)!r} called none")
 
 
 @contextlib.contextmanager

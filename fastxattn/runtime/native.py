@@ -36,6 +36,7 @@ def cpu_library() -> Loaded:
         return loaded
     library.fastxattn_cpu_isa.restype = ctypes.c_char_p
     library.fastxattn_force_cpu_isa.argtypes = [ctypes.c_char_p]
+    library.fastxattn_peak_gflops.restype = ctypes.c_double
     if env.forced_cpu_isa and not library.fastxattn_force_cpu_isa(env.forced_cpu_isa.encode()):
         raise ValueError(
             f"environment variable FASTXATTN_CPU_ISA must be one of {', '.join(_available(library))} on this "
@@ -58,12 +59,11 @@ def _load(path: Path, what: str, remedy: str) -> Loaded:
     if not path.exists():
         return Loaded(None, f"{what} were not built with this installation; build them with `{remedy}`")
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         return Loaded(ctypes.CDLL(str(path)), None)
     except OSError as error:
-        return Loaded(
-            None, f"{what} were built but {path.name} does not load ({error}); rebuild them against torch {torch.__version__}"
-        )
+        remedy = f"rebuild them against torch {torch.__version__}"
+        return Loaded(None, f"{what} were built but {path.name} does not load ({error}); {remedy}")
 
 
 def _available(library: ctypes.CDLL) -> tuple[str, ...]:
@@ -94,3 +94,15 @@ def force_cpu_isa(name: str) -> None:
         raise RuntimeError(f"cannot force a CPU instruction set: {loaded.reason}")
     if not loaded.library.fastxattn_force_cpu_isa(name.encode()):
         raise ValueError(f"name must be auto or one of {', '.join(_available(loaded.library))}; got {name!r}")
+
+
+def peak_gflops(dtype: torch.dtype) -> float:
+    """Measured single-thread GFLOP/s of the CPU micro-kernel on cached data (about 30 ms); 0 without the library.
+
+    bfloat16 on a processor without a bf16 dot product computes in float32, so its peak is float32's.
+    """
+    library = cpu_library().library
+    if library is None:
+        return 0.0
+    peak: float = library.fastxattn_peak_gflops(int(dtype == torch.bfloat16))
+    return peak or float(library.fastxattn_peak_gflops(0))

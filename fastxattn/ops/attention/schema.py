@@ -6,7 +6,8 @@ Arguments common to all of them:
 * ``cu_seqlens_q/k`` (batch + 1,) int32: where each sequence's *slots* start. Without an index, slot = row;
 * ``seqused_q/k`` (batch,) int32 or None: use only the first so many slots of each sequence;
 * ``query_index`` / ``key_index`` (slots,) int32 or None: the row that a slot stands for;
-* ``kv_range`` (rows_q, 2) int32 or None: by query row, the visible key slots [start, end) of its own sequence;
+* ``kv_range`` (rows_q, 2) int32 or None: by query row, the visible key slots [start, end) of its own sequence,
+  clamped to it;
 * ``key_bias`` (rows_k,) or (rows_k, heads) float32 or None: by key row, added to the scaled, capped score;
 * ``bias`` 4-D (batch|1, heads|1, rows of q per sequence|1, rows of k per sequence|1) or None, for the padded layout:
   indexed by the row's place in its sequence (row - cu_seqlens[b]);
@@ -14,12 +15,20 @@ Arguments common to all of them:
 
 Forward returns ``out`` (rows_q, heads, value_dim) in the query's dtype and ``lse`` (heads, rows_q) float32, with 0 and
 -inf in rows that no slot stands for or that see no key. Backward returns gradients for query, key, value, key_bias and
-bias; those not asked for in ``needs`` (a bit mask, see :data:`NEEDS`) are empty tensors of shape (0,).
+bias; those not asked for in ``needs`` (a bit mask, see :data:`NEEDS`) are empty tensors of shape (0,). All results are
+contiguous.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from fastxattn.ops.attention.checks import check_shapes
+from fastxattn.ops.attention.problem import Problem
+from fastxattn.runtime import native
 
 NEEDS = {"query": 1, "key": 2, "value": 4, "key_bias": 8, "bias": 16}
 
@@ -34,6 +43,36 @@ _BACKWARD = (
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias, Tensor grad_bias)"
 )
 
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem = Problem(*arguments)
+    check_shapes(problem)
+    query = problem.query
+    out = query.new_empty(query.shape[0], query.shape[1], problem.value.shape[2])
+    return out, query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+
+
+def _fake_forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    # Tracing is the one time a compiled program passes through Python: the library has to be there when it runs.
+    if (reason := native.cpu_library().reason) is not None:
+        raise RuntimeError(f"attention: the cpu backend cannot be traced: {reason}")
+    return _fake_forward(*arguments)
+
+
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *fields, needs = arguments
+    problem = Problem(*fields)
+    return tuple(
+        t.new_empty(t.shape) if t is not None and needs & bit else problem.query.new_empty(0)
+        for bit, t in ((bit, getattr(problem, name)) for name, bit in NEEDS.items())
+    )
+
+
 for _backend in ("cpu", "triton", "cuda"):
-    torch.library.define(f"fastxattn::attention_{_backend}", _FORWARD, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.define(f"fastxattn::attention_backward_{_backend}", _BACKWARD, tags=torch.Tag.pt2_compliant_tag)
+    _forward, _backward = f"fastxattn::attention_{_backend}", f"fastxattn::attention_backward_{_backend}"
+    torch.library.define(_forward, _FORWARD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(_backward, _BACKWARD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(_forward, _fake_forward_cpu if _backend == "cpu" else _fake_forward)
+    torch.library.register_fake(_backward, _fake_backward)

@@ -1,0 +1,32 @@
+"""The command line that every benchmark file shares."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from fastxattn.bench import Case, read_csv, run_cases, write_csv
+from fastxattn.bench.report import plot_ratios, print_table
+
+RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parents[1] / "docs/images"
+
+
+def main(name: str, cases: Callable[[bool], Iterable[Case]], provider: str = "fastxattn cpu") -> None:
+    """Run a registry of cases, write ``results/<name>.csv``, print its table and draw its chart."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--match", default="", help="run only cases whose title contains this")
+    parser.add_argument("--full", action="store_true", help="more shapes, slower rivals")
+    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds per case")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    records = run_cases(cases(options.full), rounds=options.rounds, match=options.match)
+    print_table(records, f"{name}, {options.threads} threads")
+    if not options.no_save:
+        write_csv(RESULTS / f"{name}.csv", records)
+        plot_ratios(read_csv(RESULTS / f"{name}.csv"), provider, IMAGES / f"{name}.png", f"{name}: {records[0].device}")

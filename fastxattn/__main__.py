@@ -1,0 +1,5 @@
+"""``python -m fastxattn`` is the command line."""
+
+from fastxattn.cli import main
+
+main()

@@ -1,0 +1,79 @@
+"""Benchmark cases and the loop that runs them: check first, then time, then one CSV row per provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fastxattn.bench.records import Record
+from fastxattn.bench.timing import interleaved
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Built inputs of one case: what to time, and the check without which no speed is reported."""
+
+    providers: Mapping[str, Callable[[], object]]
+    rival: str
+    """The provider ratios are taken against: the strongest honest one."""
+    check: Callable[[], str]
+    """Returns "ok", or why our result is outside its error budget."""
+    flops: float = 0.0
+    """Useful floating-point operations of one call."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named case; ``build`` makes its inputs, so that a registry of many costs no memory."""
+
+    op: str
+    name: str
+    direction: str  # forward | forward+backward
+    dtype: torch.dtype
+    build: Callable[[], Workload]
+
+    @property
+    def title(self) -> str:
+        """One-line name for tables and progress bars."""
+        return f"{self.name} {self.direction} {str(self.dtype).removeprefix('torch.')}"
+
+
+def run_case(case: Case, *, rounds: int = 11) -> list[Record]:
+    """Check and time one case. A failing check yields rows without times for our providers."""
+    workload = case.build()
+    gate = workload.check()
+    timings = interleaved(workload.providers, rounds=rounds)
+    rival = timings[workload.rival]
+    records = []
+    for name, timing in timings.items():
+        ours = name.startswith("fastxattn")
+        failed = ours and gate != "ok"
+        records.append(
+            Record(
+                op=case.op,
+                case=case.name,
+                direction=case.direction,
+                provider=name,
+                rival=workload.rival,
+                dtype=str(case.dtype).removeprefix("torch."),
+                threads=torch.get_num_threads(),
+                median_ms=float("nan") if failed else timing.median * 1e3,
+                ratio=float("nan") if failed else timing.ratio_to(rival),
+                gflops=float("nan") if failed else workload.flops / timing.median / 1e9,
+                gate=gate if ours else "rival",
+            )
+        )
+    return records
+
+
+def run_cases(cases: Iterable[Case], *, rounds: int = 11, match: str = "") -> list[Record]:
+    """Run every case whose title contains ``match``, with a progress bar."""
+    from rich.progress import track
+
+    chosen = [case for case in cases if match in f"{case.op} {case.title}"]
+    records: list[Record] = []
+    for case in track(chosen, description="benchmarks"):
+        records += run_case(case, rounds=rounds)
+    return records

@@ -1,0 +1,114 @@
+"""The ``fastxattn`` command. Needs the ``cli`` extra (typer, rich); each command imports what it uses."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ImportError:  # the library itself needs neither typer nor rich
+    sys.exit("the fastxattn command needs typer and rich: pip install 'fastxattn[cli]'")
+
+app = typer.Typer(
+    no_args_is_help=True, help="Fast, exact cross-modal attention for PyTorch.", pretty_exceptions_enable=False
+)
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Versions, processor, and which backends work here. Paste this into a bug report."""
+    import torch
+
+    import fastxattn
+    from fastxattn.bench.records import device_name
+    from fastxattn.runtime import env as settings
+    from fastxattn.runtime import native
+
+    cpu = native.cpu_library()
+    cuda = native.cuda_library() if torch.cuda.is_available() else None
+    facts = {
+        "fastxattn": fastxattn.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "cpu kernels": cpu.reason or f"loaded, running on {native.active_cpu_isa()}",
+        "cpu instruction sets": ", ".join(native.available_cpu_isas()),
+        "cuda": "no CUDA device" if cuda is None else cuda.reason or "kernels loaded",
+        "default backend": settings.default_backend,
+    }
+    for name in ("triton", "flash_attn", "transformers", "onnx", "onnxruntime"):
+        facts[name] = _version(name)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        typer.echo(f"{key:<{width}}  {value}")
+
+
+def _version(module: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(module.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the chart")] = Path("build/demo"),
+    layers: Annotated[int, typer.Option(help="Q-Former layers (12 is the real size)")] = 12,
+    as_json: Json = False,
+) -> None:
+    """Run BLIP-2's Q-Former on real photographs, eager against fastxattn, and compare numbers and speed."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from fastxattn import demo as job
+
+    console = Console(stderr=as_json)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("starting", total=None)
+        result = job.run(layers, progress=lambda text: bar.update(task, description=text))
+    picture = out / "qformer.png"
+    job.draw(result, picture)
+    if as_json:
+        typer.echo(json.dumps(asdict(result), indent=2))
+    else:
+        counts = f"{len(result.patches)} photographs, {min(result.patches)} to {max(result.patches)} patches"
+        words = f"captions of {min(result.words)} to {max(result.words)} words"
+        table = Table(title=f"BLIP-2 Q-Former: {counts}, {words}; {result.threads} threads\n{result.device}")
+        for column in (
+            "dtype",
+            "provider",
+            "ms / batch",
+            "speed-up",
+            "useful GFLOP/s",
+            "peak MiB",
+            "max error vs float64",
+        ):
+            table.add_column(column, justify="left" if column in ("dtype", "provider") else "right")
+        for r in result.rows:
+            peak = "unknown" if r.peak_mib is None else f"{r.peak_mib:.0f}"
+            numbers = (f"{r.milliseconds:.0f}", f"{r.speedup:.2f}x", f"{r.gflops:.0f}", peak, f"{r.error:.2e}")
+            table.add_row(r.dtype, r.provider, *numbers)
+        console.print(table)
+        verdict = "agree with" if result.agrees else "DISAGREE with"
+        console.print(f"The accelerated outputs {verdict} eager's, both measured against float64. Chart: {picture}")
+    if not result.agrees:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the ``fastxattn`` command."""
+    app(prog_name="fastxattn")

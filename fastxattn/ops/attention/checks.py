@@ -1,0 +1,234 @@
+"""What is wrong with an attention call, said precisely.
+
+:func:`check_shapes` looks at types, dtypes, shapes and devices only; it also runs on fake tensors while a graph is
+traced, so a comparison of sizes may be symbolic. :func:`check_contents` reads offsets and indices. A plain CPU call
+runs neither: the native operator does its own checks, and only when it refuses do these find the words.
+
+``kv_range`` is not refused when it leaves its sequence, it is clamped, on every backend: a GPU could not refuse it
+without waiting for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.attention.problem import Problem
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _value(ok: bool | torch.SymBool, message: str) -> None:
+    """ValueError unless ``ok``; on an unbacked symbolic size, a check when the graph runs."""
+    torch._check_value(ok, lambda: message)
+
+
+def _tensor(name: str, t: object, like: Tensor | None = None) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{name} must be on the device of query, {like.device}; got {t.device}")
+
+
+def _int32(name: str, t: Tensor) -> None:
+    if t.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32; got {t.dtype}")
+
+
+def _shape(t: Tensor) -> str:
+    return f"({', '.join(str(n) for n in t.shape)}{',' if t.ndim == 1 else ''})"
+
+
+def check_shapes(problem: Problem) -> None:
+    """Types, dtypes, shapes, devices and numbers.
+
+    Raises:
+        TypeError: something is not a tensor or a number, or has the wrong dtype.
+        ValueError: a shape, device or number is wrong.
+    """
+    _check_tokens(problem)
+    _check_offsets(problem)
+    _check_biases(problem)
+    _check_numbers(problem)
+
+
+def _check_tokens(problem: Problem) -> None:
+    query, key, value = problem[:3]
+    _tensor("query", query)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        _tensor(name, t, query)
+        if t.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {t.dtype}")
+        if t.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}; got {t.dtype}")
+        if t.ndim != 3:
+            dims = "value_dim" if name == "value" else "head_dim"
+            raise ValueError(f"{name} must have shape (tokens, heads, {dims}); got {_shape(t)}")
+        _value(t.shape[1] >= 1 and t.shape[2] >= 1, f"{name} must have at least 1 head and 1 channel; got {_shape(t)}")
+    _value(
+        key.shape[2] == query.shape[2],
+        f"key must have the head_dim of query, {query.shape[2]}; got {key.shape[2]} in shape {_shape(key)}",
+    )
+    _value(
+        value.shape[0] == key.shape[0], f"value must have as many tokens as key, {key.shape[0]}; got {value.shape[0]}"
+    )
+    _value(
+        value.shape[1] == key.shape[1], f"value must have as many heads as key, {key.shape[1]}; got {value.shape[1]}"
+    )
+    _value(
+        query.shape[1] % key.shape[1] == 0,
+        f"the heads of key must divide the heads of query, {query.shape[1]}; got {key.shape[1]}",
+    )
+
+
+def _check_offsets(problem: Problem) -> None:
+    query, batch = problem.query, -1
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index"):
+        t = getattr(problem, name)
+        if t is None and not name.startswith("cu_"):
+            continue
+        _tensor(name, t, query)
+        _int32(name, t)
+        if t.ndim != 1:
+            raise ValueError(f"{name} must have one axis; got shape {_shape(t)}")
+        if name == "cu_seqlens_q":
+            _value(t.shape[0] >= 1, "cu_seqlens_q must have shape (batch + 1,), at least one offset; got none")
+            batch = t.shape[0] - 1
+        elif name == "cu_seqlens_k":
+            _value(
+                t.shape[0] == batch + 1,
+                f"cu_seqlens_k must have as many offsets as cu_seqlens_q, {batch + 1}; got {t.shape[0]}",
+            )
+        elif name.startswith("seqused"):
+            _value(t.shape[0] == batch, f"{name} must have shape (batch,), ({batch},); got {_shape(t)}")
+    ranges = problem.kv_range
+    if ranges is not None:
+        _tensor("kv_range", ranges, query)
+        _int32("kv_range", ranges)
+        if ranges.ndim != 2:
+            raise ValueError(f"kv_range must have shape (query tokens, 2); got {_shape(ranges)}")
+        _value(
+            ranges.shape[0] == query.shape[0] and ranges.shape[1] == 2,
+            f"kv_range must have shape (query tokens, 2), ({query.shape[0]}, 2); got {_shape(ranges)}",
+        )
+
+
+def _check_biases(problem: Problem) -> None:
+    query, key = problem.query, problem.key
+    wide = torch.promote_types(query.dtype, torch.float32)
+    key_bias, bias = problem.key_bias, problem.bias
+    if key_bias is not None:
+        _tensor("key_bias", key_bias, query)
+        if key_bias.dtype != wide:
+            raise TypeError(f"key_bias must be {wide} beside a {query.dtype} query; got {key_bias.dtype}")
+        if key_bias.ndim not in (1, 2):
+            raise ValueError(f"key_bias must have shape (key tokens,) or (key tokens, heads); got {_shape(key_bias)}")
+        _value(
+            key_bias.shape[0] == key.shape[0],
+            f"key_bias must have one row per key token, {key.shape[0]}; got {_shape(key_bias)}",
+        )
+        if key_bias.ndim == 2:
+            _value(
+                key_bias.shape[1] == query.shape[1],
+                f"key_bias must have one column per query head, {query.shape[1]}; got {_shape(key_bias)}",
+            )
+    if bias is not None:
+        _tensor("bias", bias, query)
+        if bias.dtype not in _FLOATS or (bias.dtype == torch.float64) != (query.dtype == torch.float64):
+            raise TypeError(f"bias must be float32 or of the dtype of query, {query.dtype}; got {bias.dtype}")
+        if bias.ndim != 4:
+            raise ValueError(f"bias must broadcast to (batch, heads, queries, keys); got shape {_shape(bias)}")
+        for axis, (name, size) in enumerate((("batch", problem.cu_seqlens_q.shape[0] - 1), ("heads", query.shape[1]))):
+            _value(
+                bias.shape[axis] == 1 or bias.shape[axis] == size,
+                f"axis {axis} of bias must be 1 or the {name}, {size}; got shape {_shape(bias)}",
+            )
+
+
+def _check_numbers(problem: Problem) -> None:
+    for name, low in (("scale", -math.inf), ("softcap", 0.0), ("dropout_p", 0.0)):
+        number = getattr(problem, name)
+        if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{name} must be a number; got {type(number).__name__}")
+        if isinstance(number, (int, float)) and not (math.isfinite(number) and number >= low):
+            raise ValueError(f"{name} must be finite{'' if low < 0 else ' and at least 0'}; got {number}")
+    if isinstance(problem.dropout_p, (int, float)) and problem.dropout_p >= 1:
+        raise ValueError(f"dropout_p must be less than 1; got {problem.dropout_p}")
+    seed = problem.dropout_seed
+    if problem.dropout_p and seed is not None:
+        _tensor("dropout_seed", seed, problem.query)
+        if seed.dtype != torch.int64:
+            raise TypeError(f"dropout_seed must be an int or an int64 tensor; got {seed.dtype}")
+        _value(seed.numel() == 1, f"dropout_seed must hold one number; got shape {_shape(seed)}")
+
+
+def check_contents(problem: Problem) -> None:
+    """Offsets, lengths and indices themselves. Reads them: on a GPU this waits for the device.
+
+    Raises:
+        ValueError: offsets do not start at 0, decrease or end past the tokens; a length or an index is out of range;
+            a query token is named twice; the bias is too small for the sequences.
+    """
+    for side, tokens, axis in (("q", problem.query, 2), ("k", problem.key, 3)):
+        offsets_name = f"cu_seqlens_{side}"
+        offsets: Tensor = getattr(problem, offsets_name)
+        used: Tensor | None = getattr(problem, f"seqused_{side}")
+        index_name = "query_index" if side == "q" else "key_index"
+        index: Tensor | None = getattr(problem, index_name)
+        check_offsets(offsets_name, offsets, tokens.shape[0] if index is None else index.shape[0], index_name, index)
+        lengths = offsets.diff()
+        if used is not None and bool(((used < 0) | (used > lengths)).any()):
+            at = int(((used < 0) | (used > lengths)).nonzero()[0])
+            raise ValueError(
+                f"seqused_{side} must lie between 0 and the sequence's length, {int(lengths[at])}; "
+                f"got {int(used[at])} at sequence {at}"
+            )
+        slots = _slots_in_use(offsets, lengths if used is None else used)
+        rows = slots if index is None else index[slots].long()
+        if index is not None and rows.numel():
+            low, high = int(rows.min()), int(rows.max())
+            if low < 0 or high >= tokens.shape[0]:
+                wrong = low if low < 0 else high
+                raise ValueError(f"{index_name} must lie between 0 and {tokens.shape[0] - 1}; got {wrong}")
+            if side == "q" and rows.unique().numel() < rows.numel():
+                raise ValueError("query_index must name each query token at most once; got one twice")
+        if problem.bias is not None and problem.bias.shape[axis] > 1 and rows.numel():
+            place = rows - offsets[torch.searchsorted(offsets, slots, right=True, out_int32=True) - 1]
+            if int(place.min()) < 0 or int(place.max()) >= problem.bias.shape[axis]:
+                raise ValueError(
+                    f"axis {axis} of bias must be 1 or hold every token of a sequence, up to {int(place.max()) + 1}; "
+                    f"got shape {_shape(problem.bias)}"
+                )
+
+
+def check_offsets(name: str, offsets: Tensor, slots: int, index_name: str, index: Tensor | None) -> None:
+    """That offsets start at 0, do not decrease and end within ``slots``."""
+    if (first := int(offsets[0])) != 0:
+        raise ValueError(f"{name} must start at 0; got {first}")
+    lengths = offsets.long().diff()
+    if lengths.numel() and int(lengths.min()) < 0:
+        at = int(lengths.argmin())
+        raise ValueError(
+            f"{name} must not decrease; got {int(offsets[at])} then {int(offsets[at + 1])} at sequence {at}"
+        )
+    if (last := int(offsets[-1])) > slots:
+        what = "tokens" if index is None else f"entries of {index_name}"
+        raise ValueError(f"{name} must end within the {slots} {what}; got {last}")
+
+
+def _slots_in_use(offsets: Tensor, used: Tensor) -> Tensor:
+    """The slots in use, int64, sequence by sequence."""
+    starts = torch.repeat_interleave(offsets[:-1].long() - (used.long().cumsum(0) - used), used.long())
+    return torch.arange(starts.shape[0], device=offsets.device) + starts
+
+
+def check_integer_tensor(name: str, t: object, dtype: torch.dtype | None = None) -> None:
+    """That ``t`` is a one-axis integer tensor, of ``dtype`` when given."""
+    _tensor(name, t)
+    assert isinstance(t, Tensor)
+    if t.is_floating_point() or t.dtype == torch.bool or (dtype is not None and t.dtype != dtype):
+        raise TypeError(f"{name} must be {'an integer tensor' if dtype is None else dtype}; got {t.dtype}")
+    if t.ndim != 1:
+        raise ValueError(f"{name} must have one axis; got shape {_shape(t)}")

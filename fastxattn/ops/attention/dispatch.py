@@ -1,0 +1,144 @@
+"""From arguments to a backend: the short way for plain CPU calls, the checked way for all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from fastxattn.ops.attention import checks, cpu
+from fastxattn.ops.attention.autograd import FORWARD, Attention, wants_gradient
+from fastxattn.ops.attention.problem import Problem
+from fastxattn.ops.attention.reference import attention_reference
+from fastxattn.runtime import backend as explaining
+from fastxattn.runtime import env
+from fastxattn.runtime.backend import Backend, resolve
+
+_INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
+_CPU = ("auto", "cpu")
+BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    query_index: Tensor | None,
+    key_index: Tensor | None,
+    kv_range: Tensor | None,
+    key_bias: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    dropout_seed: int | Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Out and lse of a problem; arguments as in the operator schema, ``scale`` None for 1 / sqrt(head_dim)."""
+    if (
+        cpu.ready
+        and not is_compiling()
+        and backend in _CPU
+        and env.default_backend in _CPU
+        and explaining.explaining_in is None
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        # The short way: the operator checks everything it relies on, and Python looks only when it has refused.
+        try:
+            scale_ = query.size(-1) ** -0.5 if scale is None else scale
+            if dropout_p:
+                dropout_seed = seed_tensor(dropout_seed, query.device)
+            if torch.is_grad_enabled() and (
+                query.requires_grad
+                or key.requires_grad
+                or value.requires_grad
+                or (key_bias is not None and key_bias.requires_grad)
+                or (bias is not None and bias.requires_grad)
+            ):
+                return Attention.apply(
+                    "cpu", query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index,
+                    kv_range, key_bias, bias, scale_, softcap, dropout_p, dropout_seed,
+                )  # fmt: skip
+            return cpu.direct(
+                query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index,
+                kv_range, key_bias, bias, scale_, softcap, dropout_p, dropout_seed,
+            )  # fmt: skip
+        except (RuntimeError, TypeError, AttributeError):
+            pass
+    return _checked(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index, kv_range,
+        key_bias, bias, scale, softcap, dropout_p, dropout_seed, backend=backend,
+    )  # fmt: skip
+
+
+def _checked(*arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
+    """Check, choose the backend, run."""
+    problem = _prepare(*arguments)
+    if not torch.compiler.is_compiling():  # while tracing, the operator's fake checks
+        checks.check_shapes(problem)
+        if problem.query.is_cpu or env.validate_on_gpu:
+            checks.check_contents(problem)
+    return run(resolve("attention", BACKENDS, problem, backend), problem)
+
+
+def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Run a backend on a problem that is known to be sound, differentiably."""
+    if name == "reference":
+        return attention_reference(*problem)
+    if wants_gradient(problem):
+        out, lse = Attention.apply(name, *problem)
+    else:
+        out, lse = FORWARD[name](*problem)
+    return out, lse
+
+
+def _prepare(*arguments: Any) -> Problem:
+    """The arguments as backends want them; what is not a tensor passes through, for the checks to name."""
+    problem = Problem(*arguments)
+    query = problem.query
+    if not isinstance(query, Tensor) or query.ndim != 3:
+        return problem._replace(scale=1.0 if problem.scale is None else problem.scale)
+    changes: dict[str, Any] = {}
+    for name in ("query", "key", "value"):
+        t = getattr(problem, name)
+        if isinstance(t, Tensor) and t.ndim == 3:
+            t = _autocast(t)
+            changes[name] = t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+    for name in _INDICES:
+        if isinstance(t := getattr(problem, name), Tensor):
+            changes[name] = t.contiguous()
+    wide = torch.promote_types(changes["query"].dtype, torch.float32)
+    if isinstance(problem.key_bias, Tensor) and problem.key_bias.is_floating_point():
+        changes["key_bias"] = problem.key_bias.to(wide)
+    if problem.scale is None:
+        changes["scale"] = query.shape[2] ** -0.5
+    changes["dropout_seed"] = seed_tensor(problem.dropout_seed, query.device) if problem.dropout_p else None
+    return problem._replace(**changes)
+
+
+def _autocast(t: Tensor) -> Tensor:
+    """Cast as autocast casts the arguments of a matrix product."""
+    kind = t.device.type
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or not t.is_floating_point()
+        or t.dtype == torch.float64
+    ):
+        return t
+    return t.to(torch.get_autocast_dtype(kind))
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Any:
+    """(1,) int64 on ``device``; drawn from torch's generator when None."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (1,), device=device)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    return seed.reshape(-1) if isinstance(seed, Tensor) else seed

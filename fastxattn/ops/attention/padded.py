@@ -1,0 +1,137 @@
+"""A padded batch as the packed problem it is: rows where they lie, masks as the rows to visit.
+
+Row ``b * length + i`` of the flattened tensors is token i of sequence b, and sequence b's slots start at
+``b * length``. A mask that is a prefix is just a number of slots in use; any other mask is an index that lists the
+rows of the tokens that are there (and after them, out of use, the others).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """The packed problem of a padded call."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+    query_index: Tensor | None
+    key_index: Tensor | None
+    key_mask: Tensor | None
+    batch: int
+    length_q: int
+    length_k: int
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, value: Tensor, query_mask: Tensor | None, key_mask: Tensor | None
+    ) -> Layout:
+        """Check the padded shapes and flatten them."""
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+            if t.ndim != 4:
+                raise ValueError(f"{name} must have shape (batch, length, heads, dim); got {tuple(t.shape)}")
+        batch, length_q, length_k = query.shape[0], query.shape[1], key.shape[1]
+        for name, t in (("key", key), ("value", value)):
+            if t.shape[0] != batch:
+                raise ValueError(f"{name} must have the batch of query, {batch}; got {t.shape[0]}")
+        if value.shape[1] != length_k:
+            raise ValueError(f"value must have the length of key, {length_k}; got {value.shape[1]}")
+        used_q, index_q = _rows_in_use("query_mask", query_mask, query)
+        used_k, index_k = _rows_in_use("key_mask", key_mask, key)
+        return cls(
+            query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1),
+            _starts(batch, length_q, query.device), _starts(batch, length_k, key.device),
+            used_q, used_k, index_q, index_k, key_mask, batch, length_q, length_k,
+        )  # fmt: skip
+
+    def ranges(self, kv_range: Tensor | None) -> Tensor | None:
+        """Ranges of padded key positions as ranges of key slots, one per query row."""
+        if kv_range is None:
+            return None
+        if not isinstance(kv_range, Tensor):
+            raise TypeError(f"kv_range must be a tensor; got {type(kv_range).__name__}")
+        if kv_range.dtype != torch.int32:
+            raise TypeError(f"kv_range must be int32; got {kv_range.dtype}")
+        wanted = (self.batch, self.length_q, 2)
+        if kv_range.ndim not in (2, 3) or any(
+            n not in (1, w) for n, w in zip(kv_range.shape[:-1][::-1], wanted[:-1][::-1], strict=False)
+        ) or kv_range.shape[-1] != 2:  # fmt: skip
+            raise ValueError(f"kv_range must broadcast to (batch, Lq, 2), {wanted}; got {tuple(kv_range.shape)}")
+        kv_range = kv_range.expand(wanted)
+        if self.key_mask is not None:
+            # How many keys are there before each padded position.
+            before = torch.nn.functional.pad(self.key_mask.cumsum(1, dtype=torch.int32), (1, 0))
+            places = kv_range.clamp(0, self.length_k).flatten(1).long()
+            kv_range = before.gather(1, places).unflatten(1, (self.length_q, 2))
+        return kv_range.reshape(-1, 2)
+
+    def per_key(self, key_bias: Tensor | None) -> Tensor | None:
+        """(batch, Lk) or (batch, Lk, heads) flattened to key rows."""
+        if key_bias is None:
+            return None
+        if not isinstance(key_bias, Tensor):
+            raise TypeError(f"key_bias must be a tensor; got {type(key_bias).__name__}")
+        if key_bias.ndim not in (2, 3) or key_bias.shape[0] != self.batch or key_bias.shape[1] != self.length_k:
+            raise ValueError(
+                f"key_bias must have shape (batch, Lk) or (batch, Lk, heads), ({self.batch}, {self.length_k}[, heads]);"
+                f" got {tuple(key_bias.shape)}"
+            )
+        return key_bias.flatten(0, 1)
+
+
+def four_axes(bias: Tensor | None, layout: Layout) -> Tensor | None:
+    """The bias with leading axes of 1 up to (batch, heads, Lq, Lk); each axis 1 or full."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor; got {type(bias).__name__}")
+    if not bias.is_floating_point():
+        raise TypeError(f"bias must be a floating tensor (masks go in key_mask and kv_range); got {bias.dtype}")
+    wanted = (layout.batch, layout.query.shape[1], layout.length_q, layout.length_k)
+    if bias.ndim > 4 or any(n not in (1, w) for n, w in zip(bias.shape[::-1], wanted[::-1], strict=False)):
+        raise ValueError(f"bias must broadcast to (batch, heads, Lq, Lk), {wanted}; got {tuple(bias.shape)}")
+    return bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+
+
+def _starts(batch: int, length: int, device: torch.device) -> Tensor:
+    """(batch + 1,) int32: b * length."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+
+
+def _rows_in_use(name: str, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Slots in use per sequence, and the index when they are not simply the first rows."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean, True where there is a token; got {mask.dtype}")
+    if mask.shape != tokens.shape[:2]:
+        raise ValueError(f"{name} must have shape (batch, length), {tuple(tokens.shape[:2])}; got {tuple(mask.shape)}")
+    if mask.device != tokens.device:
+        raise ValueError(f"{name} must be on the device of its tokens, {tokens.device}; got {mask.device}")
+    used = mask.sum(1, dtype=torch.int32)
+    if _may_look(mask) and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        return used, None
+    # A stable partition of each row of the mask: tokens that are there first. No size depends on the contents.
+    length = mask.shape[1]
+    rank = torch.where(mask, mask.cumsum(1), used[:, None] + mask.logical_not().cumsum(1)) - 1
+    places = torch.arange(length, device=mask.device).expand_as(rank)
+    index = torch.empty_like(rank).scatter_(1, rank, places)
+    index = index + torch.arange(mask.shape[0], device=mask.device)[:, None] * length
+    return used, index.flatten().to(torch.int32)
+
+
+def _may_look(mask: Tensor) -> bool:
+    """Whether reading the mask costs no wait and breaks no trace."""
+    return mask.is_cpu and type(mask) is Tensor and not torch.compiler.is_compiling()

@@ -1,0 +1,73 @@
+"""The harness: a failing check hides the speed, rows survive a round trip, ratios are paired."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastxattn.bench import Case, Workload, read_csv, write_csv
+from fastxattn.bench.memory import peak_extra_bytes
+from fastxattn.bench.registry import run_case
+from fastxattn.bench.report import markdown_table, plot_ratios
+from fastxattn.bench.timing import Timing
+from fastxattn.testing import assert_within_budget, measure_error
+
+
+def case(gate: str, name: str = "toy") -> Case:
+    workload = Workload({"fastxattn cpu": lambda: None, "eager": lambda: None}, "eager", lambda: gate, flops=1e6)
+    return Case("toy", name, "forward", torch.float32, lambda: workload)
+
+
+def test_no_speed_is_reported_outside_the_error_budget() -> None:
+    records = {r.provider: r for r in run_case(case("out: max error 1 (budget 0)"), rounds=3)}
+    assert math.isnan(records["fastxattn cpu"].median_ms)
+    assert math.isnan(records["fastxattn cpu"].ratio)
+    assert records["fastxattn cpu"].gate == "out: max error 1 (budget 0)"
+    assert records["eager"].median_ms > 0
+
+
+def test_csv_round_trip_replaces_only_the_same_cases(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    write_csv(path, run_case(case("ok", "first"), rounds=3) + run_case(case("ok", "second"), rounds=3))
+    write_csv(path, run_case(case("ok", "second"), rounds=3))
+    rows = read_csv(path)
+    assert [r.case for r in rows] == ["first", "first", "second", "second"]
+    assert rows[0].threads == torch.get_num_threads()
+    assert {r.gate for r in rows} == {"ok", "rival"}
+    assert "| first | forward | float32 | eager |" in markdown_table(rows, "fastxattn cpu")
+    plot_ratios(rows, "fastxattn cpu", tmp_path / "toy.png", "toy")
+    assert (tmp_path / "toy.png").stat().st_size > 1000
+
+
+def test_ratio_is_the_median_of_paired_rounds() -> None:
+    ours, theirs = Timing((1.0, 10.0, 1.0)), Timing((2.0, 20.0, 4.0))
+    assert ours.ratio_to(theirs) == 2.0
+    assert ours.median == 1.0
+
+
+def test_peak_memory_sees_a_temporary() -> None:
+    small = peak_extra_bytes(lambda: torch.zeros(10))
+    large = peak_extra_bytes(lambda: torch.zeros(4_000_000).sum())
+    if small is None or large is None:
+        pytest.skip("this platform does not report peak memory")
+    assert 15e6 < large < 40e6
+    assert small < 5e6
+
+
+def test_budget_catches_errors_bias_and_misplaced_nan() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(1000, generator=generator, dtype=torch.float64)
+    eager = reference.float() + 1e-6 * torch.randn(1000, generator=generator)
+    assert_within_budget("good", reference.float(), reference, eager)
+    with pytest.raises(AssertionError, match="OUTSIDE"):
+        assert_within_budget("one wrong element", reference.float() + (torch.arange(1000) == 7), reference, eager)
+    with pytest.raises(AssertionError, match="mean error"):
+        assert_within_budget("biased", reference.float() + 2e-6, reference, eager)
+    misplaced = reference.float().clone()
+    misplaced[3] = float("nan")
+    assert not measure_error("nan", misplaced, reference, eager).ok
+    with pytest.raises(ValueError, match="shapes differ"):
+        measure_error("shape", eager[:3], reference, eager)
