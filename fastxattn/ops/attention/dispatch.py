@@ -42,8 +42,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of a problem; arguments as in the operator schema, ``scale`` None for 1 / sqrt(head_dim)."""
     if (
-        cpu.ready
-        and not is_compiling()
+        not is_compiling()  # first: a trace must not depend on the state below
+        and cpu.ready
         and backend in _CPU
         and env.default_backend in _CPU
         and explaining.explaining_in is None
