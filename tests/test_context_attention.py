@@ -86,7 +86,7 @@ CASES = {
     "ragged, odd width": Case([3, 0, 5, 7], [100, 5, 0, 300], 3, 37),
     "several panels": Case([32, 32], [500, 97], 12, 128),
     "one query, keys split": Case([1], [1700], 4, 48),
-    "ranges and bias": Case([9, 1, 20], [130, 500, 50], 5, 64, ranges=True, bias=True),
+    "ranges and bias": Case([9, 1, 20], [130, 300, 50], 4, 96, ranges=True, bias=True),
     "ranges, odd width": Case([40, 3], [500, 7], 2, 33, ranges=True),
 }
 
