@@ -75,7 +75,9 @@ def indices_only() -> Workload:
         return select(scores.view(-1), cu, Budget.count(keep), max_seqlen=length).keep_index
 
     return Workload(
-        {"fastxattn": ours, "eager loop": eager}, "eager loop", lambda: verdict(torch.equal(ours().long(), eager()), "other tokens")
+        {"fastxattn": ours, "eager loop": eager},
+        "eager loop",
+        lambda: verdict(torch.equal(ours().long(), eager()), "other tokens"),
     )
 
 
@@ -177,8 +179,8 @@ def model_records(op: str, case: str, dtype: torch.dtype, times: dict[str, float
     base = times["unpruned"]
     return [
         Record(
-            op, case, "forward", name, "unpruned", str(dtype).removeprefix("torch."), torch.get_num_threads(), seconds * 1e3,
-            base / seconds, 0.0, "rival" if name == "unpruned" else "ok",
+            op, case, "forward", name, "unpruned", str(dtype).removeprefix("torch."), torch.get_num_threads(),
+            seconds * 1e3, base / seconds, 0.0, "rival" if name == "unpruned" else "ok",
         )
         for name, seconds in times.items()
     ]  # fmt: skip
@@ -190,7 +192,12 @@ def encoder(rounds: int) -> list[Record]:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
     )
     model, pixels = CLIPVisionModel(config).eval(), torch.randn(1, 3, 336, 336)
 
@@ -210,7 +217,9 @@ def encoder(rounds: int) -> list[Record]:
 
     def step() -> None:
         attention, cu = encoder_scores(query, key, 0.125, True)
-        kept = STRATEGIES["attention"](hidden, cu, Budget.count(289), attention=attention, protected=special, max_seqlen=577)
+        kept = STRATEGIES["attention"](
+            hidden, cu, Budget.count(289), attention=attention, protected=special, max_seqlen=577
+        )
         kept.reduce(hidden)
 
     step()
@@ -220,7 +229,11 @@ def encoder(rounds: int) -> list[Record]:
         step()
         spent.append(time.perf_counter() - start)
     times["pruning step alone"] = sorted(spent)[10]
-    one = sorted(_layer_seconds(model.vision_model.encoder.layers[0] if hasattr(model, "vision_model") else model.encoder.layers[0]))
+    one = sorted(
+        _layer_seconds(
+            model.vision_model.encoder.layers[0] if hasattr(model, "vision_model") else model.encoder.layers[0]
+        )
+    )
     times["one encoder layer, 64x1024 tokens"] = one[0]
     return model_records("encoder", "ViT-L/14-336, one image", torch.float32, times)
 
@@ -242,7 +255,12 @@ def prefill(rounds: int) -> list[Record]:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=16, image_size=336, patch_size=14
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=3,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
     )
     text = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=32,
@@ -268,7 +286,9 @@ def prefill(rounds: int) -> list[Record]:
         return call
 
     calls: dict[str, Callable[[], object]] = {"unpruned": whole}
-    calls |= {f"fastxattn attention {share:.0%} before the language model": pruned(share, "attention", 0) for share in SHARES}
+    calls |= {
+        f"fastxattn attention {share:.0%} before the language model": pruned(share, "attention", 0) for share in SHARES
+    }
     calls["fastxattn divprune 25% before the language model"] = pruned(0.25, "divprune", 0)
     calls["fastxattn FastV 25% from language layer 1"] = pruned(0.25, "attention", 1)
     times = {name: timing.median for name, timing in interleaved(calls, rounds=rounds).items()}
@@ -288,7 +308,9 @@ def main() -> None:
         records += prefill(options.rounds)
     write_csv(RESULTS, records)
     for record in records:
-        print(f"{record.case:55s} {record.provider:45s} {record.median_ms:10.3f} ms  {record.ratio:6.2f}x  {record.gate}")
+        print(
+            f"{record.case:55s} {record.provider:45s} {record.median_ms:10.3f} ms  {record.ratio:6.2f}x  {record.gate}"
+        )
 
 
 if __name__ == "__main__":

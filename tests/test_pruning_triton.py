@@ -48,7 +48,8 @@ a, b = torch.arange(0, 160, 2, dtype=torch.int32), torch.arange(1, 160, 2, dtype
 cu_a, cu_b = (torch.tensor(t, dtype=torch.int32) for t in ([0, 3, 3, 35, 80], [0, 2, 2, 35, 80]))
 for dtype in (torch.float32, torch.bfloat16):
     y = x.to(dtype)
-    for mode, protected in itertools.product((0, 1), (None, guard)) if dtype == torch.float32 else ((0, None), (1, guard)):
+    every = itertools.product((0, 1), (None, guard))
+    for mode, protected in every if dtype == torch.float32 else ((0, None), (1, guard)):
         arguments = (y, quality, cu, counts, protected, mode, 66)
         same([kernels.greedy(*arguments)], [reference.greedy(*arguments)])
     (best, near), (want, exact) = kernels.match(y, a, cu_a, b, cu_b), reference.match(y, a, cu_a, b, cu_b)
@@ -70,7 +71,9 @@ print("all agree")
 
 def test_interpreted_kernels_keep_the_same_tokens() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, check=False
+    )
     assert "all agree" in done.stdout, done.stderr[-3000:]
 
 
@@ -86,7 +89,14 @@ def test_kernels_compile_offline(capability: int) -> None:
     floats, ints, rows = "*fp32", "*i32", "*bf16"
     signatures = {
         "select_kernel": (
-            {"p_scores": floats, "p_protected": "*u8", "p_cu": ints, "p_cu_keep": ints, "p_keep": ints, "p_assignment": ints},
+            {
+                "p_scores": floats,
+                "p_protected": "*u8",
+                "p_cu": ints,
+                "p_cu_keep": ints,
+                "p_keep": ints,
+                "p_assignment": ints,
+            },
             {"HAS_PROTECTED": True, "BLOCK": kernels.SELECT_BLOCK},
         ),
         "quantile_kernel": (
@@ -107,7 +117,14 @@ def test_kernels_compile_offline(capability: int) -> None:
             {"EXCLUDE_SELF": False, "UPCAST": False, "M": kernels.MATCH_M, "N": kernels.MATCH_N, "K": kernels.MATCH_K},
         ),
         "greedy_kernel": (
-            {"p_x": rows, "p_inverse": floats, "p_quality": floats, "p_protected": "*u8", "p_cu": ints, "p_counts": ints}
+            {
+                "p_x": rows,
+                "p_inverse": floats,
+                "p_quality": floats,
+                "p_protected": "*u8",
+                "p_cu": ints,
+                "p_counts": ints,
+            }
             | {"p_value": floats, "p_factors": floats, "p_scores": floats, "C": "i32", "T": "i32", "max_count": "i32"},
             {"MAXMIN": capability == 90, "HAS_PROTECTED": True, "FLOOR_SHARE": 1e-6, "N": kernels.GREEDY_N}
             | {"K": kernels.GREEDY_K},

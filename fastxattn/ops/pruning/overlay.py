@@ -79,7 +79,9 @@ def prune_photo(path: str | Path, out: str | Path, strategy: str = "divprune", k
     names = [name for name in STRATEGIES if name != "tome" or keep >= 0.5] if strategy == "all" else [strategy]
     across = min(4, len(names))
     down = -(-len(names) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.6 * across, 3.6 * down * height / width + 0.4 * down), squeeze=False)
+    figure, axes = plt.subplots(
+        down, across, figsize=(3.6 * across, 3.6 * down * height / width + 0.4 * down), squeeze=False
+    )
     kept, total = 0, 0
     for axis in axes.flat:
         axis.set_axis_off()
