@@ -47,13 +47,15 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
 
   const T* outs[kContextLanes];
   for (int64_t i = 0; i < rows.lanes; ++i) {
-    top[i] = inverse[i] = deltas[i] = 0.0f;
+    top[i] = __builtin_inff();  // weights exp(-inf) = 0
+    inverse[i] = deltas[i] = 0.0f;
     if (i >= rows.n) continue;
     const int64_t row = panel.row + i;
     outs[i] = static_cast<const T*>(g.grad_out) + row * p.width;
     const int64_t at = row % p.heads * p.rows_q + row / p.heads;
     top[i] = p.softmax[at], inverse[i] = p.softmax[p.heads * p.rows_q + at];
-    if (inverse[i] != 0.0f) deltas[i] = delta[row];
+    if (inverse[i] == 0.0f) top[i] = __builtin_inff();
+    else deltas[i] = delta[row];
   }
   bool packed = false, zeroed = first != 0;
   const int64_t last = first + kContextSpan < panel.keys ? first + kContextSpan : panel.keys;
@@ -70,11 +72,9 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
     }
     const bool masked = !rows.all_see(place, count);
     const KeyBlock<T> keys(p, key_row, count, masked, block);
-    gemm<E, AOrder::rows, Init::zero>(count, rows.lanes, depth, keys.left, keys.left_stride, query, rows.lanes, scores,
-                                      rows.lanes);
+    products_with_rows(keys, count, rows.lanes, depth, query, scores);
     finish_scores(p, rows, key_row, place, count, masked, scores);
-    gemm<E, AOrder::rows, Init::zero>(count, rows.lanes, depth, keys.left, keys.left_stride, grad_out, rows.lanes, products,
-                                      rows.lanes);
+    products_with_rows(keys, count, rows.lanes, depth, grad_out, products);
     E* kept_weights = reinterpret_cast<E*>(span.weights) + offset * rows.lanes / kPer<E>;
     E* kept_grad = reinterpret_cast<E*>(span.grad) + offset * rows.lanes / kPer<E>;
     for (int64_t j = 0; j < count; ++j) {
@@ -82,9 +82,13 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
       for (int64_t i = 0; i < rows.lanes; i += W) {
         const int64_t at = j * rows.lanes + i;
         const vf s = load(scores + at);
-        const vf weight = exp(s - load(top + i)) * load(inverse + i);
+        vf weight = exp(s - load(top + i)) * load(inverse + i);
         vf grad = weight * (load(products + at) - load(deltas + i));
-        if (masked) grad = s == splat(-__builtin_inff()) ? zero() : grad;
+        if (masked) {
+          const vi hidden = s == splat(-__builtin_inff());
+          weight = hidden ? zero() : weight;  // a row that saw NaN has NaN for its total
+          grad = hidden ? zero() : grad;
+        }
         sum += grad;
         grad *= splat(p.scale);
         put_span(kept_weights + at / kPer<E>, weight);

@@ -1,6 +1,32 @@
 """Modules: parameters and one call to the ops; weights and outputs are those of the modules they replace."""
 
+from fastxattn.nn.bidirectional import BidirectionalCrossAttention, SharedCrossAttention
+from fastxattn.nn.gate import ModalityGate
+from fastxattn.nn.gated import GatedCrossAttentionBlock
 from fastxattn.nn.multihead import MultiheadCrossAttention
+from fastxattn.nn.perceiver import PerceiverResampler
+from fastxattn.nn.pooler import AttentionalPooler, SiglipPooler
 from fastxattn.nn.projected import ContextKV
+from fastxattn.nn.projector import VisualProjector, pixel_shuffle
+from fastxattn.nn.qformer import QFormer, QFormerLayer
+from fastxattn.nn.ranges import media_ranges, time_ranges
+from fastxattn.nn.temporal import TemporalCrossAttention
 
-__all__ = ["ContextKV", "MultiheadCrossAttention"]
+__all__ = [
+    "AttentionalPooler",
+    "BidirectionalCrossAttention",
+    "ContextKV",
+    "GatedCrossAttentionBlock",
+    "ModalityGate",
+    "MultiheadCrossAttention",
+    "PerceiverResampler",
+    "QFormer",
+    "QFormerLayer",
+    "SharedCrossAttention",
+    "SiglipPooler",
+    "TemporalCrossAttention",
+    "VisualProjector",
+    "media_ranges",
+    "pixel_shuffle",
+    "time_ranges",
+]

@@ -84,7 +84,11 @@ def _checked(*arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
         checks.check_shapes(problem)
         if problem.query.is_cpu or env.validate_on_gpu:
             checks.check_contents(problem)
-    name = resolve("attention", BACKENDS, problem, backend)
+    return run(resolve("attention", BACKENDS, problem, backend), problem)
+
+
+def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Run a backend on a problem that is known to be sound, differentiably."""
     if name == "reference":
         return attention_reference(*problem)
     if wants_gradient(problem):
@@ -121,7 +125,12 @@ def prepare(*arguments: Any) -> Problem:
 def _autocast(t: Tensor) -> Tensor:
     """Cast as autocast casts the arguments of a matrix product."""
     kind = t.device.type
-    if not torch.is_autocast_enabled(kind) or not t.is_floating_point() or t.dtype == torch.float64:
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or not t.is_floating_point()
+        or t.dtype == torch.float64
+    ):
         return t
     return t.to(torch.get_autocast_dtype(kind))
 

@@ -126,8 +126,9 @@ def _grad_tokens(
     """Gradients of query and, by slot, of key in its own heads."""
     value, grad_out = _columns(problem, grad)
     needs = NEEDS["query"] * needed["query"] + NEEDS["key"] * needed["key"]
+    out = torch.zeros(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
     grad_query, grad_key, *_ = attention.BACKWARD[backend](
-        grad_out, None, torch.zeros_like(grad_out), problem.lse, *problem.attention(value), needs
+        grad_out, None, out, problem.lse, *problem.attention(value), needs
     )
     return grad_query, grad_key
 

@@ -25,7 +25,8 @@ def importance_reference(problem: ImportanceProblem, *, matmul_dtype: torch.dtyp
 
     score = p.query.new_zeros(heads, p.slots_k, dtype=wide)
     for first, mine, theirs in zip(p.cu_seqlens_k.tolist(), rows_q, rows_k, strict=False):
-        for rows, begin, end in visible_runs(mine, theirs.shape[0], p.kv_range):
+        runs = visible_runs(mine, theirs.shape[0], p.kv_range)
+        for rows, (_, begin, end) in zip(mine.split([n for n, _, _ in runs]), runs, strict=True):
             rows = rows[(p.lse[:, rows] != -torch.inf).any(0)]
             seen = theirs[begin:end]
             q = p.query[rows].to(narrow).transpose(0, 1).unflatten(0, (-1, groups))  # (kv_heads, groups, n, head_dim)

@@ -74,11 +74,7 @@ def attention_backward_query(
     b_do = load_rows(
         p_dout + o_head.to(tl.int64)[:, None] * stride_oh, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV
     )
-<<<<<<< HEAD
-    b_out = load_rows(p_out, o_row * heads + o_head, VALUE_DIM, m_m, True, VALUE_DIM, BLOCK_DV)
-=======
     b_out = load_rows(p_out, o_row.to(tl.int64) * heads + o_head, VALUE_DIM, m_m, True, VALUE_DIM, BLOCK_DV)
->>>>>>> triton
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     if p_dlse is not None:
         b_delta -= tl.load(p_dlse + o_head.to(tl.int64) * rows_q + o_row, mask=m_m, other=0.0)
@@ -226,11 +222,7 @@ def attention_backward_key(
         b_dk = narrow(b_dk * scale, p_dk.dtype.element_ty)
         tl.store(p_dk + o_slot[:, None] * HEAD_DIM + o_d[None, :], b_dk, mask=m_n[:, None] & (o_d < HEAD_DIM)[None, :])
     if p_dv is not None:
-<<<<<<< HEAD
-        b_dv = b_dv.to(p_dv.dtype.element_ty)
-=======
         b_dv = narrow(b_dv, p_dv.dtype.element_ty)
->>>>>>> triton
         tl.store(
             p_dv + o_slot[:, None] * VALUE_DIM + o_dv[None, :], b_dv, mask=m_n[:, None] & (o_dv < VALUE_DIM)[None, :]
         )

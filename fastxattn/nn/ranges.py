@@ -1,0 +1,57 @@
+"""Which context tokens a query sees, as kv_range: from where media stand in a text, and from timestamps."""
+
+from __future__ import annotations
+
+import torch
+
+from fastxattn.packed import PackedTokens
+
+
+def media_ranges(media: torch.Tensor, tokens_per_media: int, *, previous_only: bool = True) -> torch.Tensor:
+    """Ranges by which a text token sees the image it follows, as in Flamingo.
+
+    Args:
+        media: (batch, length) boolean, True at the tokens that stand for an image; image n of a sequence is the
+            tokens [n * tokens_per_media, (n + 1) * tokens_per_media) of its context.
+        tokens_per_media: context tokens of one image.
+        previous_only: a token sees the last image at or before it; otherwise all images at or before it.
+
+    Returns:
+        (batch, length, 2) int32; empty before the first image.
+    """
+    if media.dtype != torch.bool or media.ndim != 2:
+        raise TypeError(f"media must be boolean of shape (batch, length); got {media.dtype} {tuple(media.shape)}")
+    seen = media.cumsum(1).int()
+    start = (seen - 1).clamp(min=0) if previous_only else torch.zeros_like(seen)
+    return torch.stack([start, seen], dim=-1) * tokens_per_media
+
+
+def time_ranges(
+    query_times: torch.Tensor,
+    query: PackedTokens,
+    context_times: torch.Tensor,
+    context: PackedTokens,
+    before: float,
+    after: float,
+) -> torch.Tensor:
+    """Ranges by which a query at time t sees the context from t - before to t + after, both ends included.
+
+    Args:
+        query_times: (total_q,) packed timestamps.
+        query: tokens with the queries' offsets.
+        context_times: (total_k,) packed timestamps, ascending within each sequence.
+        context: tokens with the context's offsets.
+        before: how far back a query looks.
+        after: how far ahead.
+
+    Returns:
+        (total_q, 2) int32.
+    """
+    keys, there = PackedTokens(context_times, context.cu_seqlens, context.max_seqlen).to_padded()
+    keys = torch.where(there, keys, torch.inf)
+    asked, _ = PackedTokens(query_times, query.cu_seqlens, query.max_seqlen).to_padded()
+    start = torch.searchsorted(keys, (asked - before).contiguous())
+    end = torch.searchsorted(keys, (asked + after).contiguous(), right=True)
+    lengths = context.lengths[:, None]
+    ranges = torch.stack([start, torch.minimum(end, lengths)], dim=-1).int()
+    return ranges[query.sequence_ids(), query.positions()]

@@ -1,0 +1,80 @@
+"""TemporalCrossAttention: attention between streams with timestamps, within a tolerance window."""
+
+from __future__ import annotations
+
+import torch
+
+from fastxattn.nn.multihead import MultiheadCrossAttention
+from fastxattn.nn.packing import Tokens, pack
+from fastxattn.nn.projected import Absorb
+from fastxattn.nn.ranges import time_ranges
+
+
+class TemporalCrossAttention(MultiheadCrossAttention):
+    """Each query attends to the context tokens whose time is near its own: speech to video, captions to audio.
+
+    A query at time t sees context tokens with times in [t - before, t + after]. The window is a range of keys, so
+    that work outside of it is skipped, never masked. Parameters are :class:`MultiheadCrossAttention`'s.
+
+    Args:
+        embed_dim: width of the queries and of the output.
+        num_heads: heads.
+        before: how far back a query looks, in the unit of the timestamps.
+        after: how far ahead; default as far as back.
+        dropout, bias, kdim, absorb, device, dtype: as in :class:`MultiheadCrossAttention`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        before: float,
+        after: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        kdim: int | None = None,
+        absorb: Absorb = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout, bias, kdim, kdim, absorb, device, dtype)
+        self.before, self.after = before, before if after is None else after
+        if self.before < 0 or self.after < 0:
+            raise ValueError(f"before and after must not be negative; got {self.before} and {self.after}")
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tokens,
+        context: Tokens,
+        query_times: torch.Tensor,
+        context_times: torch.Tensor,
+        *,
+        query_mask: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+    ) -> Tokens:
+        """Attend within the window.
+
+        Args:
+            query: (batch, Lq, embed_dim) or PackedTokens.
+            context: (batch, Lk, kdim) or PackedTokens.
+            query_times: (batch, Lq) for padded queries, (total_q,) for packed ones.
+            context_times: (batch, Lk) or (total_k,), ascending within each sequence.
+            query_mask: (batch, Lq) boolean, True = the token is there.
+            context_mask: (batch, Lk) boolean.
+
+        Returns:
+            As ``query``. A query with nothing in its window gets the output projection's bias.
+        """
+        packed, layout = pack(query, query_mask, name="query")
+        features, context_layout = pack(context, context_mask, name="context")
+        ranges = time_ranges(
+            layout.pack_rows(query_times),
+            packed,
+            context_layout.pack_rows(context_times),
+            features,
+            self.before,
+            self.after,
+        )
+        out = super().forward(packed, features, kv_range=ranges)
+        assert not isinstance(out, torch.Tensor)
+        return layout.restore(out.values)
