@@ -97,7 +97,8 @@ def brute_determinant(x: torch.Tensor, q: torch.Tensor, count: int) -> list[int]
     picked: list[int] = []
     while len(picked) < count:
         volumes = [
-            -1.0 if i in picked else float(torch.linalg.det(kernel[picked + [i]][:, picked + [i]])) for i in range(len(x))
+            -1.0 if i in picked else float(torch.linalg.det(kernel[[*picked, i]][:, [*picked, i]]))
+            for i in range(len(x))
         ]
         picked.append(int(torch.tensor(volumes).argmax()))
     return picked

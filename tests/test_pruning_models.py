@@ -102,7 +102,9 @@ def llava(attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     t = transformers
     text = t.LlamaConfig(**SMALL, vocab_size=99, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    config = t.LlavaConfig(vision_config=t.CLIPVisionConfig(**VISION), text_config=text, image_token_id=98, vision_feature_layer=-2)
+    config = t.LlavaConfig(
+        vision_config=t.CLIPVisionConfig(**VISION), text_config=text, image_token_id=98, vision_feature_layer=-2
+    )
     model = t.LlavaForConditionalGeneration(config).eval()
     model.set_attn_implementation(attention)
     return model
@@ -140,7 +142,9 @@ def test_llava_pruning_equals_masking_the_pruned_tokens(at: int) -> None:
         gone = torch.ones(2, 21, dtype=torch.bool)
         gone[:, :2] = gone[:, 18:] = False
         gone.view(-1)[inputs["input_ids"].flatten().eq(98).nonzero().squeeze(1)[pruning.last.keep_index.long()]] = False
-        hide = torch.zeros(2, 1, 21, 21).masked_fill(gone[:, None, None] | ~torch.ones(21, 21, dtype=torch.bool).tril(), -1e9)
+        hide = torch.zeros(2, 1, 21, 21).masked_fill(
+            gone[:, None, None] | ~torch.ones(21, 21, dtype=torch.bool).tril(), -1e9
+        )
         hooks = [
             layer.register_forward_pre_hook(lambda m, a, k: (a, {**k, "attention_mask": hide}), with_kwargs=True)
             for layer in model.model.language_model.layers[at:]
@@ -243,3 +247,19 @@ def test_unsuitable_models_and_settings_are_refused_and_left_alone() -> None:
     with pytest.raises(ValueError, match="model must be"):
         prune(torch.nn.Linear(2, 2), keep=0.5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_overlay_picture(tmp_path: Any) -> None:
+    skimage = pytest.importorskip("skimage.data")
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    from fastxattn.ops.pruning.overlay import prune_photo
+
+    photo, out = tmp_path / "photo.png", tmp_path / "kept.png"
+    image.fromarray(skimage.astronaut()).save(photo)
+    assert prune_photo(photo, out, "divprune", 0.25) == (196, 784)
+    assert out.stat().st_size > 10_000
+    with pytest.raises(ValueError, match=r"keep must lie in \(0, 1\]"):
+        prune_photo(photo, out, "norm", 0.0)
+    with pytest.raises(ValueError, match="strategy must be one of"):
+        prune_photo(photo, out, "nope", 0.5)

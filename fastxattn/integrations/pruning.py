@@ -36,19 +36,23 @@ class Pruning:
     def __enter__(self) -> Pruning:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.undo()
 
 
 class QueriesAndKeys:
     """The query and key rows that an attention module computed last, taken from its own projections."""
 
-    def __init__(self, attention: nn.Module, pruning: Pruning) -> None:
+    def __init__(self, attention: Any, pruning: Pruning) -> None:
         self.query: Tensor | None = None
         self.key: Tensor | None = None
         for name in ("q_proj", "k_proj"):
             if not hasattr(attention, name):
-                raise ValueError(f"attention scores need {type(attention).__name__}.{name}, which this model does not have")
+                raise ValueError(
+                    f"attention scores need {type(attention).__name__}.{name}, which this model does not have"
+                )
             handle = getattr(attention, name).register_forward_hook(self._keep(name))
             pruning._restore.append(handle.remove)
         self.head_dim = int(attention.head_dim)
@@ -132,7 +136,9 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
             found = getattr(found, name, None)
         if isinstance(found, nn.ModuleList):
             return found
-    raise ValueError(f"model must be a CLIP, SigLIP, DINOv2 or ViT encoder, or a LLaVA or Qwen2-VL; got {type(model).__name__}")
+    raise ValueError(
+        f"model must be a CLIP, SigLIP, DINOv2 or ViT encoder, or a LLaVA or Qwen2-VL; got {type(model).__name__}"
+    )
 
 
 def class_tokens(model: nn.Module) -> int:
@@ -182,7 +188,9 @@ def _prune_encoder(model: nn.Module, pruning: Pruning, budget: Budget, strategy:
     watch = QueriesAndKeys(attention_of(layers[at - 1]), pruning) if strategy in NEEDS_ATTENTION else None
     bias: list[Tensor | None] = [None]
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         batch, length, width = hidden.shape
         offsets = torch.arange(batch + 1, dtype=torch.int32, device=hidden.device) * length
@@ -210,7 +218,9 @@ def _prune_encoder(model: nn.Module, pruning: Pruning, budget: Budget, strategy:
             return args, {**kwargs, "hidden_states": shorter}
         return (shorter, *args[1:]), kwargs
 
-    def weigh(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def weigh(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if bias[0] is None:
             return args, kwargs
         # The mask is the second argument of every layer here, by place or by name.
@@ -224,9 +234,7 @@ def _prune_encoder(model: nn.Module, pruning: Pruning, budget: Budget, strategy:
         pruning._restore.append(layer.register_forward_pre_hook(weigh, with_kwargs=True).remove)
 
 
-def _prune_language(
-    core: nn.Module, pruning: Pruning, budget: Budget, strategy: str, at: int, restore: bool
-) -> None:
+def _prune_language(core: nn.Module, pruning: Pruning, budget: Budget, strategy: str, at: int, restore: bool) -> None:
     language: Any = core.language_model
     _check_layer(at, language.layers, 0)
     provider: Callable[[], Tensor] | None = None
@@ -243,8 +251,8 @@ def _vision_attention(core: nn.Module, pruning: Pruning) -> Callable[[], Tensor]
     tower: Any = getattr(core, "vision_tower", None)
     if tower is None:
         raise ValueError(
-            f"strategy must not need attention at layer 0 of {type(core).__name__} (its vision encoder has no attention "
-            "over single image tokens); take divprune, cdpruner, norm, or at > 0"
+            f"strategy must not need attention at layer 0 of {type(core).__name__} (its vision encoder has no "
+            "attention over single image tokens); take divprune, cdpruner, norm, or at > 0"
         )
     config: Any = core.config
     layers, special = encoder_layers(tower), class_tokens(tower)
@@ -259,6 +267,7 @@ def _vision_attention(core: nn.Module, pruning: Pruning) -> Callable[[], Tensor]
     def scores() -> Tensor:
         query, key = watch.take()
         flat, _ = encoder_scores(query, key, watch.scale, special > 0)
-        return flat.unflatten(0, key.shape[:2])[:, drop:].flatten()
+        images: Tensor = flat.unflatten(0, key.shape[:2])[:, drop:]
+        return images.flatten()
 
     return scores

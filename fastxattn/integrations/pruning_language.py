@@ -66,7 +66,8 @@ class LanguagePruning:
             hooks.append(layers[self.at - 1].register_forward_pre_hook(self._keep_rotary, with_kwargs=True))
         hooks += [layer.register_forward_pre_hook(self._shorten, with_kwargs=True) for layer in layers[self.at :]]
         self.pruning._restore += [hook.remove for hook in hooks]
-        original = self.core.get_image_features
+        core: Any = self.core
+        original = core.get_image_features
 
         @functools.wraps(original)  # generate reads its signature
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +76,7 @@ class LanguagePruning:
             self.image_lengths = [len(image) for image in features]
             return result
 
-        self.core.get_image_features = get_image_features
+        core.get_image_features = get_image_features
         self.pruning._restore.append(lambda: delattr(self.core, "get_image_features"))
 
     # Hooks, in the order in which a forward pass meets them ---------------------------------------------------
@@ -136,9 +137,7 @@ class LanguagePruning:
             needs["attention"] = self.provider()
         elif self.watch is not None:
             needs["attention"] = self._text_attention(hidden)[rows]
-        selection = STRATEGIES[self.strategy](
-            tokens, offsets, self.budget, max_seqlen=max(lengths, default=0), **needs
-        )
+        selection = STRATEGIES[self.strategy](tokens, offsets, self.budget, max_seqlen=max(lengths, default=0), **needs)
         self.pruning.last = selection
         stay = ~images.flatten()
         seats = rows[selection.keep_index.long()]

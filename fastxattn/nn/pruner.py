@@ -16,8 +16,9 @@ from fastxattn.packed import PackedTokens
 class TokenPruner(nn.Module):
     """Keeps a budget of tokens of each sequence, for any strategy. Place it between two layers.
 
-    Gradients flow through gathered and merged rows. With ``learned=True`` a linear layer scores the tokens, the best are
-    kept, and the straight-through trick lets the kept rows train it: forward multiplies them by exactly 1, backward as
+    Gradients flow through gathered and merged rows. With ``learned=True`` a linear layer scores the tokens, the best
+    are kept, and the straight-through trick lets the kept rows train it: forward multiplies them by exactly 1,
+    backward as
     if by ``sigmoid(score)``.
 
     Args:
@@ -92,4 +93,5 @@ class TokenPruner(nn.Module):
     def extra_repr(self) -> str:
         """What the module does."""
         name = self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "custom")
-        return f"{self.budget.kind}={self.budget.value}, strategy={'learned' if self.scorer else name}, protected={self.protected}"
+        name = "learned" if self.scorer is not None else name
+        return f"{self.budget.kind}={self.budget.value}, strategy={name}, protected={self.protected}"
