@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.models_zoo import SYSTEMS, System
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from benchmarks.models_zoo import SYSTEMS, System
 from fastxattn.bench import Case, Workload, read_csv, write_csv
 from fastxattn.bench.registry import run_case
 from fastxattn.integrations import accelerate
@@ -162,7 +162,10 @@ def main() -> None:
                 records = run_case(case, rounds=options.rounds)
                 gc.collect()
                 for r in records:
-                    print(f"{r.case} {r.direction} {r.dtype} {r.provider}: {r.median_ms:.4g} ms {r.ratio:.2f}x {r.gate}", flush=True)
+                    print(
+                        f"{r.case} {r.direction} {r.dtype} {r.provider}: {r.median_ms:.4g} ms {r.ratio:.2f}x {r.gate}",
+                        flush=True,
+                    )
                 write_csv(CSV, records)
                 FACTS.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
     write_document(facts)

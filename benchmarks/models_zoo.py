@@ -1,4 +1,4 @@
-"""Real classes at their real sizes (random weights) on ragged batches; what is smaller than real says so in its name."""
+"""Real classes at real sizes (random weights) on ragged batches; what is smaller than real says so in its name."""
 
 from __future__ import annotations
 
@@ -151,7 +151,12 @@ class MllamaLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = hf.models.mllama.configuration_mllama.MllamaTextConfig(
-            num_hidden_layers=1, cross_attention_layers=[0], vocab_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2
+            num_hidden_layers=1,
+            cross_attention_layers=[0],
+            vocab_size=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
         self.text = hf.models.mllama.modeling_mllama.MllamaTextModel(config)
 
@@ -279,7 +284,10 @@ def _idefics2(batch: int = 4) -> Any:
 
 def _flava(batch: int = 16) -> Any:
     mask = ragged(batch, 5, 77)[1]
-    return hf.FlavaTextModel(hf.FlavaTextConfig()), {"input_ids": torch.randint(3, 900, mask.shape), "attention_mask": mask}
+    return hf.FlavaTextModel(hf.FlavaTextConfig()), {
+        "input_ids": torch.randint(3, 900, mask.shape),
+        "attention_mask": mask,
+    }
 
 
 def _albef(batch: int = 16) -> Any:

@@ -60,7 +60,9 @@ def accelerate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if verify is not None and not isinstance(verify, (dict, tuple)):
-        raise ValueError(f"verify must be a dict of keyword arguments or a tuple of arguments; got {type(verify).__name__}")
+        raise ValueError(
+            f"verify must be a dict of keyword arguments or a tuple of arguments; got {type(verify).__name__}"
+        )
     for name, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"model is compiled ({name or 'the model'}): accelerate it before torch.compile")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,15 +55,15 @@ def attend_padded(
         query = query.masked_fill(visible.uniform[:, None, :, None], 0)
     keys, ranges = visible.keys, visible.ranges
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    options = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
     heads, kv_heads = query.shape[2], key.shape[2]
     if bias is None and heads == kv_heads and not _flat(key) and key.transpose(1, 2).is_contiguous():
         # A key/value cache, (batch, heads, length, dim) in memory: every head is a sequence of its own, uncopied.
         query, key, value = (t.transpose(1, 2).flatten(0, 1)[:, :, None] for t in (query, key, value))
         keys = None if keys is None else keys.repeat_interleave(heads, 0)
         ranges = None if ranges is None else ranges.repeat_interleave(heads, 0)
-        out = cross_attention(query, key, value, key_mask=keys, kv_range=ranges, **options)  # type: ignore[arg-type]
-        return out.unflatten(0, (batch, heads)).squeeze(3).transpose(1, 2)  # type: ignore[union-attr]
+        out = cross_attention(query, key, value, key_mask=keys, kv_range=ranges, **options)
+        return out.unflatten(0, (batch, heads)).squeeze(3).transpose(1, 2)  # type: ignore
     return cross_attention(query, key, value, key_mask=keys, kv_range=ranges, bias=bias, **options)  # type: ignore
 
 
@@ -110,7 +111,7 @@ def attend_rows(
         kv_range=mask.kv_range,
         dropout_p=dropout_p,
     )
-    return out.unflatten(0, (batch, length))  # type: ignore[union-attr]
+    return out.unflatten(0, (batch, length))  # type: ignore
 
 
 def query_offsets(mask: PackedMask, batch: int, length: int, device: torch.device) -> tuple[Tensor, int]:

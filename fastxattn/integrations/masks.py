@@ -28,7 +28,7 @@ class Visible:
     keys: Tensor | None = None
     """(batch, Lk) boolean, the keys that some query sees; None: all of them."""
     ranges: Tensor | None = None
-    """(batch, Lq, 2) int32: each query sees those of ``keys`` that are in [start, end) of the padded axis; None: all."""
+    """(batch, Lq, 2) int32: each query sees those of ``keys`` in [start, end) of the padded axis; None: all of them."""
     bias: Tensor | None = None
     """(batch|1, heads|1, Lq|1, Lk|1), added to the scores: what has no structure. Then the others are None."""
     uniform: Tensor | None = None
@@ -83,21 +83,24 @@ def recognise(mask: Tensor | None, batch: int, queries: int, keys: int) -> Visib
     if mask.ndim == 2 and mask.dtype == torch.bool:
         mask = mask[:, None, None, :]
     if mask.ndim != 4:
-        raise ValueError(f"attention_mask must have 4 axes (batch, heads, queries, keys); got shape {tuple(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must have 4 axes (batch, heads, queries, keys); got shape {tuple(mask.shape)}"
+        )
     for axis, (size, full) in enumerate(zip(mask.shape, (batch, mask.shape[1], queries, keys), strict=True)):
         if size not in (1, full):
             raise ValueError(
-                f"attention_mask must broadcast to ({batch}, heads, {queries}, {keys}); got {tuple(mask.shape)} (axis {axis})"
+                f"attention_mask must broadcast to ({batch}, heads, {queries}, {keys}) on axis {axis}; "
+                f"got {tuple(mask.shape)}"
             )
     if torch.compiler.is_compiling() or mask.is_inference():
         return _recognise(mask, batch, queries, keys)
-    size = (batch, queries, keys)
+    problem = (batch, queries, keys)
     known = _memo.get(id(mask))
-    if known is not None and known[0]() is mask and known[1] == mask._version and known[2] == size:
+    if known is not None and known[0]() is mask and known[1] == mask._version and known[2] == problem:
         return known[3]
     found = _recognise(mask, batch, queries, keys)
     name = id(mask)
-    _memo[name] = (weakref.ref(mask, lambda _: _memo.pop(name, None)), mask._version, size, found)
+    _memo[name] = (weakref.ref(mask, lambda _: _memo.pop(name, None)), mask._version, problem, found)
     return found
 
 
@@ -162,4 +165,6 @@ def _as_bias(mask: Tensor, readable: bool) -> Visible:
     floor = max(FLOOR, torch.finfo(mask.dtype).min)
     literal = readable and bool(((mask <= floor) & (mask != -torch.inf)).all(-1).any())
     # -inf must stay -inf, a key that is not there.
-    return Visible(bias=mask if literal else torch.where(mask == -torch.inf, mask, mask.clamp(min=floor)), literal=literal)
+    return Visible(
+        bias=mask if literal else torch.where(mask == -torch.inf, mask, mask.clamp(min=floor)), literal=literal
+    )
