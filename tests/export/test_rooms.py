@@ -11,10 +11,13 @@ from torch import Tensor
 import fastxattn.export as export
 from fastxattn.ops.attention.api import varlen_cross_attention
 from fastxattn.ops.context_attention.api import context_attention
+from fastxattn.ops.contrastive.api import infonce_loss, sigmoid_loss
 from fastxattn.ops.importance.api import key_importance
+from fastxattn.ops.late_interaction.api import maxsim
 from fastxattn.ops.pruning.api import prune_tokens, select
 from fastxattn.ops.pruning.budget import Budget
 from fastxattn.ops.pruning.ops import merge_rows
+from fastxattn.ops.retrieval.api import topk_similarity
 from fastxattn.packed import PackedTokens
 from tests.export.models import DIM, HEADS, packed
 
@@ -43,8 +46,23 @@ class Prune(torch.nn.Module):
         return {"sum": rows.sum(0), "offsets": kept.cu_seqlens, "assignment": kept.assignment, "back": back}
 
 
+class Late(torch.nn.Module):
+    def forward(self, a: PackedTokens, b: PackedTokens) -> Tensor:
+        return maxsim(a.values, b.values, a.cu_seqlens, b.cu_seqlens)
+
+
+class TopK(torch.nn.Module):
+    def forward(self, queries: Tensor, corpus: Tensor) -> tuple[Tensor, Tensor]:
+        return topk_similarity(queries, corpus, 4)
+
+
+class Losses(torch.nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return infonce_loss(a, b, 10.0) + sigmoid_loss(a, b, 10.0, -10.0)
+
+
 @pytest.mark.parametrize(
-    ("module", "widths"), [(Importance(), (32, 16)), (Context(), (32, 16)), (Prune(), (8,))], ids=lambda x: type(x).__name__
+    ("module", "widths"), [(Importance(), (32, 16)), (Context(), (32, 16)), (Prune(), (8,)), (Late(), (8, 8))], ids=lambda x: type(x).__name__
 )
 def test_room(module: torch.nn.Module, widths: tuple[int, ...], tmp_path: Path) -> None:
     module.eval()
@@ -102,4 +120,18 @@ def test_merging_rows(tmp_path: Path) -> None:
     args = x, torch.tensor([0, 3, -1, 0, 1, 3], dtype=torch.int32), torch.rand(6)
     export.to_onnx(Merge().eval(), args, tmp_path / "m.onnx")
     report = export.verify(tmp_path / "m.onnx", Merge().eval(), args)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize(("module", "sizes"), [(TopK(), ((2, 8), (5, 8))), (Losses(), ((5, 8), (5, 8)))], ids=["topk", "losses"])
+def test_similarities(module: torch.nn.Module, sizes: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
+    module.eval()
+    generator = torch.Generator().manual_seed(4)
+
+    def inputs(more: int) -> tuple[Tensor, ...]:
+        return tuple(torch.nn.functional.normalize(torch.randn(n + more, d, generator=generator), dim=1) for n, d in sizes)
+
+    export.to_onnx(module, inputs(0), tmp_path / "m.onnx")
+    few = torch.randn(3, 8), torch.randn(3, 8)  # fewer rows than the four best that are asked for
+    report = export.verify(tmp_path / "m.onnx", module, inputs(3), cases={"few rows": (few, {})})
     assert report.ok, str(report)
