@@ -78,8 +78,14 @@ BAD_VALUES = {
 BAD_TYPES = {
     "list": ({"query": [[1.0]]}, "query must be a tensor; got list"),
     "none": ({"cu_seqlens_k": None}, "cu_seqlens_k must be a tensor; got NoneType"),
-    "int query": ({"query": torch.ones(6, 4, 8, dtype=torch.int32)}, "query must be float32, bfloat16, float16 or float64"),
-    "mixed": ({"value": torch.randn(9, 2, 5).bfloat16()}, "value must have the dtype of query, torch.float32; got torch.bf"),
+    "int query": (
+        {"query": torch.ones(6, 4, 8, dtype=torch.int32)},
+        "query must be float32, bfloat16, float16 or float64",
+    ),
+    "mixed": (
+        {"value": torch.randn(9, 2, 5).bfloat16()},
+        "value must have the dtype of query, torch.float32; got torch.bf",
+    ),
     "int64 offsets": ({"cu_seqlens_q": ints(0, 2, 6).long()}, "cu_seqlens_q must be int32; got torch.int64"),
     "float range": ({"kv_range": torch.zeros(6, 2)}, "kv_range must be int32; got torch.float32"),
     "int64 index": ({"key_index": torch.arange(9)}, "key_index must be int32; got torch.int64"),

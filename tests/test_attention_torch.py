@@ -27,7 +27,9 @@ def inputs(lengths_q=(2, 4), lengths_k=(4, 5), heads=4, kv_heads=2, dim=8, dtype
     g = torch.Generator().manual_seed(0)
     shapes = ((sum(lengths_q), heads, dim), (sum(lengths_k), kv_heads, dim), (sum(lengths_k), kv_heads, dim))
     tokens = [torch.randn(s, generator=g).to(dtype).requires_grad_(grad) for s in shapes]
-    offsets = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32) for n in (lengths_q, lengths_k)]
+    offsets = [
+        torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32) for n in (lengths_q, lengths_k)
+    ]
     return *tokens, *offsets
 
 
@@ -214,7 +216,7 @@ def test_compile_training_and_padded():
 
     def f(query, key, value, mask, bias):
         out, lse = fastxattn.cross_attention(query, key, value, key_mask=mask, bias=bias, return_lse=True)
-        return (out.square().sum() + lse.logsumexp(-1).sum())
+        return out.square().sum() + lse.logsumexp(-1).sum()
 
     g = torch.compile(f, backend=compiled, fullgraph=True, dynamic=True)
     for batch, n, m in ((3, 4, 6), (5, 7, 9), (4, 9, 7)):  # unlike each other and the fixed sizes
@@ -223,7 +225,9 @@ def test_compile_training_and_padded():
         bias = torch.randn(batch, 1, n, m, requires_grad=True)
         mask = torch.rand(batch, m) > 0.3
         mask[:, 0] = True
-        ours, wanted = (torch.autograd.grad(h(query, key, value, mask, bias), (query, key, value, bias)) for h in (g, f))
+        ours, wanted = (
+            torch.autograd.grad(h(query, key, value, mask, bias), (query, key, value, bias)) for h in (g, f)
+        )
         for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b)
     assert compiled.frame_count == 1
