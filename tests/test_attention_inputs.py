@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of inputs and messages read best one to a line)
 """Bad input is refused in words; odd input is ordinary. On every backend that runs here."""
 
 import re
@@ -136,10 +137,10 @@ def test_bad_padded(backend, name):
 
 
 def test_unknown_and_unable_backends():
-    with pytest.raises(ValueError, match="backend must be auto or one of .*cpu, .*got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be auto or one of .*cpu, .*got 'fast'"):
         fastxattn.varlen_cross_attention(**good(), backend="fast")
     double = {name: t.double() if t.is_floating_point() else t for name, t in good().items()}
-    with pytest.raises(RuntimeError, match="backend='cpu' cannot run this problem: .*float64"):
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run this problem: .*float64"):
         fastxattn.varlen_cross_attention(**double, backend="cpu")
     assert fastxattn.varlen_cross_attention(**double).dtype == torch.float64
     wide = good(value=torch.randn(9, 2, 257))

@@ -26,11 +26,10 @@ def dense(kv_range, cu_q, lengths_k):
 
 def check(kv_range, cu_q, lengths_q, lengths_k, sees):
     assert kv_range.dtype == torch.int32
-    wanted = [
-        [[sees(b, i, j) for j in range(m)] for i in range(n)] for b, (n, m) in enumerate(zip(lengths_q, lengths_k))
-    ]
+    pairs = list(zip(lengths_q, lengths_k, strict=True))
+    wanted = [[[sees(b, i, j) for j in range(m)] for i in range(n)] for b, (n, m) in enumerate(pairs)]
     assert dense(kv_range, cu_q, lengths_k) == wanted
-    for (start, end), keys in zip(kv_range.tolist(), [m for n, m in zip(lengths_q, lengths_k) for _ in range(n)]):
+    for (start, end), keys in zip(kv_range.tolist(), [m for n, m in pairs for _ in range(n)], strict=True):
         assert 0 <= start <= end <= keys
 
 

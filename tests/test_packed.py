@@ -137,7 +137,7 @@ def test_checks(name):
 
 
 def test_conversion_checks():
-    with pytest.raises(TypeError, match="mask must be boolean; got torch.float32"):
+    with pytest.raises(TypeError, match=r"mask must be boolean; got torch.float32"):
         PackedTokens.from_padded(torch.zeros(2, 3, 4), torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 3\), that of values; got \(2, 4\)"):
         PackedTokens.from_padded(torch.zeros(2, 3, 4), torch.ones(2, 4, dtype=torch.bool))
