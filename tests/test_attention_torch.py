@@ -209,16 +209,16 @@ def test_compile_without_recompiling_when_lengths_change():
     assert "fastxattn.attention_cpu.default" in counter.targets
 
 
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_compile_training_and_padded():
     """Forward and backward through AOTAutograd, masks and ranges included, again without recompiling."""
     torch._dynamo.reset()
-    compiled = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def f(query, key, value, mask, bias):
         out, lse = fastxattn.cross_attention(query, key, value, key_mask=mask, bias=bias, return_lse=True)
         return out.square().sum() + lse.logsumexp(-1).sum()
 
-    g = torch.compile(f, backend=compiled, fullgraph=True, dynamic=True)
+    g = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch, n, m in ((3, 4, 6), (5, 7, 9), (4, 9, 7)):  # unlike each other and the fixed sizes
         torch.manual_seed(0)
         query, key, value = (torch.randn(batch, s, 2, 8, requires_grad=True) for s in (n, m, m))
@@ -230,7 +230,6 @@ def test_compile_training_and_padded():
         )
         for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b)
-    assert compiled.frame_count == 1
 
 
 def test_compile_with_inductor():
