@@ -95,7 +95,9 @@ def test_bitwise_for_any_thread_count(case, dtype, threads):
             assert torch.equal(t, one[name]), f"{name} differs with {count} threads"
 
 
-@pytest.mark.parametrize("name", ["dense", "ragged", "decode", "split_keys", "tall", "gqa", "range", "causal", "key_bias"])
+@pytest.mark.parametrize(
+    "name", ["dense", "ragged", "decode", "split_keys", "tall", "gqa", "range", "causal", "key_bias"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_neighbours_do_not_matter(name, dtype):
     contract.check_neighbours(runner("cpu"), BY_NAME[name].problem(dtype))
@@ -187,7 +189,11 @@ def test_dropout_statistics():
     n = mask.numel()
     assert abs(mask.mean() - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5
     dropped = mask - (1 - p)
-    for pair in ((dropped[:, :, 1:], dropped[:, :, :-1]), (dropped[:, 1:], dropped[:, :-1]), (dropped[1:], dropped[:-1])):
+    for pair in (
+        (dropped[:, :, 1:], dropped[:, :, :-1]),
+        (dropped[:, 1:], dropped[:, :-1]),
+        (dropped[1:], dropped[:-1]),
+    ):
         assert abs((pair[0] * pair[1]).mean()) < 5 * p * (1 - p) / n**0.5
     other = keep_mask(torch.arange(500), torch.arange(512), heads, p, torch.tensor([8])).double()
     assert abs(((other - (1 - p)) * dropped).mean()) < 5 * p * (1 - p) / n**0.5

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of inputs and messages read best one to a line)
 """Bad input is refused in words; odd input is ordinary. On every backend that runs here."""
 
 import re
@@ -78,8 +79,14 @@ BAD_VALUES = {
 BAD_TYPES = {
     "list": ({"query": [[1.0]]}, "query must be a tensor; got list"),
     "none": ({"cu_seqlens_k": None}, "cu_seqlens_k must be a tensor; got NoneType"),
-    "int query": ({"query": torch.ones(6, 4, 8, dtype=torch.int32)}, "query must be float32, bfloat16, float16 or float64"),
-    "mixed": ({"value": torch.randn(9, 2, 5).bfloat16()}, "value must have the dtype of query, torch.float32; got torch.bf"),
+    "int query": (
+        {"query": torch.ones(6, 4, 8, dtype=torch.int32)},
+        "query must be float32, bfloat16, float16 or float64",
+    ),
+    "mixed": (
+        {"value": torch.randn(9, 2, 5).bfloat16()},
+        "value must have the dtype of query, torch.float32; got torch.bf",
+    ),
     "int64 offsets": ({"cu_seqlens_q": ints(0, 2, 6).long()}, "cu_seqlens_q must be int32; got torch.int64"),
     "float range": ({"kv_range": torch.zeros(6, 2)}, "kv_range must be int32; got torch.float32"),
     "int64 index": ({"key_index": torch.arange(9)}, "key_index must be int32; got torch.int64"),
@@ -130,10 +137,10 @@ def test_bad_padded(backend, name):
 
 
 def test_unknown_and_unable_backends():
-    with pytest.raises(ValueError, match="backend must be auto or one of .*cpu, .*got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be auto or one of .*cpu, .*got 'fast'"):
         fastxattn.varlen_cross_attention(**good(), backend="fast")
     double = {name: t.double() if t.is_floating_point() else t for name, t in good().items()}
-    with pytest.raises(RuntimeError, match="backend='cpu' cannot run this problem: .*float64"):
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run this problem: .*float64"):
         fastxattn.varlen_cross_attention(**double, backend="cpu")
     assert fastxattn.varlen_cross_attention(**double).dtype == torch.float64
     wide = good(value=torch.randn(9, 2, 257))

@@ -48,7 +48,10 @@ def dense(query, key, value, mask_q, mask_k, bias=None, kv_range=None, key_bias=
     if mask_q is not None:
         seen = seen & mask_q[:, None, :, None]
     if kv_range is not None:
-        place, (start, end) = torch.arange(scores.shape[-1]), kv_range.expand(scores.shape[0], -1, 2)[:, None].split(1, -1)
+        place, (start, end) = (
+            torch.arange(scores.shape[-1]),
+            kv_range.expand(scores.shape[0], -1, 2)[:, None].split(1, -1),
+        )
         seen = seen & (place >= start) & (place < end)
     scores = scores.masked_fill(~seen, -torch.inf)
     weights = scores.softmax(-1).nan_to_num()
@@ -56,7 +59,9 @@ def dense(query, key, value, mask_q, mask_k, bias=None, kv_range=None, key_bias=
 
 
 @pytest.mark.parametrize("pattern", ["none", "prefix", "left", "random"])
-@pytest.mark.parametrize("option", ["plain", "bias", "bias_keys", "kv_range", "kv_range_shared", "key_bias", "key_bias_heads"])
+@pytest.mark.parametrize(
+    "option", ["plain", "bias", "bias_keys", "kv_range", "kv_range_shared", "key_bias", "key_bias_heads"]
+)
 def test_against_dense_masks(backend, pattern, option):
     query, key, value = inputs()
     mask_q, mask_k = masks(pattern)

@@ -27,7 +27,9 @@ def inputs(lengths_q=(2, 4), lengths_k=(4, 5), heads=4, kv_heads=2, dim=8, dtype
     g = torch.Generator().manual_seed(0)
     shapes = ((sum(lengths_q), heads, dim), (sum(lengths_k), kv_heads, dim), (sum(lengths_k), kv_heads, dim))
     tokens = [torch.randn(s, generator=g).to(dtype).requires_grad_(grad) for s in shapes]
-    offsets = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32) for n in (lengths_q, lengths_k)]
+    offsets = [
+        torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32) for n in (lengths_q, lengths_k)
+    ]
     return *tokens, *offsets
 
 
@@ -149,7 +151,7 @@ def test_autocast(backend):
     bias = torch.randn(9, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = fastxattn.varlen_cross_attention(
-            query, key.double().float(), value.bfloat16(), cu_q, cu_k, key_bias=bias, return_lse=True, backend=backend)  # fmt: skip
+            query, key, value.bfloat16(), cu_q, cu_k, key_bias=bias, return_lse=True, backend=backend)  # fmt: skip
     assert out.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
     cast = fastxattn.varlen_cross_attention(
@@ -207,26 +209,27 @@ def test_compile_without_recompiling_when_lengths_change():
     assert "fastxattn.attention_cpu.default" in counter.targets
 
 
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_compile_training_and_padded():
     """Forward and backward through AOTAutograd, masks and ranges included, again without recompiling."""
     torch._dynamo.reset()
-    compiled = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def f(query, key, value, mask, bias):
         out, lse = fastxattn.cross_attention(query, key, value, key_mask=mask, bias=bias, return_lse=True)
-        return (out.square().sum() + lse.logsumexp(-1).sum())
+        return out.square().sum() + lse.logsumexp(-1).sum()
 
-    g = torch.compile(f, backend=compiled, fullgraph=True, dynamic=True)
+    g = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch, n, m in ((3, 4, 6), (5, 7, 9), (4, 9, 7)):  # unlike each other and the fixed sizes
         torch.manual_seed(0)
         query, key, value = (torch.randn(batch, s, 2, 8, requires_grad=True) for s in (n, m, m))
         bias = torch.randn(batch, 1, n, m, requires_grad=True)
         mask = torch.rand(batch, m) > 0.3
         mask[:, 0] = True
-        ours, wanted = (torch.autograd.grad(h(query, key, value, mask, bias), (query, key, value, bias)) for h in (g, f))
+        ours, wanted = (
+            torch.autograd.grad(h(query, key, value, mask, bias), (query, key, value, bias)) for h in (g, f)
+        )
         for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b)
-    assert compiled.frame_count == 1
 
 
 def test_compile_with_inductor():

@@ -117,7 +117,11 @@ BAD = {
     "int64": (TypeError, (VALUES, ints(0, 1).long(), 1), "cu_seqlens must be int32; got torch.int64"),
     "shape": (ValueError, (VALUES, ints(0, 1)[None], 1), r"cu_seqlens must have shape \(batch \+ 1,\); got \(1, 2\)"),
     "none": (ValueError, (VALUES, ints(), 1), r"cu_seqlens must have shape \(batch \+ 1,\); got \(0,\)"),
-    "device": (ValueError, (VALUES, ints(0, 1).to("meta"), 1), "cu_seqlens must be on the device of values, cpu; got meta"),
+    "device": (
+        ValueError,
+        (VALUES, ints(0, 1).to("meta"), 1),
+        "cu_seqlens must be on the device of values, cpu; got meta",
+    ),
     "start": (ValueError, (VALUES, ints(1, 2), 1), "cu_seqlens must start at 0; got 1"),
     "decrease": (ValueError, (VALUES, ints(0, 3, 2), 3), "cu_seqlens must not decrease; got 3 then 2 at sequence 1"),
     "end": (ValueError, (VALUES, ints(0, 5), 5), "cu_seqlens must end within the 4 rows of values; got 5"),
@@ -133,7 +137,7 @@ def test_checks(name):
 
 
 def test_conversion_checks():
-    with pytest.raises(TypeError, match="mask must be boolean; got torch.float32"):
+    with pytest.raises(TypeError, match=r"mask must be boolean; got torch.float32"):
         PackedTokens.from_padded(torch.zeros(2, 3, 4), torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 3\), that of values; got \(2, 4\)"):
         PackedTokens.from_padded(torch.zeros(2, 3, 4), torch.ones(2, 4, dtype=torch.bool))
