@@ -21,6 +21,7 @@ _CPU = ("auto", "cpu")
 BACKENDS = (
     Backend("cpu", cpu.supports),
     Backend("triton", triton.supports),
+    Backend("flash", flash.supports),
     Backend("reference", lambda problem: None),
 )
 
