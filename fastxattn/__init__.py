@@ -14,6 +14,7 @@ from fastxattn.runtime.backend import explain_call as explain
 
 if TYPE_CHECKING:
     from fastxattn.integrations import accelerate, accelerated, register_adapter, restore, status
+    from fastxattn.ops.bidirectional import bidirectional_attention
     from fastxattn.ops.context_attention import context_attention
     from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
     from fastxattn.ops.importance import key_importance
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "fastxattn.integrations": ("accelerate", "accelerated", "register_adapter", "restore", "status"),
+    "fastxattn.ops.bidirectional": ("bidirectional_attention",),
     "fastxattn.ops.context_attention": ("context_attention",),
     "fastxattn.ops.contrastive": ("infonce_loss", "sigmoid_loss"),
     "fastxattn.ops.importance": ("key_importance",),
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "accelerated",
+    "bidirectional_attention",
     "context_attention",
     "cross_attention",
     "explain",

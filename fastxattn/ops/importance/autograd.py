@@ -106,11 +106,15 @@ def _split(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _columns(problem: ImportanceProblem, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """value (slots_k, kv_heads, columns) and grad_out (rows_q, heads, columns) whose product is w g."""
+    """Value (slots_k, kv_heads, columns) and grad_out (rows_q, heads, columns) whose product is w g."""
     query, weight = problem.query, problem.row_weight
     heads, kv_heads = query.shape[1], problem.key.shape[1]
     gs = _split(grad, query.dtype)
-    ws = [query.new_ones(1, 1)] if weight is None else [w if w.ndim == 2 else w[None] for w in _split(weight, query.dtype)]
+    ws = (
+        [query.new_ones(1, 1)]
+        if weight is None
+        else [w if w.ndim == 2 else w[None] for w in _split(weight, query.dtype)]
+    )
     pairs = [(w, g) for i, w in enumerate(ws) for j, g in enumerate(gs) if i + j < 2]  # low * low is below rounding
     value = torch.stack([g for _, g in pairs], 2)  # (heads, slots, parts)
     value = value.unflatten(0, (kv_heads, -1)).permute(2, 0, 1, 3).flatten(2)  # (slots, kv_heads, group * parts)
