@@ -112,13 +112,14 @@ def _fresh(obj: Path, deps: Path) -> bool:
 
 
 def _library(
-    tool: Toolchain, sources: list[Path], target: Path, objects: Path, extra: list[str], link: list[str]
+    tool: Toolchain, sources: list[tuple[Path, list[str]]], target: Path, objects: Path, link: list[str]
 ) -> None:
+    """Compile ``sources``, each with its own extra flags, and link them."""
     objects.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
     with ThreadPoolExecutor(jobs) as pool:
-        compiled = list(pool.map(lambda s: _compile(tool, s, objects, extra), sources))
+        compiled = list(pool.map(lambda s: _compile(tool, s[0], objects, s[1]), sources))
     objs = [str(o) for o in compiled if o is not None]
     if target.exists() and all(Path(o).stat().st_mtime <= target.stat().st_mtime for o in objs):
         return
@@ -153,8 +154,9 @@ def _torch_flags() -> tuple[list[str], list[str]]:
 def build_cpu(target: Path, tool: Toolchain) -> None:
     """libfastxattn_cpu.so: kernels plus their torch registrations."""
     flags, link = _torch_flags()
-    sources = [*_kernel_sources(), *sorted(CSRC.glob("*/*_torch.cpp"))]
-    _library(tool, sources, target / "libfastxattn_cpu.so", ROOT / "build/obj-cpu", flags, link)
+    # Kernels get no torch flags, so that their objects are the ones the operator library links too.
+    sources = [*((s, []) for s in _kernel_sources()), *((s, flags) for s in sorted(CSRC.glob("*/*_torch.cpp")))]
+    _library(tool, sources, target / "libfastxattn_cpu.so", ROOT / "build/obj-cpu", link)
 
 
 def build_test_module(target: Path, tool: Toolchain, sanitize: bool) -> Path:
@@ -177,13 +179,20 @@ def build_test_module(target: Path, tool: Toolchain, sanitize: bool) -> Path:
         link = ["-fsanitize=address,undefined"]
     name = f"_fastxattn_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [*_kernel_sources(), *sorted((CSRC / "bindings").glob("test_module*.cpp"))]
-    _library(tool, sources, target / name, ROOT / f"build/obj-test-{kind}", extra, link)
+    _library(tool, [(s, extra) for s in sources], target / name, ROOT / f"build/obj-test-{kind}", link)
     return target / name
+
+
+def build_ort(target: Path, tool: Toolchain) -> None:
+    """libfastxattn_ort.so: the same kernels as ONNX Runtime operators; needs neither torch nor the runtime."""
+    sources = [*_kernel_sources(), *sorted((CSRC / "bindings").glob("ort_*.cpp"))]
+    _library(tool, [(s, []) for s in sources], target / "libfastxattn_ort.so", ROOT / "build/obj-cpu", ["-pthread"])
 
 
 def build_all(target: Path) -> None:
     """Every library a wheel ships."""
     tool = Toolchain.find()
+    build_ort(target, tool)
     build_cpu(target, tool)
 
 

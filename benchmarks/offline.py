@@ -84,26 +84,24 @@ POINTERS = {
     "p_dkey_bias": "*fp32", "p_bias": "*fp32", "p_dbias": "*fp32", "p_row_weight": "*fp32", "p_seen": "*i32",
     "p_score": "*fp32", "p_grad": "*fp32", "p_scale": "*fp32",
 }  # fmt: skip
-OPTIONAL = {
-    "plain": (),
-    "ranged": ("p_range",),
-    "full": ("p_range", "p_key_bias", "p_bias", "p_index_q", "p_index_k", "p_used_q", "p_used_k", "p_seed", "p_dlse"),
-}
-ALWAYS_OPTIONAL = {name for names in OPTIONAL.values() for name in names} | {"p_dkey_bias", "p_slot_q", "p_slot_k"}
+INDICES = ("p_index_q", "p_index_k", "p_used_q", "p_used_k")
+OPTIONAL = {"plain": INDICES, "rich": (*INDICES, "p_range", "p_key_bias", "p_bias", "p_seed", "p_dlse", "p_dkey_bias")}
+ALWAYS_OPTIONAL = {*OPTIONAL["rich"], "p_slot_q", "p_slot_k"}
 
 
 def cases() -> Iterator[Case]:
-    """Every shipped configuration, plain; and at head dim 64 with every optional argument."""
+    """Every shipped configuration, with every argument that its class of problems may have."""
     from fastxattn.ops.attention.triton import config
 
-    for kernel, size, dim, tile in config.shipped():
+    for kernel, kind, dim, tile in config.shipped():
+        dtype = "fp32" if kind == "single" else "fp16"
         name = f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
-        dtype = "fp16" if size == 2 else "fp32"
-        variants = ("plain", "full") if dim == 64 else ("plain", "ranged") if size == 2 else ("plain",)
-        for variant in ("full",) if kernel == "backward_bias" else variants:
+        for variant in ("plain", "rich") if kind == "single" else (kind,):
+            if kernel == "backward_bias" and variant == "plain":
+                continue
             yield Case("attention", kernel, dtype, dim, variant, name)
-        if kernel == "split" and size == 2:
-            yield Case("attention", "merge", dtype, dim, "plain", name)
+            if kernel == "split" and kind == "plain":
+                yield Case("attention", "merge", dtype, dim, "plain", name)
 
 
 def compile_case(case: Case, arch: str) -> Row:
@@ -114,7 +112,7 @@ def compile_case(case: Case, arch: str) -> Row:
 
     kernel, constants = _kernel_of(case)
     block_m, block_n, warps, stages = (int(n) for n in re.findall(r"\d+", case.tile))
-    constants |= dict(BLOCK_M=block_m, BLOCK_N=block_n)
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
     signature: dict[str, str] = {}
     constexprs: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -150,12 +148,12 @@ def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
         "backward_query": backward.attention_backward_query, "backward_key": backward.attention_backward_key,
         "backward_bias": backward.attention_backward_bias,
     }  # fmt: skip
-    full = case.variant == "full"
-    constants: dict[str, Any] = dict(
-        GROUP=1, SOFTCAP=full, KEY_BIAS_HEADS=full, HEAD_DIM=case.dim, VALUE_DIM=case.dim, BLOCK_D=case.dim,
-        BLOCK_DV=case.dim, SPLITS=8 if case.kernel in ("split", "merge") else 1, SPLIT_KEYS=config.SPLIT_KEYS,
-        PRECISION="ieee", NEED_DQ=True, BATCH_SHARED=True, HEADS_SHARED=False, ROWS_SHARED=False, COLUMNS_SHARED=False,
-    )  # fmt: skip
+    full = case.variant == "rich"
+    constants: dict[str, Any] = {
+        "GROUP": 1, "SOFTCAP": True, "KEY_BIAS_HEADS": full, "HEAD_DIM": case.dim, "VALUE_DIM": case.dim, "BLOCK_D": case.dim,
+        "BLOCK_DV": case.dim, "SPLITS": 8 if case.kernel in ("split", "merge") else 1, "SPLIT_KEYS": config.SPLIT_KEYS,
+        "PRECISION": "ieee", "NEED_DQ": True, "BATCH_SHARED": True, "HEADS_SHARED": False, "ROWS_SHARED": False, "COLUMNS_SHARED": False,
+    }  # fmt: skip
     return kernels[case.kernel], constants
 
 

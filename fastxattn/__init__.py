@@ -1,8 +1,73 @@
-"""fastxattn: fast, exact cross-modal attention, token pruning and contrastive losses for PyTorch."""
+"""fastxattn: fast, exact cross-modal attention, token pruning and contrastive losses for PyTorch.
 
-from fastxattn.ops.attention import cross_attention, varlen_cross_attention
+Everything here is loaded at first use, except what attention itself needs: importing costs little beyond torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastxattn.ops.attention import cross_attention, ranges, varlen_cross_attention
 from fastxattn.packed import PackedTokens
 from fastxattn.runtime.backend import explain_call as explain
 
+if TYPE_CHECKING:
+    from fastxattn.integrations import accelerate, accelerated, register_adapter, restore, status
+    from fastxattn.ops.context_attention import context_attention
+    from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
+    from fastxattn.ops.importance import key_importance
+    from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
+    from fastxattn.ops.pruning import Budget, Selection, prune_tokens, select
+    from fastxattn.ops.retrieval import recall_at_k, topk_similarity
+
 __version__ = "0.1.0"
-__all__ = ["PackedTokens", "__version__", "cross_attention", "explain", "varlen_cross_attention"]
+
+_LAZY = {
+    "fastxattn.integrations": ("accelerate", "accelerated", "register_adapter", "restore", "status"),
+    "fastxattn.ops.context_attention": ("context_attention",),
+    "fastxattn.ops.contrastive": ("infonce_loss", "sigmoid_loss"),
+    "fastxattn.ops.importance": ("key_importance",),
+    "fastxattn.ops.late_interaction": ("late_interaction_loss", "maxsim"),
+    "fastxattn.ops.retrieval": ("recall_at_k", "topk_similarity"),
+    "fastxattn.ops.pruning": ("Budget", "Selection", "prune_tokens", "select"),
+}
+_HOME = {name: module for module, names in _LAZY.items() for name in names}
+
+__all__ = [
+    "Budget",
+    "PackedTokens",
+    "Selection",
+    "__version__",
+    "accelerate",
+    "accelerated",
+    "context_attention",
+    "cross_attention",
+    "explain",
+    "infonce_loss",
+    "key_importance",
+    "late_interaction_loss",
+    "maxsim",
+    "prune_tokens",
+    "ranges",
+    "recall_at_k",
+    "register_adapter",
+    "restore",
+    "select",
+    "sigmoid_loss",
+    "status",
+    "topk_similarity",
+    "varlen_cross_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in ("distributed", "export", "nn", "ops", "testing"):
+        return importlib.import_module(f"fastxattn.{name}")
+    raise AttributeError(f"module 'fastxattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "distributed", "export", "nn", "ops", "testing"]

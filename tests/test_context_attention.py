@@ -1,4 +1,4 @@
-"""Context attention: every backend, dtype and instruction set against float64; edges, refusals, tracing, the cost rule."""
+"""Context attention: dtypes and instruction sets against float64; edges, refusals, tracing, the cost rule."""
 
 from __future__ import annotations
 

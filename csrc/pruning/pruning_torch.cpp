@@ -30,8 +30,9 @@ const int32_t* index_of(const Tensor& t, const char* name, int64_t length, int64
 
 template <class T>
 const T* vector_of(const Tensor& t, const char* name, ScalarType type, int64_t length) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.dim() == 1 && t.size(0) >= length && t.is_contiguous(), "fastxattn: ",
-                  name, " must be a contiguous vector of at least ", length, " entries of the right dtype");
+  STD_TORCH_CHECK(t.scalar_type() == type && t.dim() == 1 && t.size(0) >= length && t.is_contiguous(),
+                  "fastxattn: ", name, " must be a contiguous vector of at least ", length,
+                  " entries of the right dtype");
   return static_cast<const T*>(t.const_data_ptr());
 }
 
@@ -134,11 +135,13 @@ std::tuple<Tensor, Tensor> match_op(const Tensor& x, const Tensor& a_index, cons
 }
 
 Tensor greedy_op(const Tensor& x, const OptionalTensor& quality, const Tensor& cu_seqlens, const Tensor& counts,
-                 const OptionalTensor& protected_tokens, int64_t mode) {
+                 const OptionalTensor& protected_tokens, int64_t mode, int64_t max_count) {
   check_matrix(x);
   const int64_t total = x.size(0);
   STD_TORCH_CHECK(mode == 0 || mode == 1, "fastxattn: mode must be 0 or 1; got ", mode);
+  STD_TORCH_CHECK(max_count >= 0, "fastxattn: max_count must not be negative; got ", max_count);
   GreedyParams p{};
+  p.max_count = max_count;
   p.x = x.const_data_ptr();
   p.batch = cu_seqlens.size(0) - 1;
   p.cu = offsets_of(cu_seqlens, "cu_seqlens", total);

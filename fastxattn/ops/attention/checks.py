@@ -222,3 +222,13 @@ def _slots_in_use(offsets: Tensor, used: Tensor) -> Tensor:
     """The slots in use, int64, sequence by sequence."""
     starts = torch.repeat_interleave(offsets[:-1].long() - (used.long().cumsum(0) - used), used.long())
     return torch.arange(starts.shape[0], device=offsets.device) + starts
+
+
+def check_integer_tensor(name: str, t: object, dtype: torch.dtype | None = None) -> None:
+    """That ``t`` is a one-axis integer tensor, of ``dtype`` when given."""
+    _tensor(name, t)
+    assert isinstance(t, Tensor)
+    if t.is_floating_point() or t.dtype == torch.bool or (dtype is not None and t.dtype != dtype):
+        raise TypeError(f"{name} must be {'an integer tensor' if dtype is None else dtype}; got {t.dtype}")
+    if t.ndim != 1:
+        raise ValueError(f"{name} must have one axis; got shape {_shape(t)}")

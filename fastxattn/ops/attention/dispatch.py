@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastxattn.ops.attention import checks, cpu
+from fastxattn.ops.attention import checks, cpu, triton
 from fastxattn.ops.attention.autograd import FORWARD, Attention, wants_gradient
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
@@ -18,7 +18,7 @@ from fastxattn.runtime.backend import Backend, resolve
 
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
 _CPU = ("auto", "cpu")
-BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
+BACKENDS = (Backend("cpu", cpu.supports), Backend("triton", triton.supports), Backend("reference", lambda problem: None))
 
 
 def attend(
@@ -42,8 +42,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of a problem; arguments as in the operator schema, ``scale`` None for 1 / sqrt(head_dim)."""
     if (
-        cpu.ready
-        and not is_compiling()
+        not is_compiling()  # first: a trace must not depend on the state below
+        and cpu.ready
         and backend in _CPU
         and env.default_backend in _CPU
         and explaining.explaining_in is None
@@ -79,12 +79,16 @@ def attend(
 
 def _checked(*arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
     """Check, choose the backend, run."""
-    problem = _prepare(*arguments)
+    problem = prepare(*arguments)
     if not torch.compiler.is_compiling():  # while tracing, the operator's fake checks
         checks.check_shapes(problem)
         if problem.query.is_cpu or env.validate_on_gpu:
             checks.check_contents(problem)
-    name = resolve("attention", BACKENDS, problem, backend)
+    return run(resolve("attention", BACKENDS, problem, backend), problem)
+
+
+def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Run a backend on a problem that is known to be sound, differentiably."""
     if name == "reference":
         return attention_reference(*problem)
     if wants_gradient(problem):
@@ -94,7 +98,7 @@ def _checked(*arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _prepare(*arguments: Any) -> Problem:
+def prepare(*arguments: Any) -> Problem:
     """The arguments as backends want them; what is not a tensor passes through, for the checks to name."""
     problem = Problem(*arguments)
     query = problem.query
@@ -121,7 +125,12 @@ def _prepare(*arguments: Any) -> Problem:
 def _autocast(t: Tensor) -> Tensor:
     """Cast as autocast casts the arguments of a matrix product."""
     kind = t.device.type
-    if not torch.is_autocast_enabled(kind) or not t.is_floating_point() or t.dtype == torch.float64:
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or not t.is_floating_point()
+        or t.dtype == torch.float64
+    ):
         return t
     return t.to(torch.get_autocast_dtype(kind))
 

@@ -13,7 +13,6 @@ and a run touches only those keys: what nobody sees, NaN included, cannot reach 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -38,30 +37,30 @@ def attention_reference(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
-    *,
-    matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out (rows_q, heads, value_dim) in the query's dtype and lse (heads, rows_q); arguments as in ``schema``.
 
-    ``matmul_dtype`` is the dtype of the two products: None for float32 (float64 for float64 input); the query's own
-    gives what plain PyTorch would compute in that dtype, the yardstick of the error budget. The softmax between them
-    is in float32 or wider. lse is float32, float64 for float64 input.
+    Everything is computed in float32, in float64 for float64 input; so is lse.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    narrow = matmul_dtype or wide
+    dtype, (query, key, value) = query.dtype, (t.to(wide) for t in (query, key, value))
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    rows_q = _rows(query, cu_seqlens_q, seqused_q, query_index)
-    rows_k = _rows(key, cu_seqlens_k, seqused_k, key_index)
+    rows_q = slot_rows(query, cu_seqlens_q, seqused_q, query_index)
+    rows_k = slot_rows(key, cu_seqlens_k, seqused_k, key_index)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
 
     done, outs, lses = [], [], []
     for b, (mine, theirs) in enumerate(zip(rows_q, rows_k, strict=True)):
-        for rows, begin, end in _runs(mine, theirs.shape[0], kv_range):
-            seen = theirs[begin:end]
-            q = query[rows].to(narrow).transpose(0, 1).unflatten(0, (-1, groups))  # (kv_heads, groups, n, head_dim)
-            k = key[seen].to(narrow).transpose(0, 1)[:, None]  # (kv_heads, 1, m, head_dim)
-            v = value[seen].to(narrow).transpose(0, 1)[:, None]  # (kv_heads, 1, m, value_dim)
-            scores = (q @ k.mT).flatten(0, 1).to(wide) * scale  # (heads, n, m)
+        runs = visible_runs(mine, theirs.shape[0], kv_range)
+        sizes = [n for n, _, _ in runs]
+        queries = query[mine].transpose(0, 1).unflatten(0, (-1, groups)).split(sizes, dim=2)
+        keys, values = key[theirs].transpose(0, 1), value[theirs].transpose(0, 1)
+        # q (kv_heads, groups, n, head_dim), k (kv_heads, 1, m, head_dim), v (kv_heads, 1, m, value_dim)
+        for q, rows, (_, begin, end) in zip(queries, mine.split(sizes), runs, strict=True):
+            if begin >= end:
+                continue
+            seen, k, v = theirs[begin:end], keys[:, None, begin:end], values[:, None, begin:end]
+            scores = (q @ k.mT).flatten(0, 1) * scale  # (heads, n, m)
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
             if key_bias is not None:
@@ -74,24 +73,24 @@ def attention_reference(
                 assert dropout_seed is not None
                 slots = torch.arange(begin, end, device=query.device)
                 weights = weights * keep_mask(rows, slots, heads, dropout_p, dropout_seed) / (1 - dropout_p)
-            out = weights.to(narrow).unflatten(0, (-1, groups)) @ v  # (kv_heads, groups, n, value_dim)
+            out = weights.unflatten(0, (-1, groups)) @ v  # (kv_heads, groups, n, value_dim)
             done.append(rows)
-            outs.append(out.flatten(0, 1).transpose(0, 1).to(query.dtype))
+            outs.append(out.flatten(0, 1).transpose(0, 1))
             lses.append(lse)
 
     # Sums of nothing: they tie the results to every input, so that an input nobody sees gets zeros for a gradient.
     tie = query[:0].sum() + key[:0].sum() + value[:0].sum()
     for extra in (key_bias, bias):
-        tie = tie if extra is None else tie + extra.flatten()[:0].sum()
-    out = query.new_zeros(query.shape[0], heads, value.shape[2]) + tie.to(query.dtype)
-    lse = query.new_full((heads, query.shape[0]), -torch.inf, dtype=wide) + tie.to(wide)
+        tie = tie if extra is None else tie + extra.flatten()[:0].sum().to(wide)
+    out = query.new_zeros(query.shape[0], heads, value.shape[2]) + tie
+    lse = query.new_full((heads, query.shape[0]), -torch.inf) + tie
     if done:
         out = out.index_copy(0, torch.cat(done), torch.cat(outs))
         lse = lse.index_copy(1, torch.cat(done), torch.cat(lses, dim=1))
-    return out, lse
+    return out.to(dtype), lse
 
 
-def _rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | None) -> list[Tensor]:
+def slot_rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | None) -> list[Tensor]:
     """For each sequence, the rows of ``tokens`` that its slots stand for, int64."""
     rows = torch.arange(tokens.shape[0], device=tokens.device) if index is None else index.long()
     bounds = offsets.tolist()
@@ -99,21 +98,13 @@ def _rows(tokens: Tensor, offsets: Tensor, used: Tensor | None, index: Tensor | 
     return [rows[start : start + length] for start, length in zip(bounds, lengths, strict=False)]
 
 
-def _runs(rows: Tensor, keys: int, kv_range: Tensor | None) -> Iterator[tuple[Tensor, int, int]]:
-    """Splits a sequence's query rows into neighbours that see the same key slots [begin, end), none of them empty."""
-    if not rows.shape[0]:
-        return
+def visible_runs(rows: Tensor, keys: int, kv_range: Tensor | None) -> list[tuple[int, int, int]]:
+    """A sequence's query rows as runs of n neighbours that see the same key slots [begin, end)."""
     if kv_range is None:
-        if keys:
-            yield rows, 0, keys
-        return
+        return [(rows.shape[0], 0, keys)]
     ranges, counts = torch.unique_consecutive(kv_range[rows], dim=0, return_counts=True)
-    first = 0
-    for (begin, end), count in zip(ranges.tolist(), counts.tolist(), strict=True):
-        begin, end = max(begin, 0), min(end, keys)
-        if begin < end:
-            yield rows[first : first + count], begin, end
-        first += count
+    bounds = zip(counts.tolist(), ranges.tolist(), strict=True)
+    return [(count, max(begin, 0), min(end, keys)) for count, (begin, end) in bounds]
 
 
 def _bias_of(bias: Tensor, b: int, rows: Tensor, columns: Tensor) -> Tensor:

@@ -35,13 +35,23 @@ class Choice:
 
     project: float
     absorb_work: float
+    project_per_row: float = 0.0
+    """The part that grows with the context, per context row."""
+    absorb_per_row: float = 0.0
     obstacle: str | None = None
     """Why absorbing is out of the question, whatever the work."""
 
     @property
     def absorb(self) -> bool:
-        """Whether absorbing is cheaper."""
-        return self.obstacle is None and self.absorb_work < self.project
+        """Whether absorbing is cheaper; where a trace does not know the context's size, for a large one."""
+        if self.obstacle is not None:
+            return False
+        cheaper = self.absorb_work < self.project
+        if isinstance(cheaper, torch.SymBool):
+            from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+            return guard_or_false(self.absorb_per_row < self.project_per_row)
+        return cheaper
 
     def __str__(self) -> str:
         if self.obstacle is not None:
@@ -79,8 +89,11 @@ def choose(
         obstacle = native.cpu_library().reason
     gemm, attention, context = _RATES.get((device, dtype), (1.0, 1.0, 1.0))
     pairs, inner = rows_q * rows_k / max(batch, 1), heads * head_dim
+    per_sequence = rows_q / max(batch, 1)
     return Choice(
         project=2 * rows_k * width * inner / gemm + 2 * pairs * inner / attention,
         absorb_work=2 * rows_q * width * inner / gemm + 2 * pairs * heads * width / context,
+        project_per_row=2 * width * inner / gemm + 2 * per_sequence * inner / attention,
+        absorb_per_row=2 * per_sequence * heads * width / context,
         obstacle=obstacle,
     )

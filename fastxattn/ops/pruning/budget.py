@@ -98,6 +98,10 @@ class Budget:
             bounds.append(batch * self.maximum)
         return min(bounds)
 
+    def per_sequence(self, total: int, max_seqlen: int | None = None) -> int:
+        """A bound on the rows kept of one sequence."""
+        return self.capacity(total, 1, max_seqlen)
+
     def counts(
         self, scores: Tensor, cu_seqlens: Tensor, protected: Tensor | None = None, *, backend: str = "auto"
     ) -> Tensor:

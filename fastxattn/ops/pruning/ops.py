@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastxattn.ops.pruning import cpu, reference
-from fastxattn.ops.pruning import schema  # noqa: F401  (defines the operators)
+from fastxattn.ops.pruning import (
+    cpu,
+    reference,
+    schema,  # noqa: F401  (defines the operators)
+)
 from fastxattn.runtime.backend import Backend, Explanation, explain, resolve
 
 
-def _triton_supports(x: Tensor) -> str | None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_missing() -> str | None:
+    """Why there are no Triton kernels; importing them registers them."""
     try:
-        from fastxattn.ops.pruning import triton
+        importlib.import_module("fastxattn.ops.pruning.triton")
     except ImportError as error:
         return f"triton is not installed ({error})"
-    return triton.supports(x)
+    return None
+
+
+def _triton_supports(x: Tensor) -> str | None:
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"needs tensors on a GPU; got {x.device.type}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16; got {x.dtype}"
+    reason: str | None = _triton_missing()
+    return reason
 
 
 BACKENDS = (
@@ -29,7 +45,7 @@ BACKENDS = (
 
 
 def run(name: str, probe: Tensor, backend: str, *arguments: object) -> Any:
-    """Operation ``name`` of :mod:`~fastxattn.ops.pruning.schema`; ``probe`` is the tensor whose device and dtype decide the backend."""
+    """Operation ``name`` of :mod:`~fastxattn.ops.pruning.schema`; ``probe``'s device and dtype decide the backend."""
     return _implementation(name, resolve(f"pruning.{name}", BACKENDS, probe, backend))(*arguments)
 
 
@@ -61,7 +77,9 @@ def gather_rows(x: Tensor, index: Tensor, coefficient: Tensor | None = None, *, 
     from fastxattn.ops.pruning.autograd import Gather
 
     chosen = resolve("pruning.gather", BACKENDS, x, backend)
-    out = Gather.apply(_as_rows(x), index, coefficient, chosen)
+    out = Gather.apply(  # type: ignore[no-untyped-call]
+        _as_rows(x), index, coefficient, chosen
+    )
     return out.reshape(index.shape[0], *x.shape[1:])  # type: ignore[no-any-return]
 
 
@@ -80,5 +98,7 @@ def merge_rows(
     from fastxattn.ops.pruning.autograd import Merge
 
     chosen = resolve("pruning.merge", BACKENDS, x, backend)
-    out = Merge.apply(_as_rows(x), assignment, coefficient, rows, chosen)
+    out = Merge.apply(  # type: ignore[no-untyped-call]
+        _as_rows(x), assignment, coefficient, rows, chosen
+    )
     return out.reshape(rows, *x.shape[1:])  # type: ignore[no-any-return]

@@ -102,7 +102,13 @@ def match(x: Tensor, a_index: Tensor, cu_a: Tensor, b_index: Tensor, cu_b: Tenso
 
 
 def greedy(
-    x: Tensor, quality: Tensor | None, cu_seqlens: Tensor, counts: Tensor, protected: Tensor | None, mode: int
+    x: Tensor,
+    quality: Tensor | None,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    protected: Tensor | None,
+    mode: int,
+    max_count: int,
 ) -> Tensor:
     """(total,) float32: -t for the row picked at step t of its sequence's greedy search, -inf for the others.
 
@@ -121,7 +127,7 @@ def greedy(
         unit, weight = torch.where(invalid[:, None], 0.0, unit), torch.where(invalid, 0.0, weight)
         seeds = [] if protected is None else torch.nonzero(protected[begin:end]).flatten().tolist()
         walk = _max_min if mode == MAX_MIN else _determinant
-        for step, row in enumerate(walk(unit, weight, invalid, seeds, min(max(count, 0), n))):
+        for step, row in enumerate(walk(unit, weight, invalid, seeds, min(max(count, 0), n, max_count))):
             out[begin + row] = -float(step)
     return out
 
@@ -153,7 +159,10 @@ def _max_min(unit: Tensor, weight: Tensor, invalid: Tensor, seeds: list[int], co
 
 def _determinant(unit: Tensor, weight: Tensor, invalid: Tensor, seeds: list[int], count: int) -> list[int]:
     # Incremental Cholesky of Chen et al. 2018: value is the squared residual of each row given the picked ones.
-    kernel = (unit @ unit.T) * weight[:, None] * weight
+    similarity = unit @ unit.T
+    # A unit row's similarity to itself is 1, not nearly 1: equal qualities tie exactly.
+    similarity.fill_diagonal_(0.0).diagonal().copy_((unit != 0).any(1))
+    kernel = similarity * weight[:, None] * weight
     value = kernel.diagonal().clone()
     floor = FLOOR * (float(value.max()) if value.numel() else 0.0)
     value[value <= floor] = 0.0

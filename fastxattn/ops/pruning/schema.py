@@ -8,13 +8,17 @@ that stand for nothing are 0, indices that stand for nothing are -1.
 * ``merge(x, assignment, coefficient, rows)``: ``out[a] = sum of coefficient[i] * x[i] over assignment[i] == a``, in
   ascending ``i``; the transpose of ``gather``.
 * ``match(x, a_index, cu_a, b_index, cu_b)``: for each row of A the most similar row of B of the same sequence.
-* ``greedy(x, quality, cu_seqlens, counts, protected, mode)``: the order in which a greedy search picks rows.
+* ``greedy(x, quality, cu_seqlens, counts, protected, mode, max_count)``: the order in which a greedy search
+  picks rows; no sequence gets more than ``max_count`` picks (it bounds scratch memory by a number known beforehand).
 * ``quantile(scores, cu_seqlens, q)``: quantiles of each sequence's scores.
 
 The functions of :mod:`fastxattn.ops.pruning.reference` say exactly what each computes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +27,13 @@ MAX_MIN, DETERMINANT = 0, 1
 """``mode`` of ``greedy``."""
 
 SCHEMAS = {
-    "select": "(Tensor scores, Tensor cu_seqlens, Tensor counts, Tensor? protected, Tensor? x, int capacity) -> "
+    "select": "(Tensor scores, Tensor cu_seqlens, Tensor counts, Tensor? protected, Tensor? x, SymInt capacity) -> "
     "(Tensor keep_index, Tensor cu_keep, Tensor assignment, Tensor gathered)",
     "gather": "(Tensor x, Tensor index, Tensor? coefficient) -> Tensor",
-    "merge": "(Tensor x, Tensor assignment, Tensor? coefficient, int rows) -> Tensor",
+    "merge": "(Tensor x, Tensor assignment, Tensor? coefficient, SymInt rows) -> Tensor",
     "match": "(Tensor x, Tensor a_index, Tensor cu_a, Tensor b_index, Tensor cu_b) -> (Tensor best, Tensor similarity)",
-    "greedy": "(Tensor x, Tensor? quality, Tensor cu_seqlens, Tensor counts, Tensor? protected, int mode) -> Tensor",
+    "greedy": "(Tensor x, Tensor? quality, Tensor cu_seqlens, Tensor counts, Tensor? protected, int mode, "
+    "int max_count) -> Tensor",
     "quantile": "(Tensor scores, Tensor cu_seqlens, Tensor q) -> Tensor",
 }
 BACKENDS = ("cpu", "triton")
@@ -60,7 +65,13 @@ def _match(x: Tensor, a_index: Tensor, cu_a: Tensor, b_index: Tensor, cu_b: Tens
 
 
 def _greedy(
-    x: Tensor, quality: Tensor | None, cu_seqlens: Tensor, counts: Tensor, protected: Tensor | None, mode: int
+    x: Tensor,
+    quality: Tensor | None,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    protected: Tensor | None,
+    mode: int,
+    max_count: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
@@ -69,7 +80,7 @@ def _quantile(scores: Tensor, cu_seqlens: Tensor, q: Tensor) -> Tensor:
     return scores.new_empty(cu_seqlens.shape[0] - 1, q.shape[0])
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "select": _select,
     "gather": _gather,
     "merge": _merge,

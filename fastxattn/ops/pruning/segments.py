@@ -46,16 +46,16 @@ def share(total: int, weights: Tensor, limits: Tensor) -> Tensor:
     """Split ``total`` among (batch,) sequences in proportion to ``weights``, none above its limit; (batch,) int32.
 
     What a full sequence cannot take goes to the others in proportion; the last units go to the largest remainders,
-    ties to the lowest index. All weights 0 or NaN: equal shares.
+    ties to the lowest index. Weights of 0 or NaN get a share, an equal one, when all
+    others are full.
     """
     limits = limits.to(torch.float64)
     weights = weights.to(torch.float64).nan_to_num(nan=0.0).clamp_min(0.0)
-    weights = torch.where((weights * (limits > 0)).sum() > 0, weights, torch.ones_like(weights))
-    wanted = min(float(total), float("inf")) * torch.ones((), dtype=torch.float64, device=weights.device)
-    wanted = torch.minimum(wanted, limits.sum())
+    wanted = limits.sum().clamp_max(total)
     given = torch.zeros_like(limits)
     for _ in range(16):  # each round fills at least one sequence or places everything; rounding takes the rest
         open_weights = torch.where(given < limits, weights, 0.0)
+        open_weights = torch.where(open_weights.sum() > 0, open_weights, (given < limits).to(weights.dtype))
         rest = (wanted - given.sum()).clamp_min(0.0)
         scale = open_weights.sum()
         step = torch.where(scale > 0, rest * open_weights / scale.clamp_min(1e-300), 0.0)

@@ -65,8 +65,9 @@ def _greedy(
         raise ValueError(f"budget must be static (count, ratio, total) for a greedy search; got {budget.kind}")
     backend, protected = options.get("backend", "auto"), options.get("protected")
     counts = budget.counts(tokens.new_zeros(tokens.shape[0], dtype=torch.float32), cu_seqlens, None, backend=backend)
+    most = budget.per_sequence(tokens.shape[0], options.get("max_seqlen"))
     flat = tokens.detach().flatten(1).contiguous()
-    scores = run("greedy", flat, backend, flat, quality, cu_seqlens, counts, protected, mode)
+    scores = run("greedy", flat, backend, flat, quality, cu_seqlens, counts, protected, mode, most)
     return select(scores, cu_seqlens, budget, **options)
 
 

@@ -1,11 +1,11 @@
-"""Attention backward: one pass over keys for dQ (and delta), one over rows for dK, dV and the key bias, both deterministic.
+"""Attention backward: one pass over keys for dQ and delta, one over rows for dK, dV and the key bias.
 
 With P = exp(S - lse) and delta_i = out_i . dout_i - dlse_i::
 
     dP = dropout(dout V^T)    dS = P * (dP - delta)    dV = dropout(P)^T dout
     dQ = scale * dC K         dK = scale * dC^T Q      dC = dS * (1 - tanh^2) under a soft cap, else dS
 
-Every program owns what it writes. The gradient of a padded bias, which may be broadcast over any axis, is a third pass
+Every program owns what it writes, so results are bitwise repeatable. The gradient of a padded bias, which may be broadcast over any axis, is a third pass
 that walks everything a block of the bias was broadcast to.
 """
 
@@ -16,8 +16,19 @@ import triton
 import triton.language as tl
 
 from fastxattn.ops.attention.triton.common import (
-    adjust_scores, dot, dot_seen, find_rows, find_sequence, find_span, keep_mask, keep_mask_scattered,
-    load_ranges, load_rows, power, unit_of,
+    adjust_scores,
+    dot,
+    dot_seen,
+    find_rows,
+    find_sequence,
+    find_span,
+    keep_mask,
+    keep_mask_scattered,
+    load_ranges,
+    load_rows,
+    narrow,
+    power,
+    unit_of,
 )  # fmt: skip
 from fastxattn.ops.attention.triton.forward import chunk_of
 
@@ -63,7 +74,7 @@ def attention_backward_query(
     b_do = load_rows(
         p_dout + o_head.to(tl.int64)[:, None] * stride_oh, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV
     )
-    b_out = load_rows(p_out, o_row * heads + o_head, VALUE_DIM, m_m, True, VALUE_DIM, BLOCK_DV)
+    b_out = load_rows(p_out, o_row.to(tl.int64) * heads + o_head, VALUE_DIM, m_m, True, VALUE_DIM, BLOCK_DV)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     if p_dlse is not None:
         b_delta -= tl.load(p_dlse + o_head.to(tl.int64) * rows_q + o_row, mask=m_m, other=0.0)
@@ -117,7 +128,7 @@ def attention_backward_query(
         o_d = tl.arange(0, BLOCK_D)
         o_plane = i_split.to(tl.int64) * rows_q + o_row
         p_dq_rows = p_dq + (o_plane * heads + o_head)[:, None] * HEAD_DIM + o_d[None, :]
-        b_dq = (b_dq * scale).to(p_dq.dtype.element_ty)
+        b_dq = narrow(b_dq * scale, p_dq.dtype.element_ty)
         tl.store(p_dq_rows, b_dq, mask=m_m[:, None] & (o_d < HEAD_DIM)[None, :])
 
 
@@ -154,7 +165,6 @@ def attention_backward_key(
         p_bias += i_b.to(tl.int64) * stride_bias_b
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    heads = kv_heads * GROUP
     HEAD_SUMS: tl.constexpr = GROUP if KEY_BIAS_HEADS else 1
     o_sum = tl.arange(0, triton.next_power_of_2(HEAD_SUMS))
     if p_dkey_bias is not None:
@@ -205,14 +215,14 @@ def attention_backward_key(
                 b_ds = tl.where(m_seen, b_ds * (1.0 - b_tanh * b_tanh), 0.0)
             b_dk = dot_seen(b_ds, b_q, b_dk, m_seen, p_range is not None, PRECISION)
 
-    o_slot = (start_k + o_n) * kv_heads + i_kv
+    o_slot = (start_k + o_n).to(tl.int64) * kv_heads + i_kv
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     if p_dk is not None:
-        b_dk = (b_dk * scale).to(p_dk.dtype.element_ty)
+        b_dk = narrow(b_dk * scale, p_dk.dtype.element_ty)
         tl.store(p_dk + o_slot[:, None] * HEAD_DIM + o_d[None, :], b_dk, mask=m_n[:, None] & (o_d < HEAD_DIM)[None, :])
     if p_dv is not None:
-        b_dv = b_dv.to(p_dv.dtype.element_ty)
+        b_dv = narrow(b_dv, p_dv.dtype.element_ty)
         tl.store(
             p_dv + o_slot[:, None] * VALUE_DIM + o_dv[None, :], b_dv, mask=m_n[:, None] & (o_dv < VALUE_DIM)[None, :]
         )
@@ -224,8 +234,8 @@ def attention_backward_key(
 @triton.jit
 def find_places(p_cu, p_used, p_slot, slots, rows, i_b, o_place):
     """Row, slot and presence of places of the padded layout in sequence i_b."""
-    start = tl.load(p_cu + i_b).to(tl.int64)
-    end = tl.load(p_cu + i_b + 1).to(tl.int64)
+    start = tl.load(p_cu + i_b)
+    end = tl.load(p_cu + i_b + 1)
     o_row = tl.minimum(tl.maximum(start + o_place, 0), rows - 1)
     m_place = start + o_place < tl.minimum(end, rows)
     o_slot = o_place

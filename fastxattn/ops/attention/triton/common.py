@@ -32,10 +32,20 @@ def unit_of(dtype):
 
 @triton.jit
 def power(b_x, UNIT: tl.constexpr):
-    """exp of scores in these units."""
+    """E to the power of scores in these units."""
     if UNIT == 1.0:
         b_x = b_x * LOG2E
     return tl.exp2(b_x)
+
+
+@triton.jit
+def narrow(b_x, DTYPE: tl.constexpr):
+    """Float32 to a narrower type, to nearest even; the interpreter truncates to bfloat16, so it is led there."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
+        b_x = tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
+    return b_x.to(DTYPE)
 
 
 @triton.jit
@@ -67,7 +77,7 @@ def dot_seen(b_a, b_x, b_acc, m_seen, GUARD: tl.constexpr, PRECISION: tl.constex
                 m_hit = tl.max((m_seen & m_j[None, :]).to(tl.int32), 1) > 0
                 b_acc = tl.where(m_hit[:, None], b_acc + b_column[:, None] * b_row[None, :], b_acc)
             b_x = tl.where(m_bad[:, None] > 0, 0.0, b_x).to(b_x.dtype)
-    return dot(b_a.to(b_x.dtype), b_x, b_acc, PRECISION)
+    return dot(narrow(b_a, b_x.dtype), b_x, b_acc, PRECISION)
 
 
 @triton.jit
@@ -87,20 +97,20 @@ def find_sequence(p_cu, batch, i_tile, GROUP: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 def find_span(p_cu, p_used, slots, i_b):
     """First slot and number of slots of sequence i_b, clamped to the slots there are."""
-    start = tl.load(p_cu + i_b).to(tl.int64)
-    end = tl.load(p_cu + i_b + 1).to(tl.int64)
+    start = tl.load(p_cu + i_b)
+    end = tl.load(p_cu + i_b + 1)
     start = tl.minimum(tl.maximum(start, 0), slots)
     length = tl.minimum(tl.maximum(end, start), slots) - start
     if p_used is not None:
-        length = tl.minimum(length, tl.maximum(tl.load(p_used + i_b).to(tl.int64), 0))
-    return start, length.to(tl.int32)
+        length = tl.minimum(length, tl.maximum(tl.load(p_used + i_b), 0))
+    return start, length
 
 
 @triton.jit
 def find_rows(p_index, o_slot, rows, m_slot):
-    """The rows (int64) that slots stand for, clamped to the rows there are."""
+    """The rows that slots stand for, clamped to the rows there are (offsets are int32, so rows fit too)."""
     if p_index is not None:
-        o_slot = tl.load(p_index + o_slot, mask=m_slot, other=0).to(tl.int64)
+        o_slot = tl.load(p_index + o_slot, mask=m_slot, other=0)
     return tl.minimum(tl.maximum(o_slot, 0), rows - 1)
 
 
@@ -108,7 +118,7 @@ def find_rows(p_index, o_slot, rows, m_slot):
 def load_rows(p_x, o_row, stride_row, m_row, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of a matrix whose last axis is contiguous, as a [len(o_row), BLOCK] block with zeros outside."""
     o_d = tl.arange(0, BLOCK)
-    p_x = p_x + o_row[:, None] * stride_row + o_d[None, :]
+    p_x = p_x + o_row.to(tl.int64)[:, None] * stride_row + o_d[None, :]
     if MASKED:
         return tl.load(p_x, mask=m_row[:, None] & (o_d < WIDTH)[None, :], other=0.0)
     if WIDTH < BLOCK:
@@ -119,8 +129,9 @@ def load_rows(p_x, o_row, stride_row, m_row, MASKED: tl.constexpr, WIDTH: tl.con
 @triton.jit
 def load_ranges(p_range, o_row, m_row, length_k):
     """Visible key slots [start, end) by row; empty ranges and rows that are not there come back as [length_k, 0)."""
-    b_start = tl.load(p_range + o_row * 2, mask=m_row, other=0)
-    b_end = tl.load(p_range + o_row * 2 + 1, mask=m_row, other=0)
+    p_range += o_row.to(tl.int64) * 2
+    b_start = tl.load(p_range, mask=m_row, other=0)
+    b_end = tl.load(p_range + 1, mask=m_row, other=0)
     b_start = tl.maximum(b_start, 0)
     b_end = tl.minimum(b_end, length_k)
     m_some = b_start < b_end
@@ -129,7 +140,7 @@ def load_ranges(p_range, o_row, m_row, length_k):
 
 @triton.jit
 def tanh(b_x):
-    """tanh to float32 precision: a polynomial near 0 (Cephes), exponentials elsewhere."""
+    """Hyperbolic tangent to float32 precision: a polynomial near 0 (Cephes), exponentials elsewhere."""
     b_z = b_x * b_x
     b_poly = -5.70498872745e-3 * b_z + 2.06390887954e-2
     b_poly = b_poly * b_z - 5.37397155531e-2
@@ -159,11 +170,12 @@ def adjust_scores(
         b_s = b_s * (scale * UNIT)
     if p_key_bias is not None:
         if KEY_BIAS_HEADS:
-            b_s += UNIT * tl.load(p_key_bias + o_row_k * stride_key_bias + o_head, mask=m_pair, other=0.0)
+            b_s += UNIT * tl.load(p_key_bias + o_row_k.to(tl.int64) * stride_key_bias + o_head, mask=m_pair, other=0.0)
         else:
-            b_s += UNIT * tl.load(p_key_bias + o_row_k * stride_key_bias)
+            b_s += UNIT * tl.load(p_key_bias + o_row_k.to(tl.int64) * stride_key_bias)
     if p_bias is not None:
-        o_bias = o_head.to(tl.int64) * stride_bias_h + o_pos_q * stride_bias_q + o_pos_k * stride_bias_k
+        o_bias = o_head.to(tl.int64) * stride_bias_h + o_pos_q.to(tl.int64) * stride_bias_q
+        o_bias = o_bias + o_pos_k.to(tl.int64) * stride_bias_k
         b_s += UNIT * tl.load(p_bias + o_bias, mask=m_pair, other=0.0).to(tl.float32)
     return b_s, b_tanh
 

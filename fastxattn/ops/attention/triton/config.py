@@ -1,7 +1,7 @@
 """Tile sizes of the Triton attention kernels, from the problem and the architecture alone.
 
 A shipped configuration is one that tests/offline compiles for every architecture without a spill. The tables are short
-on purpose: three head-dim classes x (16-bit, float32). ``fastxattn.runtime.tuning`` may put better ones, measured on a
+on purpose: three head-dim classes x three kinds of problem. ``fastxattn.runtime.tuning`` may put better ones, measured on a
 machine that has the GPU, in front of them.
 """
 
@@ -26,22 +26,30 @@ class Tile:
     """Software pipeline depth (num_stages)."""
 
 
-# kernel -> widest padded head dim -> tile
-_HALF: dict[str, dict[int, Tile]] = {
+Table = dict[str, dict[int, Tile]]  # kernel -> widest padded head dim -> tile
+
+_PLAIN: Table = {
     "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     "split": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
     "backward_query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
     "backward_key": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
+}
+_RICH: Table = {
+    "forward": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+    "split": {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
+    "backward_query": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
+    "backward_key": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
     "backward_bias": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
 }
 # Exact float32 runs on the ordinary arithmetic units, whose operands live in registers.
-_SINGLE: dict[str, dict[int, Tile]] = {
+_SINGLE: Table = {
     "forward": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 8, 1)},
     "split": {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
     "backward_query": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_key": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_bias": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
+_TABLES = {"plain": _PLAIN, "rich": _RICH, "single": _SINGLE}
 
 SPLIT_KEYS = 512
 """Keys per chunk of the split-KV schedule; a sequence longer than MAX_SPLITS of them gets longer chunks."""
@@ -52,16 +60,19 @@ SPLIT_LENGTH = 1024
 """...and at least this many keys per sequence on average."""
 
 
-def pick(kernel: str, *, itemsize: int, block_d: int, block_dv: int) -> Tile:
-    """The shipped tile of ``kernel`` for elements of ``itemsize`` bytes and padded head dims."""
-    table = (_HALF if itemsize == 2 else _SINGLE)[kernel]
-    return table[max(64, block_d, block_dv)]
+def kind_of(itemsize: int, rich: bool) -> str:
+    """Which table a problem is in: ``single`` (float32), ``rich`` (16-bit with a range, a bias or dropout), ``plain``."""
+    return "single" if itemsize == 4 else "rich" if rich else "plain"
 
 
-def shipped() -> list[tuple[str, int, int, Tile]]:
-    """Every (kernel, itemsize, widest head dim, tile), for the offline gates and the tuner."""
-    tables = ((2, _HALF), (4, _SINGLE))
-    return [(kernel, size, dim, tile) for size, t in tables for kernel, row in t.items() for dim, tile in row.items()]
+def pick(kernel: str, kind: str, dim: int) -> Tile:
+    """The shipped tile of ``kernel`` for padded head dims up to ``dim``."""
+    return _TABLES[kind].get(kernel, _RICH.get(kernel, {}))[max(64, dim)]
+
+
+def shipped() -> list[tuple[str, str, int, Tile]]:
+    """Every (kernel, kind, widest head dim, tile), for the offline gates and the tuner."""
+    return [(k, kind, dim, tile) for kind, t in _TABLES.items() for k, row in t.items() for dim, tile in row.items()]
 
 
 def splits_for(slots_q: int, slots_k: int, batch: int, group: int) -> int:

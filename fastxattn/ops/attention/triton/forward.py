@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 
 from fastxattn.ops.attention.triton.common import (
-    adjust_scores, dot, dot_seen, find_rows, find_sequence, find_span, keep_mask, load_ranges, load_rows, power,
+    adjust_scores,
+    dot,
+    dot_seen,
+    find_rows,
+    find_sequence,
+    find_span,
+    keep_mask,
+    load_ranges,
+    load_rows,
+    narrow,
+    power,
     unit_of,
 )  # fmt: skip
 
@@ -136,7 +146,7 @@ def attention_forward(
     tl.store(p_lse + (i_plane * heads + o_head) * rows_q + o_row, b_lse, mask=m_m)
     o_dv = tl.arange(0, BLOCK_DV)
     p_out_rows = p_out + ((i_plane * rows_q + o_row) * heads + o_head)[:, None] * VALUE_DIM + o_dv[None, :]
-    tl.store(p_out_rows, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < VALUE_DIM)[None, :])
+    tl.store(p_out_rows, narrow(b_out, p_out.dtype.element_ty), mask=m_m[:, None] & (o_dv < VALUE_DIM)[None, :])
 
 
 @triton.jit
@@ -160,7 +170,7 @@ def attention_merge(
     o_dv = tl.arange(0, BLOCK_DV)
     m_out = m_m[:, None] & (o_dv < VALUE_DIM)[None, :]
     heads = kv_heads * GROUP
-    o_out = (o_row * heads + o_head)[:, None] * VALUE_DIM + o_dv[None, :]
+    o_out = (o_row.to(tl.int64) * heads + o_head)[:, None] * VALUE_DIM + o_dv[None, :]
 
     b_acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -179,4 +189,4 @@ def attention_merge(
     b_norm = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max + tl.log(b_norm))
     tl.store(p_lse + o_head.to(tl.int64) * rows_q + o_row, b_lse, mask=m_m)
-    tl.store(p_out + o_out, (b_acc / b_norm[:, None]).to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_out + o_out, narrow(b_acc / b_norm[:, None], p_out.dtype.element_ty), mask=m_out)

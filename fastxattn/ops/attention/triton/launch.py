@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.ops.attention.triton import backward, config, forward
 from fastxattn.ops.attention.triton.config import Tile
@@ -23,90 +24,73 @@ def padded_dim(dim: int) -> int:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The arguments both directions share, as the schema names them, with last axes made contiguous."""
+class Launch:
+    """A problem and what its launches are derived from."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    seqused_q: Tensor | None
-    seqused_k: Tensor | None
-    query_index: Tensor | None
-    key_index: Tensor | None
-    kv_range: Tensor | None
-    key_bias: Tensor | None
-    bias: Tensor | None
-    scale: float
-    softcap: float
-    dropout_p: float
-    dropout_seed: Tensor | None
+    problem: Problem
 
     @staticmethod
-    def of(*arguments: Any) -> Problem:
-        query, key, value, *rest = arguments
-        problem = Problem(dense_rows(query), dense_rows(key), dense_rows(value), *rest)
-        if not problem.dropout_p:
-            problem.__dict__["dropout_seed"] = None
-        for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range"):
-            tensor = getattr(problem, name)
-            problem.__dict__[name] = None if tensor is None else tensor.contiguous()
-        return problem
+    def of(*arguments: Any) -> Launch:
+        problem = Problem(*arguments)
+        dense = {name: dense_rows(getattr(problem, name)) for name in ("query", "key", "value")}
+        seed = problem.dropout_seed if problem.dropout_p else None
+        return Launch(problem._replace(**dense, dropout_seed=seed))
 
     @property
     def batch(self) -> int:
-        return self.cu_seqlens_q.numel() - 1
+        return self.problem.cu_seqlens_q.numel() - 1
 
     @property
     def group(self) -> int:
-        return self.query.shape[1] // self.key.shape[1]
+        return self.problem.query.shape[1] // self.problem.key.shape[1]
 
     @property
     def slots_q(self) -> int:
-        return self.query.shape[0] if self.query_index is None else self.query_index.numel()
+        return self.problem.query.shape[0] if self.problem.query_index is None else self.problem.query_index.numel()
 
     @property
     def slots_k(self) -> int:
-        return self.key.shape[0] if self.key_index is None else self.key_index.numel()
+        return self.problem.key.shape[0] if self.problem.key_index is None else self.problem.key_index.numel()
 
     @property
     def dims(self) -> tuple[int, int]:
-        return padded_dim(self.query.shape[2]), padded_dim(self.value.shape[2])
+        return padded_dim(self.problem.query.shape[2]), padded_dim(self.problem.value.shape[2])
 
     def tile(self, kernel: str) -> Tile:
-        block_d, block_dv = self.dims
-        return tuning.tuned("attention", kernel, self.query, max(block_d, block_dv)) or config.pick(
-            kernel, itemsize=self.query.element_size(), block_d=block_d, block_dv=block_dv
-        )
+        p = self.problem
+        rich = any(t is not None for t in (p.kv_range, p.key_bias, p.bias, p.dropout_seed))
+        kind, dim = config.kind_of(p.query.element_size(), rich), max(*self.dims)
+        return tuning.tuned("attention", kernel, kind, dim, p.query.device) or config.pick(kernel, kind, dim)
 
     def runtime(self) -> dict[str, Any]:
         """Arguments of every kernel that reads queries and keys."""
-        bias = self.bias
+        p = self.problem
+        bias = p.bias
         strides = [0 if bias is None or bias.shape[i] == 1 else bias.stride(i) for i in range(4)]
-        return dict(
-            p_q=self.query, p_k=self.key, p_v=self.value, p_cu_q=self.cu_seqlens_q, p_cu_k=self.cu_seqlens_k,
-            p_used_q=self.seqused_q, p_used_k=self.seqused_k, p_index_q=self.query_index, p_index_k=self.key_index,
-            p_range=self.kv_range, p_key_bias=self.key_bias, p_bias=bias, p_seed=self.dropout_seed,
-            rows_q=self.query.shape[0], rows_k=self.key.shape[0], slots_q=self.slots_q, slots_k=self.slots_k,
-            batch=self.batch, kv_heads=self.key.shape[1],
-            stride_qr=self.query.stride(0), stride_qh=self.query.stride(1), stride_kr=self.key.stride(0),
-            stride_kh=self.key.stride(1), stride_vr=self.value.stride(0), stride_vh=self.value.stride(1),
-            stride_key_bias=0 if self.key_bias is None else self.key_bias.stride(0),
-            stride_bias_b=strides[0], stride_bias_h=strides[1], stride_bias_q=strides[2], stride_bias_k=strides[3],
-            scale=self.scale, softcap=self.softcap, dropout_p=self.dropout_p,
-        )  # fmt: skip
+        return {
+            "p_q": p.query, "p_k": p.key, "p_v": p.value, "p_cu_q": p.cu_seqlens_q, "p_cu_k": p.cu_seqlens_k,
+            "p_used_q": p.seqused_q, "p_used_k": p.seqused_k, "p_index_q": p.query_index, "p_index_k": p.key_index,
+            "p_range": p.kv_range, "p_key_bias": p.key_bias, "p_bias": bias, "p_seed": p.dropout_seed,
+            "rows_q": p.query.shape[0], "rows_k": p.key.shape[0], "slots_q": self.slots_q, "slots_k": self.slots_k,
+            "batch": self.batch, "kv_heads": p.key.shape[1],
+            "stride_qr": p.query.stride(0), "stride_qh": p.query.stride(1), "stride_kr": p.key.stride(0),
+            "stride_kh": p.key.stride(1), "stride_vr": p.value.stride(0), "stride_vh": p.value.stride(1),
+            "stride_key_bias": 0 if p.key_bias is None else p.key_bias.stride(0),
+            "stride_bias_b": strides[0], "stride_bias_h": strides[1], "stride_bias_q": strides[2], "stride_bias_k": strides[3],
+            "scale": p.scale, "softcap": p.softcap, "dropout_p": p.dropout_p,
+        }  # fmt: skip
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         """Compile-time arguments of the same kernels."""
+        p = self.problem
         block_d, block_dv = self.dims
-        return dict(
-            GROUP=self.group, SOFTCAP=self.softcap != 0.0,
-            KEY_BIAS_HEADS=self.key_bias is not None and self.key_bias.ndim == 2,
-            HEAD_DIM=self.query.shape[2], VALUE_DIM=self.value.shape[2], BLOCK_D=block_d, BLOCK_DV=block_dv,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, PRECISION="tf32" if allow_tf32 else "ieee",
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        return {
+            "GROUP": self.group, "SOFTCAP": p.softcap != 0.0,
+            "KEY_BIAS_HEADS": p.key_bias is not None and p.key_bias.ndim == 2,
+            "HEAD_DIM": p.query.shape[2], "VALUE_DIM": p.value.shape[2], "BLOCK_D": block_d, "BLOCK_DV": block_dv,
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PRECISION": "tf32" if allow_tf32 else "ieee",
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -121,23 +105,23 @@ def tiles(slots: int, batch: int, group: int, block: int) -> int:
 
 def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``fastxattn::attention_triton``; see :mod:`fastxattn.ops.attention.schema`."""
-    problem = Problem.of(*arguments)
-    query, value = problem.query, problem.value
+    launch = Launch.of(*arguments)
+    query, key, value = launch.problem[:3]
     rows, heads = query.shape[:2]
-    kv_heads, batch, group = problem.key.shape[1], problem.batch, problem.group
+    kv_heads, batch, group = key.shape[1], launch.batch, launch.group
     out = query.new_zeros(rows, heads, value.shape[2])
     lse = query.new_full((heads, rows), -torch.inf, dtype=torch.float32)
-    if out.numel() == 0 or batch == 0 or problem.key.shape[0] == 0:
+    if out.numel() == 0 or batch == 0 or key.shape[0] == 0:
         return out, lse
-    splits = config.splits_for(problem.slots_q, problem.slots_k, batch, group)
-    tile = problem.tile("split" if splits > 1 else "forward")
-    programs = tiles(problem.slots_q, batch, group, tile.block_m) * kv_heads
+    splits = config.splits_for(launch.slots_q, launch.slots_k, batch, group)
+    tile = launch.tile("split" if splits > 1 else "forward")
+    programs = tiles(launch.slots_q, batch, group, tile.block_m) * kv_heads
     part, part_lse = out, lse
     if splits > 1:
         part = query.new_empty(splits, *out.shape, dtype=torch.float32)
         part_lse = lse.new_empty(splits, *lse.shape)
-    runtime, constants = problem.runtime(), problem.constants(tile)
-    with _device(query):
+    runtime, constants = launch.runtime(), launch.constants(tile)
+    with on_device(query):
         forward.attention_forward[(programs * splits,)](
             **runtime, p_out=part, p_lse=part_lse, SPLITS=splits, SPLIT_KEYS=config.SPLIT_KEYS, **constants
         )
@@ -156,58 +140,66 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``fastxattn::attention_backward_triton``; the last argument is ``needs``."""
     *arguments_, needs = arguments
-    problem = Problem.of(*arguments_)
-    query, key, value, key_bias, bias = problem.query, problem.key, problem.value, problem.key_bias, problem.bias
+    launch = Launch.of(*arguments_)
+    problem = launch.problem
+    query, key = problem.query, problem.key
     grads = {name: query.new_empty(0) for name in NEEDS}
     wanted = {name for name, bit in NEEDS.items() if needs & bit}
-    for name, x in (("query", query), ("key", key), ("value", value), ("key_bias", key_bias), ("bias", bias)):
+    for name in grads:
+        x = getattr(problem, name)
         if name in wanted and x is not None:
             grads[name] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    if query.numel() and key.shape[0] and problem.batch and out.numel():
-        with _device(query):
-            _launch_backward(problem, dense_rows(grad_out), grad_lse, out.contiguous(), lse.contiguous(), grads, wanted)
+    if query.numel() and key.shape[0] and launch.batch and out.numel():
+        with on_device(query):
+            _launch_backward(launch, dense_rows(grad_out), grad_lse, out.contiguous(), lse.contiguous(), grads, wanted)
     return grads["query"], grads["key"], grads["value"], grads["key_bias"], grads["bias"]
 
 
 def _launch_backward(
-    p: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, grads: dict[str, Tensor],
+    launch: Launch, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, grads: dict[str, Tensor],
     wanted: set[str],
 ) -> None:  # fmt: skip
+    p = launch.problem
     rows, heads, head_dim = p.query.shape
-    kv_heads, group = p.key.shape[1], p.group
+    kv_heads, group = p.key.shape[1], launch.group
     delta = torch.empty_like(lse)
-    shared = p.runtime() | dict(
-        p_dout=grad_out, p_lse=lse, p_delta=delta, stride_or=grad_out.stride(0), stride_oh=grad_out.stride(1)
-    )
-    splits = config.splits_for(p.slots_q, p.slots_k, p.batch, group) if "query" in wanted else 1
-    tile = p.tile("backward_query")
+    shared = launch.runtime() | {
+        "p_dout": grad_out,
+        "p_lse": lse,
+        "p_delta": delta,
+        "stride_or": grad_out.stride(0),
+        "stride_oh": grad_out.stride(1),
+    }
+    splits = config.splits_for(launch.slots_q, launch.slots_k, launch.batch, group) if "query" in wanted else 1
+    tile = launch.tile("backward_query")
     grad_query = grads["query"]
     if splits > 1:
         grad_query = p.query.new_zeros(splits, rows, heads, head_dim, dtype=torch.float32)
-    programs = tiles(p.slots_q, p.batch, group, tile.block_m) * kv_heads
+    programs = tiles(launch.slots_q, launch.batch, group, tile.block_m) * kv_heads
     backward.attention_backward_query[(programs * splits,)](
         **shared, p_out=out, p_dlse=None if grad_lse is None else grad_lse.contiguous(), p_dq=grad_query,
-        NEED_DQ="query" in wanted, SPLITS=splits, SPLIT_KEYS=config.SPLIT_KEYS, **p.constants(tile),
+        NEED_DQ="query" in wanted, SPLITS=splits, SPLIT_KEYS=config.SPLIT_KEYS, **launch.constants(tile),
     )  # fmt: skip
     if splits > 1:
         grads["query"].copy_(grad_query.sum(0))
     if wanted & {"key", "value", "key_bias"}:
-        _launch_backward_key(p, shared, grads, wanted)
+        _launch_backward_key(launch, shared, grads, wanted)
     if "bias" in wanted and p.bias is not None:
-        _launch_backward_bias(p, shared, grads)
+        _launch_backward_bias(launch, shared, grads)
 
 
-def _launch_backward_key(p: Problem, shared: dict[str, Any], grads: dict[str, Tensor], wanted: set[str]) -> None:
+def _launch_backward_key(launch: Launch, shared: dict[str, Any], grads: dict[str, Tensor], wanted: set[str]) -> None:
+    p = launch.problem
     kv_heads = p.key.shape[1]
-    tile = p.tile("backward_key")
+    tile = launch.tile("backward_key")
     by_slot: dict[str, Tensor | None] = {"key": None, "value": None, "key_bias": None}
     for name, x in (("key", p.key), ("value", p.value), ("key_bias", p.key_bias)):
         if name in wanted and x is not None:
             columns = x.shape[1:] if x.ndim > 1 else (kv_heads,)
             direct = p.key_index is None and x.ndim > 1
-            by_slot[name] = grads[name] if direct else x.new_zeros(p.slots_k, *columns)
-    backward.attention_backward_key[(tiles(p.slots_k, p.batch, 1, tile.block_n) * kv_heads,)](
-        **shared, p_dk=by_slot["key"], p_dv=by_slot["value"], p_dkey_bias=by_slot["key_bias"], **p.constants(tile)
+            by_slot[name] = grads[name] if direct else x.new_zeros(launch.slots_k, *columns)
+    backward.attention_backward_key[(tiles(launch.slots_k, launch.batch, 1, tile.block_n) * kv_heads,)](
+        **shared, p_dk=by_slot["key"], p_dv=by_slot["value"], p_dkey_bias=by_slot["key_bias"], **launch.constants(tile)
     )
     for name, slots in by_slot.items():
         if slots is None or slots is grads[name]:
@@ -219,12 +211,13 @@ def _launch_backward_key(p: Problem, shared: dict[str, Any], grads: dict[str, Te
             grads[name].index_add_(0, p.key_index.clamp(0, p.key.shape[0] - 1), slots)
 
 
-def _launch_backward_bias(p: Problem, shared: dict[str, Any], grads: dict[str, Tensor]) -> None:
+def _launch_backward_bias(launch: Launch, shared: dict[str, Any], grads: dict[str, Tensor]) -> None:
+    p = launch.problem
     bias = p.bias
     assert bias is not None
-    tile = p.tile("backward_bias")
+    tile = launch.tile("backward_bias")
     batch, heads, rows, columns = bias.shape
-    places_q, places_k = (max(t.shape[0] // p.batch, 1) for t in (p.query, p.key))
+    places_q, places_k = (max(t.shape[0] // launch.batch, 1) for t in (p.query, p.key))
     row_blocks = -(-rows // tile.block_m) if rows > 1 or places_q == 1 else 1
     column_blocks = -(-columns // tile.block_n) if columns > 1 or places_k == 1 else 1
     grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
@@ -235,8 +228,8 @@ def _launch_backward_bias(p: Problem, shared: dict[str, Any], grads: dict[str, T
         p_slot_q=_slot_of_row(p.query_index, p.cu_seqlens_q, p.seqused_q, p.query.shape[0]),
         p_slot_k=_slot_of_row(p.key_index, p.cu_seqlens_k, p.seqused_k, p.key.shape[0]),
         heads=p.query.shape[1], bias_heads=heads, bias_rows=rows, bias_columns=columns, places_q=places_q,
-        places_k=places_k, BATCH_SHARED=batch == 1 and p.batch > 1, HEADS_SHARED=heads == 1 and p.query.shape[1] > 1,
-        ROWS_SHARED=rows == 1 and places_q > 1, COLUMNS_SHARED=columns == 1 and places_k > 1, **p.constants(tile),
+        places_k=places_k, BATCH_SHARED=batch == 1 and launch.batch > 1, HEADS_SHARED=heads == 1 and p.query.shape[1] > 1,
+        ROWS_SHARED=rows == 1 and places_q > 1, COLUMNS_SHARED=columns == 1 and places_k > 1, **launch.constants(tile),
     )  # fmt: skip
     grads["bias"] = grad.to(bias.dtype)
 
@@ -254,6 +247,6 @@ def _slot_of_row(index: Tensor | None, offsets: Tensor, used: Tensor | None, row
     return inverse.scatter_(0, target.long().clamp(0, rows), place.to(torch.int32))[:rows]
 
 
-def _device(x: Tensor) -> Any:
+def on_device(x: Tensor) -> Any:
     """Kernels launch on the current CUDA device; make it the tensors' own."""
     return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("fastxattn")

@@ -1,0 +1,2 @@
+#include "contrastive/sigmoid_cpu.inl"
+#include "contrastive/stats_cpu.inl"

@@ -1,0 +1,1 @@
+#include "importance/importance_cpu.inl"

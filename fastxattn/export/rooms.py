@@ -1,0 +1,52 @@
+"""The operators' ONNX faces, collected from ``ops/<op>/onnx.py``: translations for torch's exporter, and functions."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import torch
+
+from fastxattn.export import aten
+
+DOMAIN = "fastxattn"
+FORMS = ("loop", "padded")
+ROOMS = ("attention", "context_attention", "importance", "late_interaction", "pruning", "retrieval")
+
+
+@functools.cache
+def _faces() -> tuple[Any, ...]:
+    return tuple(importlib.import_module(f"fastxattn.ops.{room}.onnx") for room in ROOMS)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """From each compiled operator to the function that writes its node: torch's ``custom_translation_table``."""
+    for room in ROOMS:
+        importlib.import_module(f"fastxattn.ops.{room}.schema")  # defines the operators
+    ours = {
+        getattr(torch.ops.fastxattn, name).default: translate
+        for face in _faces()
+        for name, translate in face.TRANSLATIONS.items()
+    }
+    return {**aten.TRANSLATIONS, **ours}
+
+
+def functions(form: str, opset: int) -> dict[str, onnx.FunctionProto]:
+    """The portable bodies by node name, importing ``opset``: a function must import the opset of its model.
+
+    The bodies use nothing that changed its meaning between opsets 18 and 24.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+    protos: dict[str, onnx.FunctionProto] = {}
+    for face in _faces():
+        for name, bodies in face.bodies().items():
+            proto = bodies.get(form, bodies["loop"]).to_function_proto()
+            proto.name = name
+            del proto.opset_import[:]
+            proto.opset_import.append(onnx.helper.make_opsetid("", opset))
+            protos[name] = proto
+    return protos

@@ -1,0 +1,134 @@
+"""Running an exported file on torch tensors, without copies, with our operator library when it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from fastxattn.runtime.native import LIBRARY_DIR
+
+_DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_TYPES = {
+    "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16,
+    "tensor(double)": torch.float64, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32,
+    "tensor(int8)": torch.int8, "tensor(uint8)": torch.uint8, "tensor(bool)": torch.bool,
+}  # fmt: skip
+_ONNX_TYPES = {
+    torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.bool: 9, torch.float16: 10,
+    torch.float64: 11, torch.bfloat16: 16,
+}  # fmt: skip
+
+
+def ort_library_path() -> Path:
+    """The operator library, for ``session_options.register_custom_ops_library(str(path))`` in any language.
+
+    Raises:
+        FileNotFoundError: it was not built with this installation.
+    """
+    path = LIBRARY_DIR / "libfastxattn_ort.so"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the ONNX Runtime operators were not built with this installation ({path} is missing); build them with "
+            "`pip install --no-build-isolation .`"
+        )
+    return path
+
+
+def session_options(*, library: bool = True, threads: int | None = None) -> onnxruntime.SessionOptions:
+    """ONNX Runtime options with our operators registered (``library``) and ``threads`` intra-op threads."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if library:
+        options.register_custom_ops_library(str(ort_library_path()))
+    return options
+
+
+class Session:
+    """An ONNX file as a function of torch tensors.
+
+    Inputs are handed over where they lie and outputs come back as torch tensors over the runtime's memory: nothing is
+    copied on the CPU or on a CUDA device.
+
+    Args:
+        path: the ONNX file.
+        library: register our operators; False runs the portable bodies.
+        device: ``"cpu"`` or ``"cuda"`` (needs onnxruntime-gpu).
+        threads: intra-op threads; the runtime's own choice when None.
+
+    Raises:
+        RuntimeError: the device's provider is not in this onnxruntime.
+
+    Example:
+        >>> session = fastxattn.export.Session("model.onnx")
+        >>> (out,) = session(query, key)
+    """
+
+    def __init__(
+        self, path: str | Path, *, library: bool = True, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        if device not in _DEVICES:
+            raise ValueError(f"device must be one of {', '.join(_DEVICES)}; got {device!r}")
+        provider = _DEVICES[device]
+        if provider not in onnxruntime.get_available_providers():
+            raise RuntimeError(f"this onnxruntime has no {provider}; pip install 'fastxattn[onnx-gpu]'")
+        self.device = device
+        self._session = onnxruntime.InferenceSession(
+            str(path), session_options(library=library, threads=threads), providers=[provider]
+        )
+        self.input_names = [value.name for value in self._session.get_inputs()]
+        self.output_names = [value.name for value in self._session.get_outputs()]
+        self._types = {value.name: value.type for value in self._session.get_inputs()}
+
+    def __call__(self, *args: Tensor, **named: Tensor) -> tuple[Tensor, ...]:
+        """Run on tensors in the order of ``input_names``, or by name.
+
+        Raises:
+            TypeError: a tensor's dtype is not the file's.
+            ValueError: an input is missing, unknown, or on another device.
+        """
+        feeds = self._feeds(args, named)
+        binding = self._session.io_binding()
+        for name, tensor in feeds.items():
+            shape = list(tensor.shape)
+            binding.bind_input(name, self.device, 0, _ONNX_TYPES[tensor.dtype], shape, _address(tensor))
+        for name in self.output_names:
+            binding.bind_output(name, self.device)
+        self._session.run_with_iobinding(binding)
+        return tuple(_to_torch(value) for value in binding.get_outputs())
+
+    def _feeds(self, args: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if len(args) > len(self.input_names):
+            raise ValueError(f"at most {len(self.input_names)} inputs ({self.input_names}); got {len(args)}")
+        feeds = {**dict(zip(self.input_names, args, strict=False)), **named}
+        missing = [name for name in self.input_names if name not in feeds]
+        unknown = [name for name in feeds if name not in self._types]
+        if missing or unknown:
+            raise ValueError(f"inputs missing: {missing}, unknown: {unknown}; the file has {self.input_names}")
+        for name, tensor in feeds.items():
+            if tensor.dtype != _TYPES.get(self._types[name]):
+                raise TypeError(f"{name} must be {self._types[name]}; got {tensor.dtype}")
+            if tensor.device.type != self.device:
+                raise ValueError(f"{name} must be on {self.device}; got {tensor.device}")
+        return {name: tensor.detach().contiguous() for name, tensor in feeds.items()}
+
+
+_NOTHING = torch.zeros(1, dtype=torch.int64)
+
+
+def _address(tensor: Tensor) -> int:
+    # An empty tensor has no address, and the runtime refuses a null one.
+    return tensor.data_ptr() or _NOTHING.data_ptr()
+
+
+def _to_torch(value: Any) -> Tensor:
+    inner = getattr(value, "_ortvalue", value)
+    if value.data_type() == "tensor(bool)":  # DLPack has no boolean here: it travels as bytes
+        return torch.from_dlpack(inner.to_dlpack()).to(torch.bool)
+    return torch.from_dlpack(inner.to_dlpack())

@@ -1,0 +1,64 @@
+"""The classes that ``accelerate`` knows, by name: nothing is imported before a model of that class is met."""
+
+from __future__ import annotations
+
+from fastxattn.integrations.swap import register_adapter
+
+# Families whose attention goes through transformers' interface, with tests of their own.
+HOOKED = [
+    "blip_2",
+    "instructblip",
+    "clip",
+    "siglip",
+    "llava",
+    "llama",
+    "opt",
+    "idefics",
+    "idefics2",
+    "idefics3",
+    "mllama",
+    "whisper",
+    "t5",
+    "detr",
+    "bert",
+    "bridgetower",
+]
+
+# Class of transformers.models -> adapter in fastxattn.integrations.transformers.
+CLASSES = {
+    "blip_2.modeling_blip_2.Blip2QFormerEncoder": "qformer:QFormerEncoder",
+    "blip_2.modeling_blip_2.Blip2QFormerMultiHeadAttention": "qformer:QFormerAttention",
+    "instructblip.modeling_instructblip.InstructBlipQFormerEncoder": "qformer:QFormerEncoder",
+    "instructblip.modeling_instructblip.InstructBlipQFormerMultiHeadAttention": "qformer:QFormerAttention",
+    "clip.modeling_clip.CLIPModel": "clip:ClipModel",
+    "clip.modeling_clip.CLIPTextModel": "clip:ClipText",
+    "clip.modeling_clip.CLIPEncoder": "clip:ClipEncoder",
+    "blip.modeling_blip_text.BlipTextEncoder": "blip:BlipTextEncoder",
+    "blip.modeling_blip_text.BlipTextSelfAttention": "blip:BlipTextAttention",
+    "blip.modeling_blip.BlipAttention": "blip:BlipVisionAttention",
+    "mllama.modeling_mllama.MllamaTextCrossAttention": "mllama:MllamaCrossAttention",
+    "idefics.modeling_idefics.IdeficsGatedCrossAttentionLayer": "idefics:IdeficsCrossLayer",
+    "idefics.modeling_idefics.IdeficsAttention": "idefics:IdeficsCrossAttention",
+    "idefics.perceiver.IdeficsPerceiverAttention": "perceiver:IdeficsResampler",
+    "idefics2.modeling_idefics2.Idefics2PerceiverAttention": "perceiver:Idefics2Resampler",
+    "perceiver.modeling_perceiver.PerceiverSelfAttention": "perceiver:PerceiverAttention",
+    "lxmert.modeling_lxmert.LxmertAttention": "bert_like:LxmertAttention",
+    "flava.modeling_flava.FlavaSelfAttention": "bert_like:SelfAttention",
+    "vilt.modeling_vilt.ViltSelfAttention": "bert_like:SelfAttention",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoEncoder": "grounding_dino:FusionMaps",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoBiMultiHeadAttention": "grounding_dino:Fusion",
+}
+
+_HERE = "fastxattn.integrations"
+for _family in HOOKED:
+    register_adapter(f"transformers.models.{_family}.modeling_{_family}", f"{_HERE}.transformers.hook:AttentionHook")
+for _name, _adapter in CLASSES.items():
+    register_adapter(f"transformers.models.{_name}", f"{_HERE}.transformers.{_adapter}")
+register_adapter("torch.nn.modules.activation.MultiheadAttention", f"{_HERE}.torch_nn:MultiheadAttention")
+register_adapter("torch.nn.modules.transformer.TransformerEncoderLayer", f"{_HERE}.torch_nn:TransformerEncoderLayer")
+register_adapter(
+    "transformers.models.siglip.modeling_siglip.SiglipMultiheadAttentionPoolingHead",
+    f"{_HERE}.torch_nn:SiglipPoolingHead",
+)
+for _name in ("ClipLoss", "CoCaLoss", "SigLipLoss"):
+    register_adapter(f"open_clip.loss.{_name}", f"{_HERE}.open_clip:{_name}")

@@ -1,0 +1,238 @@
+"""Builders of ``kv_range``: which keys [start, end) of its own sequence each query sees.
+
+All of them take packed offsets, return (total_q, 2) int32, and wait for no device, provided that ``total_q``, the
+number of query rows, is given or can be read off another argument. Rows beyond the last sequence get (0, 0). For a
+padded batch use offsets ``torch.arange(batch + 1) * length`` (int32) and ``.unflatten(0, (batch, length))``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.attention.checks import check_integer_tensor
+
+
+class _Rows(NamedTuple):
+    """For every query row: its sequence, whether it has one, and its place there. All (total_q,) int64 or bool."""
+
+    sequence: Tensor
+    valid: Tensor
+    place: Tensor
+
+
+def _locate(cu_seqlens_q: Tensor, total_q: int) -> _Rows:
+    rows = torch.arange(total_q, device=cu_seqlens_q.device)
+    ends = cu_seqlens_q[1:].contiguous()
+    # Offsets beyond which nothing lies count as one more, empty sequence, so that there always is one to point at.
+    sequence = torch.searchsorted(ends, rows.to(ends.dtype), right=True)
+    return _Rows(sequence, sequence < ends.shape[0], rows - cu_seqlens_q[sequence])
+
+
+def _lengths(cu_seqlens: Tensor) -> Tensor:
+    """(batch + 1,) int64 lengths, with an empty sequence after the last."""
+    return torch.nn.functional.pad(cu_seqlens.diff(), (0, 1)).long()
+
+
+def _pack(start: Tensor, end: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid[:, None], torch.stack([start, end], 1), 0).to(torch.int32)
+
+
+def _total(total_q: int | None, cu_seqlens_q: Tensor) -> int:
+    return int(cu_seqlens_q[-1]) if total_q is None else total_q
+
+
+def causal_kv_range(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int | None = None) -> Tensor:
+    """Each query sees the keys up to its own place; the last query is aligned with the last key.
+
+    ::
+
+        3 queries, 5 keys    x x x . .        5 queries, 3 keys    . . .
+                             x x x x .                             . . .
+                             x x x x x                             x . .
+                                                                   x x .
+                                                                   x x x
+
+    Args:
+        cu_seqlens_q: (batch + 1,) int32.
+        cu_seqlens_k: (batch + 1,) int32.
+        total_q: rows of query; read from the offsets when None (waits for a GPU).
+
+    Returns:
+        (total_q, 2) int32.
+    """
+    return sliding_window_kv_range(cu_seqlens_q, cu_seqlens_k, -1, 0, total_q)
+
+
+def sliding_window_kv_range(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, left: int, right: int, total_q: int | None = None
+) -> Tensor:
+    """Each query sees ``left`` keys before its own place and ``right`` after it, aligned at the end; -1: no limit.
+
+    ::
+
+        left 1, right 0      . x x . .
+        3 queries, 5 keys    . . x x .
+                             . . . x x
+
+    Args:
+        cu_seqlens_q: (batch + 1,) int32.
+        cu_seqlens_k: (batch + 1,) int32.
+        left: at least 0, or -1.
+        right: at least 0, or -1.
+        total_q: rows of query; read from the offsets when None (waits for a GPU).
+
+    Returns:
+        (total_q, 2) int32.
+
+    Raises:
+        ValueError: ``left`` or ``right`` is below -1.
+    """
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_integer_tensor(name, offsets, torch.int32)
+    for name, limit in (("left", left), ("right", right)):
+        if limit < -1:
+            raise ValueError(f"{name} must be at least 0, or -1 for no limit; got {limit}")
+    rows = _locate(cu_seqlens_q, _total(total_q, cu_seqlens_q))
+    keys = _lengths(cu_seqlens_k)[rows.sequence]
+    center = rows.place + keys - _lengths(cu_seqlens_q)[rows.sequence]
+    start = torch.zeros_like(center) if left < 0 else (center - left).clamp(min=0).minimum(keys)
+    end = keys if right < 0 else (center + right + 1).clamp(min=0).minimum(keys)
+    return _pack(start.minimum(end), end, rows.valid)
+
+
+def media_kv_range(
+    media_locations: Tensor, cu_seqlens_q: Tensor, media_lengths: int | Tensor, *, every: bool = False
+) -> Tensor:
+    """A text token sees the image that precedes it (Flamingo), or with ``every`` all that precede it; before: none.
+
+    ::
+
+        keys of a sequence    [ image 0 ][ image 1 ]
+        the                    . . . . .  . . . . .
+        <image> a cat          x x x x x  . . . . .       a marker token itself sees its image
+        <image> a dog          . . . . .  x x x x x       with every=True: x x x x x  x x x x x
+
+    Args:
+        media_locations: (total_q,) boolean, True at the token that stands for an image.
+        cu_seqlens_q: (batch + 1,) int32.
+        media_lengths: key tokens of an image: one int for all (64 after a Perceiver resampler), or (images,) integer,
+            in the order of the markers over the whole batch. A sequence's keys are its images' tokens in that order.
+        every: see all preceding images instead of the last.
+
+    Returns:
+        (total_q, 2) int32.
+
+    Alayrac et al., Flamingo: a visual language model for few-shot learning (2022), section 2.3.
+    """
+    first, image, image_here = _preceding_media(media_locations, cu_seqlens_q)
+    if isinstance(media_lengths, int):
+        start, end = (image - first) * media_lengths, (image - first + 1) * media_lengths
+    else:
+        check_integer_tensor("media_lengths", media_lengths)
+        before = torch.nn.functional.pad(media_lengths.long().cumsum(0), (1, 0))
+        last = before.shape[0] - 1
+        origin = before[first.clamp(max=last)]
+        start, end = before[image.clamp(0, last)] - origin, before[(image + 1).clamp(max=last)] - origin
+    return _pack(torch.zeros_like(start) if every else start, end, image_here)
+
+
+def tile_kv_range(
+    media_locations: Tensor, cu_seqlens_q: Tensor, tiles: Tensor, tokens_per_tile: int, max_tiles: int
+) -> Tensor:
+    """A text token sees the valid tiles of the image that precedes it, where every image is padded to ``max_tiles``.
+
+    ::
+
+        keys of a sequence    [ tile 0 ][ tile 1 ][ padding ][ padding ]   image 0: 2 of 4 tiles
+        the                    . . . .   . . . .   . . . . .  . . . . .
+        <image> a cat          x x x x   x x x x   . . . . .  . . . . .
+
+    Args:
+        media_locations: (total_q,) boolean, True at the token that stands for an image.
+        cu_seqlens_q: (batch + 1,) int32.
+        tiles: (images,) integer, valid tiles of each image in the order of the markers over the whole batch.
+        tokens_per_tile: key tokens of a tile.
+        max_tiles: tiles that each image takes in the keys, valid or not.
+
+    Returns:
+        (total_q, 2) int32.
+
+    Grattafiori et al., The Llama 3 herd of models (2024), section 7.
+    """
+    check_integer_tensor("tiles", tiles)
+    first, image, image_here = _preceding_media(media_locations, cu_seqlens_q)
+    start = (image - first) * max_tiles * tokens_per_tile
+    if tiles.shape[0] == 0:
+        return _pack(start, start, torch.zeros_like(image_here))
+    valid = tiles.long()[image.clamp(0, tiles.shape[0] - 1)].clamp(0, max_tiles)
+    return _pack(start, start + valid * tokens_per_tile, image_here)
+
+
+def _preceding_media(media_locations: Tensor, cu_seqlens_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By query row: the first image of its sequence, the last image up to it (both by number), and whether it exists."""
+    check_integer_tensor("cu_seqlens_q", cu_seqlens_q, torch.int32)
+    if media_locations.dtype != torch.bool:
+        raise TypeError(f"media_locations must be boolean; got {media_locations.dtype}")
+    if media_locations.ndim != 1:
+        raise ValueError(f"media_locations must have shape (total_q,); got {tuple(media_locations.shape)}")
+    rows = _locate(cu_seqlens_q, media_locations.shape[0])
+    before = torch.nn.functional.pad(media_locations.cumsum(0), (1, 0))  # markers before each row
+    first = before[cu_seqlens_q.long()[rows.sequence]]
+    image = before[1:] - 1
+    return first, image, rows.valid & (image >= first)
+
+
+def timestamp_kv_range(
+    query_times: Tensor,
+    key_times: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    before: float,
+    after: float | None = None,
+) -> Tensor:
+    """A query at time t sees the keys with t - before <= time <= t + after.
+
+    ::
+
+        before 1, after 0    key times    0.0 0.5 1.0 1.5 2.0 2.5
+                             t = 1.0       x   x   x   .   .   .
+                             t = 2.2       .   .   .   x   x   .
+
+    Args:
+        query_times: (total_q,) floating or integer, in any order.
+        key_times: (total_k,) of the same dtype, ascending within each sequence.
+        cu_seqlens_q: (batch + 1,) int32.
+        cu_seqlens_k: (batch + 1,) int32.
+        before: how far a query looks back.
+        after: how far it looks ahead; ``before`` when None.
+
+    Returns:
+        (total_q, 2) int32.
+    """
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_integer_tensor(name, offsets, torch.int32)
+    if query_times.dtype != key_times.dtype:
+        raise TypeError(f"key_times must have the dtype of query_times, {query_times.dtype}; got {key_times.dtype}")
+    rows = _locate(cu_seqlens_q, query_times.shape[0])
+    low = cu_seqlens_k.long()[rows.sequence]
+    high = low + _lengths(cu_seqlens_k)[rows.sequence]
+    after = before if after is None else after
+    start = _bisect(key_times, query_times - before, low, high, right=False)
+    end = _bisect(key_times, query_times + after, low, high, right=True)
+    return _pack(start - low, torch.maximum(start, end) - low, rows.valid)
+
+
+def _bisect(times: Tensor, wanted: Tensor, low: Tensor, high: Tensor, *, right: bool) -> Tensor:
+    """The first place in times[low:high] not before ``wanted`` (``right``: after it), element by element."""
+    if times.shape[0] == 0:
+        return low
+    steps = 32 if torch.compiler.is_compiling() else times.shape[0].bit_length()
+    for _ in range(steps):
+        middle = (low + high) // 2
+        here = times[middle.clamp(max=times.shape[0] - 1)]
+        ahead = ((here <= wanted) if right else (here < wanted)) & (low < high)
+        low, high = torch.where(ahead, middle + 1, low), torch.where(ahead, high, middle)
+    return low

@@ -1,0 +1,261 @@
+"""The public contrastive losses: checks, then dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastxattn.ops.contrastive import checks, cpu, fused, reference, schema, triton  # noqa: F401 (schema defines the operators)
+from fastxattn.ops.contrastive.problem import Problem
+from fastxattn.runtime import backend as choose
+from fastxattn.runtime.backend import Backend, Explanation
+
+BACKENDS = (
+    Backend("triton", triton.supports),
+    Backend("cpu", cpu.supports),
+    Backend("reference", lambda problem: None),
+)
+REDUCTIONS = ("mean", "sum", "none")
+Ids = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def infonce_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    logit_scale: float | torch.Tensor,
+    *,
+    targets: torch.Tensor | None = None,
+    groups: Ids | None = None,
+    hard_negatives: torch.Tensor | None = None,
+    queue_a: torch.Tensor | None = None,
+    queue_b: torch.Tensor | None = None,
+    teacher: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    ignore_ids: Ids | None = None,
+    false_negative_margin: float | None = None,
+    exclude_self: bool = False,
+    weights: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    decoupled: bool = False,
+    symmetric: bool = True,
+    normalize: bool = False,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    backend: str = "auto",
+) -> Any:
+    r"""InfoNCE (CLIP's loss) without the N x M logits in memory, forward or backward.
+
+    With logits ``z = logit_scale * a @ b.T`` row ``i`` costs ``logsumexp_j z_ij - mean_{j in P_i} z_ij``, where
+    ``P_i`` are its positives; a column costs the same along the rows, and the symmetric loss is the mean of both
+    directions. A row without a positive costs nothing and does not count in the mean. (van den Oord et al. 2018;
+    Radford et al. 2021; several positives as in Khosla et al. 2020, "L_out"; decoupled as in Yeh et al. 2022.)
+
+    Args:
+        a: (N, D) float32, bfloat16, float16 (float64 on the reference backend); also accepted as ``b`` itself.
+        b: (M, D), the dtype of ``a``.
+        logit_scale: a number, or a tensor of one element of any shape, which then gets a gradient.
+        targets: (N,) the positive column of each row, -1 for none; default: column i for row i.
+        groups: integer ids, one (N,) for both sides or a pair (N,), (M,): equal ids >= 0 are positives.
+        hard_negatives: (N, K, D) further negatives of each row, in the direction a to b.
+        queue_a: (Q, D) further negatives for the rows of ``b``, as in MoCo; needs ``symmetric``.
+        queue_b: (Q, D) further negatives for the rows of ``a``.
+        teacher: (features_a, features_b, scale): soft targets, the softmax of the teacher's own logits.
+        ignore_ids: integer ids as for ``groups``: a negative with equal ids >= 0 is a false one and is left out.
+        false_negative_margin: leaves out negatives whose similarity exceeds the positive's by more than this.
+        exclude_self: leaves out pairs (i, i), for ``a is b``.
+        weights: (N,) for both directions, or a pair (N,), (M,): the mean becomes the weighted mean.
+        label_smoothing: this share of the target is spread over all candidates.
+        decoupled: positives are left out of the log-sum-exp.
+        symmetric: both directions; else only a to b.
+        normalize: unit-length features inside the same pass; a zero vector stays zero with zero gradient.
+        reduction: ``mean``, ``sum`` (half of both directions' sum when symmetric), or ``none``: the rows' losses (N,),
+            and when symmetric a pair with the columns' (M,).
+        return_metrics: also return one :class:`Metrics` per direction, from the same pass.
+        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
+
+    Returns:
+        The loss in float32 (float64 for float64); with ``return_metrics`` a pair (loss, [metrics, ...]).
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above, or two options exclude each other.
+        RuntimeError: the backend asked for cannot run this problem.
+
+    Example:
+        >>> loss = fastxattn.infonce_loss(image_features, text_features, model.logit_scale.exp())
+    """
+    a, b = _autocast(a, b)
+    problem = _problem(a, b, logit_scale, targets, groups, ignore_ids, exclude_self, normalize)
+    n, m = problem.a.shape[0], problem.b.shape[0]
+    checks.choice("reduction", reduction, REDUCTIONS)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+    if queue_a is not None and not symmetric:
+        raise ValueError("queue_a must be None when symmetric=False: only columns see it")
+    if (return_metrics or false_negative_margin is not None) and groups is not None:
+        raise ValueError("groups must be None with return_metrics or false_negative_margin, which need one positive")
+    if decoupled and label_smoothing > 0:
+        raise ValueError(f"label_smoothing must be 0 when decoupled=True; got {label_smoothing}")
+    problem.symmetric, problem.decoupled, problem.metrics = symmetric, decoupled, return_metrics
+    problem.label_smoothing, problem.margin = float(label_smoothing), false_negative_margin
+    if queue_a is not None:
+        problem.queue_a = checks.features("queue_a", queue_a, problem.a)
+    if queue_b is not None:
+        problem.queue_b = checks.features("queue_b", queue_b, problem.a)
+    if hard_negatives is not None:
+        if hard_negatives.dim() != 3 or (hard_negatives.shape[0], hard_negatives.shape[2]) != (n, problem.a.shape[1]):
+            raise ValueError(
+                f"hard_negatives must have shape ({n}, K, {problem.a.shape[1]}); got {tuple(hard_negatives.shape)}"
+            )
+        problem.hard_negatives = hard_negatives
+    if teacher is not None:
+        _check_teacher(problem, teacher)
+    weight = checks.row_weights(weights, (n, m) if symmetric else (n,))
+    name = choose.resolve("infonce_loss", BACKENDS, problem, backend)
+    losses, metrics = (
+        reference.infonce_reference(problem) if name == "reference" else fused.infonce_fused(problem, name)
+    )
+    result = _reduce(losses, weight, reduction)
+    return (result, metrics) if return_metrics else result
+
+
+def sigmoid_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    logit_scale: float | torch.Tensor,
+    logit_bias: float | torch.Tensor = 0.0,
+    *,
+    targets: torch.Tensor | None = None,
+    groups: Ids | None = None,
+    ignore_ids: Ids | None = None,
+    exclude_self: bool = False,
+    weights: torch.Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""The pairwise sigmoid loss (SigLIP, Zhai et al. 2023) without the N x M logits in memory.
+
+    Every pair is a question of its own: ``sum_j -log sigmoid(y_ij (logit_scale <a_i, b_j> + logit_bias))`` per row,
+    with ``y`` 1 for positives and -1 for all others. ``mean`` divides the sum over all pairs by N, as SigLIP does.
+
+    Args:
+        a: (N, D) float32, bfloat16, float16 (float64 on the reference backend).
+        b: (M, D), the dtype of ``a``.
+        logit_scale: a number, or a tensor of one element, which then gets a gradient.
+        logit_bias: the same.
+        targets: see :func:`infonce_loss`; so are ``groups``, ``ignore_ids``, ``exclude_self`` and ``normalize``.
+        groups: integer ids; equal ids >= 0 are positives.
+        ignore_ids: integer ids; negatives with equal ids are left out.
+        exclude_self: leaves out pairs (i, i).
+        weights: (N,) weights of the rows; the mean becomes the weighted mean.
+        normalize: unit-length features inside the same pass.
+        reduction: ``mean``, ``sum`` or ``none`` (N,).
+        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
+
+    Returns:
+        The loss in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+        RuntimeError: the backend asked for cannot run this problem.
+    """
+    a, b = _autocast(a, b)
+    problem = _problem(a, b, logit_scale, targets, groups, ignore_ids, exclude_self, normalize)
+    problem.bias = checks.one_element("logit_bias", logit_bias, problem.a.device)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    (weight,) = checks.row_weights(weights, (problem.a.shape[0],))
+    name = choose.resolve("sigmoid_loss", BACKENDS, problem, backend)
+    if name == "reference":
+        rows = reference.sigmoid_reference(problem)
+        return _reduce([(rows, torch.ones_like(rows, dtype=torch.bool))], [weight], reduction)
+    if reduction == "none":
+        rows = fused.sigmoid_fused(problem, None, name)
+        return rows if weight is None else rows * weight
+    n = problem.a.shape[0]
+    row_weight = torch.ones(n, device=problem.a.device) if weight is None else weight.float()
+    if reduction == "mean":
+        total = row_weight.sum()
+        row_weight = row_weight / torch.where(total == 0, 1.0, total)
+    return fused.sigmoid_fused(problem, row_weight.contiguous(), name)
+
+
+def explain(
+    a: torch.Tensor, b: torch.Tensor, logit_scale: float | torch.Tensor = 1.0, backend: str = "auto"
+) -> Explanation:
+    """Every backend's verdict on a contrastive loss of these features, and the one that would run."""
+    problem = _problem(a, b, logit_scale, None, None, None, False, False)
+    return choose.explain("contrastive", BACKENDS, problem, backend)
+
+
+def _autocast(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Under autocast features take its dtype, as they would in a matrix product."""
+    if isinstance(a, torch.Tensor) and torch.is_autocast_enabled(a.device.type) and isinstance(b, torch.Tensor):
+        dtype = torch.get_autocast_dtype(a.device.type)
+        same = a is b
+        a = a.to(dtype)
+        return a, a if same else b.to(dtype)
+    return a, b
+
+
+def _problem(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float | torch.Tensor,
+    targets: torch.Tensor | None,
+    groups: Ids | None,
+    ignore_ids: Ids | None,
+    exclude_self: bool,
+    normalize: bool,
+) -> Problem:
+    a = checks.features("a", a)
+    b = checks.features("b", b, a)
+    if a.shape[1] == 0:
+        raise ValueError("a must have at least 1 feature; got 0")
+    n, m = a.shape[0], b.shape[0]
+    problem = Problem(a, b, checks.one_element("logit_scale", scale, a.device))
+    problem.exclude_self, problem.normalize = exclude_self, normalize
+    if targets is not None:
+        if groups is not None:
+            raise ValueError("targets must be None when groups are given: both say which pairs are positive")
+        problem.targets = checks.integers("targets", targets, n, a.device)
+        checks.targets_in_range(problem.targets, m)
+    if groups is not None:
+        problem.groups = checks.both_sides("groups", groups, n, m, a.device)
+    if ignore_ids is not None:
+        problem.ignore_ids = checks.both_sides("ignore_ids", ignore_ids, n, m, a.device)
+    return problem
+
+
+def _check_teacher(p: Problem, teacher: tuple[torch.Tensor, torch.Tensor, float]) -> None:
+    others = (p.targets, p.groups, p.hard_negatives, p.queue_a, p.queue_b, p.ignore_ids, p.margin)
+    if any(x is not None for x in others) or p.label_smoothing or p.decoupled or p.metrics or p.exclude_self:
+        raise ValueError("teacher must come without targets, groups, negatives, masks, smoothing, decoupled or metrics")
+    if len(teacher) != 3:
+        raise ValueError(f"teacher must be (features_a, features_b, scale); got {len(teacher)} entries")
+    teacher_a, teacher_b = checks.features("teacher[0]", teacher[0]), checks.features("teacher[1]", teacher[1])
+    if (teacher_a.shape[0], teacher_b.shape[0]) != (p.a.shape[0], p.b.shape[0]):
+        raise ValueError(
+            f"teacher must have {p.a.shape[0]} and {p.b.shape[0]} rows; got {teacher_a.shape[0]} and {teacher_b.shape[0]}"
+        )
+    p.teacher = (teacher_a.detach(), teacher_b.detach(), float(teacher[2]))
+
+
+def _reduce(
+    losses: list[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[torch.Tensor | None], reduction: str
+) -> Any:
+    results = []
+    for (loss, has), weight in zip(losses, weights, strict=True):
+        if weight is not None:
+            loss = torch.where(has, loss * weight, 0.0)
+        if reduction == "none":
+            results.append(loss)
+            continue
+        total = loss.sum()
+        if reduction == "mean":
+            number = (has.to(loss.dtype) if weight is None else torch.where(has, weight, 0.0)).sum()
+            total = total / torch.where(number == 0, 1.0, number)
+        results.append(total)
+    if reduction == "none":
+        return results[0] if len(results) == 1 else tuple(results)
+    return results[0] if len(results) == 1 else (results[0] + results[1]) / 2

@@ -1,0 +1,158 @@
+r"""The gradient of key importance, made of attention's operators.
+
+With a gradient g of the score, d loss / d s_hij = w_hi g_hj p_hij: what attention's backward computes for values g,
+output gradient w and delta = 0. So no kernel is written twice, and no map exists here either::
+
+    grad query, key = attention_backward(value = g, grad_out = w, out = 0)
+    grad key_bias_j = sum_h g_hj score_hj
+    r_hi = sum_j g_hj p_hij = attention(value = g)           grad row_weight = r        grad lse = -w r
+
+Heads that share a key have gradients of their own, so values get one column per head of the group, and the output
+gradient of a head is zero but in its own column. In 16-bit dtypes g and w are each split into two numbers that add up
+to them, one column per product: rounding them would cost more than everything else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.attention import autograd as attention
+from fastxattn.ops.attention.schema import NEEDS
+from fastxattn.ops.importance.problem import ImportanceProblem
+
+FORWARD = {name: getattr(torch.ops.fastxattn, f"importance_{name}").default for name in ("cpu", "triton")}
+_TENSORS = ImportanceProblem._fields.index("scale")
+_MAX_VALUE_DIM = 256
+
+
+class Importance(torch.autograd.Function):
+    """score = Importance.apply(backend, *problem)."""
+
+    @staticmethod
+    def forward(backend: str, *problem: Any) -> Tensor:
+        """Run the backend's operator."""
+        score: Tensor = FORWARD[backend](*problem)
+        return score
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the problem and the score."""
+        backend, *arguments = inputs
+        problem = ImportanceProblem(*arguments)
+        ctx.backend = backend
+        ctx.numbers = (problem.scale, problem.softcap)
+        ctx.save_for_backward(*problem[:_TENSORS], output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key, lse, key_bias and row_weight."""
+        *tensors, score = ctx.saved_tensors
+        problem = ImportanceProblem(*tensors, *ctx.numbers)
+        needed = dict(zip(ImportanceProblem._fields, ctx.needs_input_grad[1:], strict=True))
+        grads: dict[str, Tensor] = {}
+        if needed["key_bias"]:
+            grads["key_bias"] = _by_row(problem, _like_bias(problem, (grad * score).T), problem.key_bias)
+        gathered = _gather_keys(problem)
+        if needed["query"] or needed["key"]:
+            grads["query"], grad_key = _grad_tokens(ctx.backend, gathered, grad, needed)
+            if needed["key"]:
+                grad_key = grad_key.unflatten(1, (problem.key.shape[1], -1)).sum(2)
+                grads["key"] = _by_row(problem, grad_key, problem.key)
+        if needed["lse"] or needed["row_weight"]:
+            received = _weighted_rows(ctx.backend, gathered, grad)  # (heads, rows_q)
+            weight = problem.row_weight
+            grads["lse"] = -received if weight is None else -received * weight
+            if weight is not None:
+                grads["row_weight"] = received if weight.ndim == 2 else received.sum(0)
+        return None, *(grads.get(name) if needed[name] else None for name in ImportanceProblem._fields)
+
+
+def _gather_keys(problem: ImportanceProblem) -> ImportanceProblem:
+    """The same problem without key_index and without shared heads when values would need too many columns."""
+    key, key_bias, index = problem.key, problem.key_bias, problem.key_index
+    if index is not None:
+        rows = index.long().clamp(0, max(key.shape[0] - 1, 0))
+        key, key_bias = key[rows], None if key_bias is None else key_bias[rows]
+    group = problem.query.shape[1] // key.shape[1]
+    if 3 * group > _MAX_VALUE_DIM:
+        key = key.repeat_interleave(group, 1)
+    return problem._replace(key=key, key_bias=key_bias, key_index=None)
+
+
+def _by_row(problem: ImportanceProblem, by_slot: Tensor, like: Tensor | None) -> Tensor:
+    """Sums of slots at the rows they stand for."""
+    assert like is not None
+    if problem.key_index is None:
+        return by_slot.to(like.dtype)
+    rows = problem.key_index.long().clamp(0, max(like.shape[0] - 1, 0))
+    return torch.zeros_like(like, memory_format=torch.contiguous_format).index_add_(0, rows, by_slot.to(like.dtype))
+
+
+def _like_bias(problem: ImportanceProblem, by_head: Tensor) -> Tensor:
+    assert problem.key_bias is not None
+    return by_head if problem.key_bias.ndim == 2 else by_head.sum(1)
+
+
+def _split(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Numbers of ``dtype`` that add up to x, largest first."""
+    if dtype == x.dtype:
+        return [x]
+    high = x.to(dtype)
+    return [high, (x - high.to(x.dtype)).to(dtype)]
+
+
+def _columns(problem: ImportanceProblem, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """value (slots_k, kv_heads, columns) and grad_out (rows_q, heads, columns) whose product is w g."""
+    query, weight = problem.query, problem.row_weight
+    heads, kv_heads = query.shape[1], problem.key.shape[1]
+    gs = _split(grad, query.dtype)
+    ws = [query.new_ones(1, 1)] if weight is None else [w if w.ndim == 2 else w[None] for w in _split(weight, query.dtype)]
+    pairs = [(w, g) for i, w in enumerate(ws) for j, g in enumerate(gs) if i + j < 2]  # low * low is below rounding
+    value = torch.stack([g for _, g in pairs], 2)  # (heads, slots, parts)
+    value = value.unflatten(0, (kv_heads, -1)).permute(2, 0, 1, 3).flatten(2)  # (slots, kv_heads, group * parts)
+    rows = torch.stack([w.expand(heads, query.shape[0]) for w, _ in pairs], 2).transpose(0, 1)  # (rows, heads, parts)
+    own = torch.eye(heads // kv_heads, dtype=query.dtype, device=query.device).repeat(kv_heads, 1)  # (heads, group)
+    return value.contiguous(), (own[None, :, :, None] * rows[:, :, None, :]).flatten(2)
+
+
+def _grad_tokens(
+    backend: str, problem: ImportanceProblem, grad: Tensor, needed: dict[str, bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and, by slot, of key in its own heads."""
+    value, grad_out = _columns(problem, grad)
+    needs = NEEDS["query"] * needed["query"] + NEEDS["key"] * needed["key"]
+    out = torch.zeros(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
+    grad_query, grad_key, *_ = attention.BACKWARD[backend](
+        grad_out, None, out, problem.lse, *problem.attention(value), needs
+    )
+    return grad_query, grad_key
+
+
+def _weighted_rows(backend: str, problem: ImportanceProblem, grad: Tensor) -> Tensor:
+    """r_hi = sum_j g_hj exp(s_hij - lse_hi), (heads, rows_q) float32.
+
+    In float32 that is attention over the values g. In 16 bits its output would be rounded too far: there, with log g
+    added to the scores, attention's log-sum-exp is the log of the sum; once for positive g, once for negative.
+    """
+    lse, forward = problem.lse, attention.FORWARD[backend]
+    if problem.query.dtype == lse.dtype:
+        value, own = _columns(problem._replace(row_weight=None), grad)
+        out, total = forward(*problem.attention(value))
+        return (out * own).sum(2).T * _ratio(total, lse)
+    bias = problem.key_bias
+    bias = 0.0 if bias is None else bias if bias.ndim == 2 else bias[:, None]
+    value = problem.key[:, :, :1].contiguous()  # any will do
+    received = torch.zeros_like(lse)
+    for sign in (1, -1):
+        part = problem._replace(key_bias=((sign * grad).clamp(min=0).log().T + bias).contiguous())
+        received += sign * _ratio(forward(*part.attention(value))[1], lse)
+    return received
+
+
+def _ratio(total: Tensor, lse: Tensor) -> Tensor:
+    """Exp(total - lse), 0 where either is -inf."""
+    return torch.where((total == -torch.inf) | (lse == -torch.inf), 0.0, torch.exp(total - lse))

@@ -1,0 +1,117 @@
+"""The jit kernel of key importance and its launcher; imported only when it runs."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastxattn.ops.attention.triton.common import (
+    adjust_scores,
+    dot,
+    find_rows,
+    find_sequence,
+    find_span,
+    load_ranges,
+    load_rows,
+    power,
+    unit_of,
+)
+from fastxattn.ops.attention.triton.config import Tile
+from fastxattn.ops.attention.triton.launch import Launch, on_device, tiles
+from fastxattn.ops.importance.problem import ImportanceProblem
+from fastxattn.runtime import tuning
+
+_HALF = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)}
+_SINGLE = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)}
+
+
+def shipped() -> list[tuple[str, int, Tile]]:
+    """Every (kind, widest head dim, tile)."""
+    return [(kind, d, t) for kind, table in (("half", _HALF), ("single", _SINGLE)) for d, t in table.items()]
+
+
+@triton.jit
+def importance(
+    p_q, p_k, p_lse, p_row_weight, p_score, p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q, p_index_k, p_range,
+    p_key_bias, rows_q, rows_k, slots_q, slots_k, batch, heads, stride_qr, stride_qh, stride_kr, stride_kh,
+    stride_key_bias, stride_weight_h, stride_weight_r, scale, softcap,
+    GROUP: tl.constexpr, SOFTCAP: tl.constexpr, KEY_BIAS_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program = (block of key slots, query head); scores transposed: [keys, queries]. p_score is (heads, slots_k)."""
+    UNIT: tl.constexpr = unit_of(p_q.dtype.element_ty)
+    i_program = tl.program_id(0)
+    i_head = i_program % heads
+    i_b, i_block = find_sequence(p_cu_k, batch, i_program // heads, 1, BLOCK_N)
+    start_q, length_q = find_span(p_cu_q, p_used_q, slots_q, i_b)
+    start_k, length_k = find_span(p_cu_k, p_used_k, slots_k, i_b)
+    i_first = i_block * BLOCK_N
+    if i_first >= length_k:
+        return
+    o_n = i_first + tl.arange(0, BLOCK_N)
+    m_n = o_n < length_k
+    o_row_k = find_rows(p_index_k, start_k + o_n, rows_k, m_n)
+    i_head64 = i_head.to(tl.int64)
+    b_k = load_rows(p_k + i_head64 // GROUP * stride_kh, o_row_k, stride_kr, m_n, True, HEAD_DIM, BLOCK_D)
+    b_score = tl.zeros((BLOCK_N,), tl.float32)
+    for i_m in range(0, length_q, BLOCK_M):
+        o_m = i_m + tl.arange(0, BLOCK_M)
+        m_m = o_m < length_q
+        o_row = find_rows(p_index_q, start_q + o_m, rows_q, m_m)
+        m_seen = m_n[:, None] & m_m[None, :]
+        any_seen = True
+        if p_range is not None:
+            b_start, b_end = load_ranges(p_range, o_row, m_m, length_k)
+            m_seen = (o_n[:, None] >= b_start[None, :]) & (o_n[:, None] < b_end[None, :])
+            any_seen = (tl.min(b_start, 0) < i_first + BLOCK_N) & (tl.max(b_end, 0) > i_first)
+        if any_seen:
+            b_lse = tl.load(p_lse + i_head64 * rows_q + o_row, mask=m_m, other=0.0)
+            b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * UNIT
+            b_q = load_rows(p_q + i_head64 * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)
+            b_s = dot(b_k, tl.trans(b_q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+            o_head = o_row * 0 + i_head
+            b_s, _tanh = adjust_scores(
+                b_s, p_key_bias, None, o_row[None, :], o_row_k[:, None], o_row[None, :], o_row_k[:, None],
+                o_head[None, :], m_n[:, None] & m_m[None, :], stride_key_bias, 0, 0, 0, scale, softcap, UNIT, SOFTCAP,
+                KEY_BIAS_HEADS,
+            )  # fmt: skip
+            b_p = power(b_s - b_lse[None, :], UNIT)
+            if p_row_weight is not None:
+                p_weight = p_row_weight + i_head64 * stride_weight_h + o_row.to(tl.int64) * stride_weight_r
+                b_p = b_p * tl.load(p_weight, mask=m_m, other=0.0)[None, :]
+            b_score += tl.sum(tl.where(m_seen, b_p, 0.0), 1)
+    tl.store(p_score + i_head64 * slots_k + start_k + o_n, b_score, mask=m_n)
+
+
+def tile_for(query: Tensor, dim: int) -> Tile:
+    """The tuned tile, or the shipped one."""
+    kind, table = ("half", _HALF) if query.element_size() == 2 else ("single", _SINGLE)
+    return tuning.tuned("importance", "importance", kind, dim, query.device) or table[dim]
+
+
+def launch(problem: ImportanceProblem) -> Tensor:
+    """Score (heads, slots_k) float32."""
+    host = Launch.of(*problem.attention())
+    query, heads = host.problem.query, host.problem.query.shape[1]
+    score = torch.zeros(heads, host.slots_k, dtype=torch.float32, device=query.device)
+    if score.numel() == 0 or query.shape[0] == 0 or host.batch == 0 or host.problem.key.shape[0] == 0:
+        return score
+    tile = tile_for(query, max(64, host.dims[0]))
+    weight = problem.row_weight
+    runtime, constants = host.runtime(), host.constants(tile)
+    for name in ("p_v", "p_bias", "p_seed", "kv_heads", "stride_vr", "stride_vh", "dropout_p", *(
+        f"stride_bias_{axis}" for axis in "bhqk"
+    )):  # fmt: skip
+        del runtime[name]
+    for name in ("VALUE_DIM", "BLOCK_DV"):
+        del constants[name]
+    with on_device(query):
+        importance[(tiles(host.slots_k, host.batch, 1, tile.block_n) * heads,)](
+            **runtime, p_lse=problem.lse.contiguous(), p_row_weight=weight, p_score=score, heads=heads,
+            stride_weight_h=weight.stride(0) if weight is not None and weight.ndim == 2 else 0,
+            stride_weight_r=0 if weight is None else weight.stride(-1), **constants,
+        )  # fmt: skip
+    return score

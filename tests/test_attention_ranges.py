@@ -1,0 +1,133 @@
+"""kv_range builders against dense boolean masks written the slow way."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastxattn
+from fastxattn import ranges
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=0, max_size=5)
+
+
+def offsets(lengths):
+    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def dense(kv_range, cu_q, lengths_k):
+    """One (queries, keys) boolean list of lists per sequence."""
+    masks = []
+    for b, keys in enumerate(lengths_k):
+        rows = kv_range[int(cu_q[b]) : int(cu_q[b + 1])].tolist()
+        masks.append([[start <= j < end for j in range(keys)] for start, end in rows])
+    return masks
+
+
+def check(kv_range, cu_q, lengths_q, lengths_k, sees):
+    assert kv_range.dtype == torch.int32
+    wanted = [[[sees(b, i, j) for j in range(m)] for i in range(n)] for b, (n, m) in enumerate(zip(lengths_q, lengths_k))]
+    assert dense(kv_range, cu_q, lengths_k) == wanted
+    for (start, end), keys in zip(kv_range.tolist(), [m for n, m in zip(lengths_q, lengths_k) for _ in range(n)]):
+        assert 0 <= start <= end <= keys
+
+
+@given(LENGTHS, st.integers(-1, 4), st.integers(-1, 4))
+@settings(max_examples=60, deadline=None)
+def test_windows(lengths, left, right):
+    n, m = [a for a, _ in lengths], [b for _, b in lengths]
+    cu_q, cu_k = offsets(n), offsets(m)
+    made = ranges.sliding_window_kv_range(cu_q, cu_k, left, right, total_q=sum(n) + 3)
+    assert made.shape == (sum(n) + 3, 2)
+    assert not made[sum(n) :].any()
+
+    def sees(b, i, j):
+        center = i + m[b] - n[b]
+        return (left < 0 or j >= center - left) and (right < 0 or j <= center + right)
+
+    check(made[: sum(n)], cu_q, n, m, sees)
+    check(ranges.causal_kv_range(cu_q, cu_k), cu_q, n, m, lambda b, i, j: j <= i + m[b] - n[b])
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=8), max_size=4), st.data())
+@settings(max_examples=60, deadline=None)
+def test_media(markers, data):
+    cu_q = offsets([len(row) for row in markers])
+    media = [[data.draw(st.integers(0, 3)) for on in row if on] for row in markers]  # tokens of each image
+    locations = torch.tensor([on for row in markers for on in row], dtype=torch.bool)
+    sizes = torch.tensor([n for row in media for n in row], dtype=torch.int64)
+    owner = [[image for image, n in enumerate(row) for _ in range(n)] for row in media]  # image of each key
+
+    def last(b, i):
+        return sum(markers[b][: i + 1]) - 1
+
+    args = (cu_q, [len(r) for r in markers], [len(o) for o in owner])
+    made = ranges.media_kv_range(locations, cu_q, sizes)
+    assert dense(made, cu_q, args[2]) == [
+        [[owner[b][j] == last(b, i) for j in range(args[2][b])] for i in range(len(row))] for b, row in enumerate(markers)
+    ]
+    check(ranges.media_kv_range(locations, cu_q, sizes, every=True), *args, lambda b, i, j: owner[b][j] <= last(b, i))
+    fixed = [len(row) * 3 for row in media]
+    made = ranges.media_kv_range(locations, cu_q, 3)
+    check(made, args[0], args[1], fixed, lambda b, i, j: j // 3 == last(b, i))
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=8), max_size=4), st.data())
+@settings(max_examples=40, deadline=None)
+def test_tiles(markers, data):
+    cu_q = offsets([len(row) for row in markers])
+    tiles = [[data.draw(st.integers(0, 4)) for on in row if on] for row in markers]
+    locations = torch.tensor([on for row in markers for on in row], dtype=torch.bool)
+    made = ranges.tile_kv_range(locations, cu_q, torch.tensor([n for r in tiles for n in r], dtype=torch.int32), 2, 4)
+
+    def sees(b, i, j):
+        image, tile = j // 8, j % 8 // 2
+        return image == sum(markers[b][: i + 1]) - 1 and tile < tiles[b][image]
+
+    lengths_k = [len(row) * 8 for row in tiles]
+    assert dense(made, cu_q, lengths_k) == [
+        [[sees(b, i, j) for j in range(lengths_k[b])] for i in range(len(row))] for b, row in enumerate(markers)
+    ]
+
+
+@given(st.lists(st.tuples(*[st.lists(st.integers(0, 12), max_size=9)] * 2), max_size=4), st.integers(0, 4), st.integers(0, 4))
+@settings(max_examples=60, deadline=None)
+def test_timestamps(times, before, after):
+    q, k = [a for a, _ in times], [sorted(b) for _, b in times]
+    cu_q, cu_k = offsets([len(t) for t in q]), offsets([len(t) for t in k])
+    flat_q, flat_k = (torch.tensor([t for row in side for t in row], dtype=torch.float32) for side in (q, k))
+    made = ranges.timestamp_kv_range(flat_q, flat_k, cu_q, cu_k, before, after)
+    check(
+        made, cu_q, [len(t) for t in q], [len(t) for t in k],
+        lambda b, i, j: q[b][i] - before <= k[b][j] <= q[b][i] + after,
+    )  # fmt: skip
+
+
+def test_symmetric_tolerance_by_default():
+    cu_q, cu_k = offsets([1]), offsets([5])
+    made = ranges.timestamp_kv_range(torch.tensor([2.0]), torch.arange(5.0), cu_q, cu_k, 1.0)
+    assert made.tolist() == [[1, 4]]
+
+
+def test_bad_arguments():
+    cu = offsets([2])
+    with pytest.raises(ValueError, match="left must be at least 0, or -1 for no limit; got -2"):
+        ranges.sliding_window_kv_range(cu, cu, -2, 0)
+    with pytest.raises(TypeError, match=r"cu_seqlens_q must be torch.int32; got torch.int64"):
+        ranges.causal_kv_range(cu.long(), cu)
+    with pytest.raises(TypeError, match="media_locations must be boolean"):
+        ranges.media_kv_range(torch.zeros(2), cu, 3)
+    with pytest.raises(TypeError, match="key_times must have the dtype of query_times"):
+        ranges.timestamp_kv_range(torch.zeros(2), torch.zeros(2, dtype=torch.int64), cu, cu, 1)
+
+
+def test_in_attention():
+    """A causal range gives what SDPA's causal mask gives when lengths are equal."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 12, 2, 8)
+    cu = offsets([5, 0, 7])
+    out = fastxattn.varlen_cross_attention(q, k, v, cu, cu, kv_range=ranges.causal_kv_range(cu, cu))
+    for part in (slice(0, 5), slice(5, 12)):
+        args = (t[part].transpose(0, 1) for t in (q, k, v))
+        wanted = torch.nn.functional.scaled_dot_product_attention(*args, is_causal=True).transpose(0, 1)
+        torch.testing.assert_close(out[part], wanted)
