@@ -1,4 +1,4 @@
-"""Context attention: every backend, dtype and instruction set against float64; edges, refusals, tracing, the cost rule."""
+"""Context attention: dtypes and instruction sets against float64; edges, refusals, tracing, the cost rule."""
 
 from __future__ import annotations
 
@@ -168,7 +168,11 @@ def test_rows_without_keys_give_zero_and_minus_infinity() -> None:
 @needs_native
 def test_empty_problems() -> None:
     nothing = torch.tensor([0], dtype=torch.int32)
-    assert context_attention(torch.zeros(0, 2, 8), torch.zeros(0, 8), nothing, nothing, backend="cpu").shape == (0, 2, 8)
+    assert context_attention(torch.zeros(0, 2, 8), torch.zeros(0, 8), nothing, nothing, backend="cpu").shape == (
+        0,
+        2,
+        8,
+    )
     query = torch.randn(0, 2, 8, requires_grad=True)
     context = torch.randn(6, 8, requires_grad=True)
     context_attention(query, context, offsets([0, 0]), offsets([4, 2]), backend="cpu").sum().backward()
@@ -263,6 +267,14 @@ def test_opcheck_and_compile() -> None:
         assert torch.equal(got, want)
 
 
+def test_cost_rule_projects_where_no_kernel_is_compiled() -> None:
+    assert not choose(1, 100, 1, 12, 64, 1408, torch.float64).absorb
+    on_gpu = choose(1, 100, 1, 12, 64, 1408, torch.float32, "cuda")
+    assert not on_gpu.absorb
+    assert "no compiled kernel" in str(on_gpu)
+
+
+@needs_native
 def test_cost_rule_absorbs_few_queries_and_says_so() -> None:
     few = choose(rows_q=12 * 32, rows_k=12 * 544, batch=12, heads=12, head_dim=64, width=1408)
     many = choose(rows_q=12 * 256, rows_k=12 * 544, batch=12, heads=12, head_dim=64, width=1408)
