@@ -14,6 +14,7 @@ from fastxattn.runtime.backend import explain_call as explain
 
 if TYPE_CHECKING:
     from fastxattn.integrations import accelerate, accelerated, register_adapter, restore, status
+    from fastxattn.integrations.pruning import prune
     from fastxattn.ops.context_attention import context_attention
     from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
     from fastxattn.ops.importance import key_importance
@@ -31,6 +32,7 @@ _LAZY = {
     "fastxattn.ops.late_interaction": ("late_interaction_loss", "maxsim"),
     "fastxattn.ops.retrieval": ("recall_at_k", "topk_similarity"),
     "fastxattn.ops.pruning": ("Budget", "Selection", "prune_tokens", "select"),
+    "fastxattn.integrations.pruning": ("prune",),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -48,6 +50,7 @@ __all__ = [
     "key_importance",
     "late_interaction_loss",
     "maxsim",
+    "prune",
     "prune_tokens",
     "ranges",
     "recall_at_k",
