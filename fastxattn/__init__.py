@@ -14,6 +14,7 @@ from fastxattn.runtime.backend import explain_call as explain
 
 if TYPE_CHECKING:
     from fastxattn.integrations import accelerate, accelerated, register_adapter, restore, status
+    from fastxattn.integrations.pruning import prune
     from fastxattn.ops.bidirectional import bidirectional_attention
     from fastxattn.ops.context_attention import context_attention
     from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "fastxattn.integrations": ("accelerate", "accelerated", "register_adapter", "restore", "status"),
+    "fastxattn.integrations.pruning": ("prune",),
     "fastxattn.ops.bidirectional": ("bidirectional_attention",),
     "fastxattn.ops.context_attention": ("context_attention",),
     "fastxattn.ops.contrastive": ("infonce_loss", "sigmoid_loss"),
@@ -51,6 +53,7 @@ __all__ = [
     "key_importance",
     "late_interaction_loss",
     "maxsim",
+    "prune",
     "prune_tokens",
     "ranges",
     "recall_at_k",

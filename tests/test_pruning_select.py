@@ -256,6 +256,17 @@ def test_weight_gradients() -> None:
     assert torch.autograd.gradcheck(lambda t, w: gather_rows(t, a, w), (x, c))
 
 
+def test_gradients_of_merge_weights_are_finite_where_tokens_are_dropped() -> None:
+    _, kept = small()
+    weight = torch.tensor([1.0, 3.0, 0.0, 2.0], requires_grad=True)
+    x = torch.randn(4, 2)
+    place = torch.tensor([0, 0, 1, -1], dtype=torch.int32)
+    (grad,) = torch.autograd.grad(kept.merged(place, weight).reduce(x)[0].sum(), weight)
+    want = (x[1] - x[0]).sum() * torch.tensor([-3.0, 1.0]) / 16
+    torch.testing.assert_close(grad[:2], want)
+    assert grad[2:].tolist() == [0, 0]
+
+
 def test_nan_in_pruned_tokens_reaches_nothing(backend: str) -> None:
     x = torch.randn(6, 5)
     x[1] = float("nan")

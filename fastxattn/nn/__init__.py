@@ -9,6 +9,7 @@ from fastxattn.nn.perceiver import PerceiverResampler
 from fastxattn.nn.pooler import AttentionalPooler, SiglipPooler
 from fastxattn.nn.projected import ContextKV
 from fastxattn.nn.projector import VisualProjector, pixel_shuffle
+from fastxattn.nn.pruner import TokenPruner
 from fastxattn.nn.qformer import QFormer, QFormerLayer
 from fastxattn.nn.ranges import media_ranges, time_ranges
 from fastxattn.nn.temporal import TemporalCrossAttention
@@ -31,6 +32,7 @@ __all__ = [
     "SiglipPooler",
     "SigmoidLoss",
     "TemporalCrossAttention",
+    "TokenPruner",
     "VisualProjector",
     "media_ranges",
     "pixel_shuffle",
