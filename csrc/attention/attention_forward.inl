@@ -86,12 +86,14 @@ static void close_softmax(const AttentionParams& p, int64_t width, const float* 
                           bool transformed, float* factor, float* lse) {
   const vf keep = splat(p.dropout_p < 1.0f ? 1.0f / (1.0f - p.dropout_p) : 0.0f);
   const vf none = splat(-__builtin_inff());
+  const vf c = splat(transformed ? kLog2e : p.scale * kLog2e), scale = splat(transformed ? 1.0f : p.scale);
   for (int64_t i = 0; i < width; i += W) {
     const vf sum = load(l + i), top = load(m + i);
     const vi blank = touched ? sum == zero() : vi{} - 1;
     store(factor + i, blank ? zero() : keep / sum);
-    const vf scaled = transformed ? top : top * splat(p.scale);
-    store(lse + i, blank ? none : fma(log2(sum), splat(kLn2), scaled));
+    // The weights were 2^(c s - r) with r = c m rounded; what that rounding added to the sum is taken out again.
+    const vf rounding = fma(top, c, zero() - top * c);
+    store(lse + i, blank ? none : fma(top, scale, (log2(sum) - rounding) * splat(kLn2)));
   }
 }
 
