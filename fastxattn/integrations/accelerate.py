@@ -60,7 +60,9 @@ def accelerate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if verify is not None and not isinstance(verify, (dict, tuple)):
-        raise ValueError(f"verify must be a dict of keyword arguments or a tuple of arguments; got {type(verify).__name__}")
+        raise ValueError(
+            f"verify must be a dict of keyword arguments or a tuple of arguments; got {type(verify).__name__}"
+        )
     for name, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"model is compiled ({name or 'the model'}): accelerate it before torch.compile")
@@ -156,7 +158,7 @@ def _temporarily(modules: list[nn.Module]) -> Iterator[Callable[[bool], None]]:
 def _selectors(given: Selector | Iterable[Selector] | None) -> list[Selector]:
     if given is None:
         return []
-    several = [given] if isinstance(given, (str, type)) or callable(given) else list(given)
+    several = [given] if isinstance(given, (str, type)) or not isinstance(given, Iterable) else list(given)
     for one in several:
         if not (isinstance(one, (str, type)) or callable(one)):
             raise TypeError(f"include and exclude take name patterns, classes or functions; got {one!r}")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import ENTRIES, Entry
 
 import fastxattn.nn.projected as projected
 import fastxattn.ops.attention.api as attention_api
 from fastxattn.integrations import Report, accelerate, core, restore, status
 from fastxattn.testing import measure_error
-from zoo import ENTRIES, Entry
 
 both = pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
 
@@ -35,6 +35,7 @@ def wide(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(entry: Entry, model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    torch.manual_seed(1)  # ViLT samples patches
     return entry.keep(model(**inputs))
 
 
@@ -80,7 +81,9 @@ def blind_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     attend, context = attention_api.attend, projected.context_attention
 
     def blind_attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any) -> Any:
-        return attend(q, k, v, one_sequence(cu_q, len(q)), one_sequence(cu_k, len(k)), *[None] * 5, *rest[5:])
+        if rest[6] is None:  # a bias is indexed by a token's place in its sequence
+            cu_q, cu_k = one_sequence(cu_q, len(q)), one_sequence(cu_k, len(k))
+        return attend(q, k, v, cu_q, cu_k, *[None] * 5, *rest[5:])
 
     def blind_context(q: Tensor, x: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any, **options: Any) -> Any:
         cu_q, cu_k = one_sequence(cu_q, len(q)), one_sequence(cu_k, len(x))
@@ -103,7 +106,9 @@ def test_gradients(entry: Entry) -> None:
     model, inputs, _ = build(entry)
 
     def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in run(entry, model, inputs))
+        loss = sum(
+            (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in run(entry, model, inputs)
+        )
         model.zero_grad()
         loss.backward()  # type: ignore[union-attr]
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -113,12 +113,19 @@ def blip_itm() -> Any:
     return model, inputs, {**inputs, "input_ids": torch.where(mask.bool(), ids, 2)}
 
 
-def blip_ragged() -> Any:
+def blip_two_images() -> Any:
     model, inputs, _ = blip_itm()
-    features, mask = torch.randn(4, 17, 64), lengths_mask([17, 5, 5, 11], 17)
+    features = torch.randn(4, 17, 64)
     features[2] = features[1]
-    inputs = {**inputs, "encoder_hidden_states": features, "encoder_attention_mask": mask}
-    return model, inputs, {**inputs, "encoder_hidden_states": spoil(features, mask, 1e3)}
+    inputs = {**inputs, "encoder_hidden_states": features, "encoder_attention_mask": lengths_mask([17] * 4, 17)}
+    return model, inputs, {**inputs, "input_ids": torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], 2)}
+
+
+def blip_masked_features() -> Any:
+    """transformers ignores the mask of a BLIP text model's features; so must we."""
+    model, inputs, other = blip_two_images()
+    mask = {"encoder_attention_mask": lengths_mask([17, 5, 5, 11], 17)}
+    return model, {**inputs, **mask}, {**other, **mask}
 
 
 def _tiles(model: nn.Module, seen: Tensor, tokens: int) -> dict[str, Tensor]:
@@ -143,10 +150,12 @@ class MllamaLayer(nn.Module):
             layer.cross_attn_mlp_gate.fill_(0.5)
 
     def forward(self, hidden: Tensor, states: Tensor, cross_attention_mask: Tensor, **rows: Tensor) -> Tensor:
-        if hidden.dtype == torch.float64:
-            cross_attention_mask = torch.where(cross_attention_mask < 0, torch.finfo(torch.float64).min, 0.0)
         return self.model.layers[1](
-            hidden, cross_attention_states=states, cross_attention_mask=cross_attention_mask, attention_mask=None, **rows
+            hidden,
+            cross_attention_states=states,
+            cross_attention_mask=cross_attention_mask,
+            attention_mask=None,
+            **rows,
         )
 
 
@@ -173,7 +182,7 @@ def mllama_imageless_rows() -> Any:
 
 def idefics(resampler: bool = True) -> Any:
     config = hf.IdeficsConfig(
-        **{k: v for k, v in TEXT.items()}, cross_layer_interval=1, use_resampler=resampler, alpha_initializer="ones",
+        **TEXT, cross_layer_interval=1, use_resampler=resampler, alpha_initializer="ones",
         additional_vocab_size=0, pad_token_id=0, tie_word_embeddings=False, qk_layer_norms=True,
         vision_config={"embed_dim": 48, "image_size": 32, "patch_size": 8, "num_hidden_layers": 1,
                        "num_attention_heads": 4, "intermediate_size": 64},
@@ -306,7 +315,11 @@ def bert() -> Any:
     ids, features = torch.randint(3, 90, (3, 9)), torch.randn(3, 11, 64)
     inputs = {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": features,
               "encoder_attention_mask": seen, "use_cache": False}  # fmt: skip
-    other = {**inputs, "input_ids": torch.where(mask.bool(), ids, 2), "encoder_hidden_states": spoil(features, seen, 30.0)}
+    other = {
+        **inputs,
+        "input_ids": torch.where(mask.bool(), ids, 2),
+        "encoder_hidden_states": spoil(features, seen, 30.0),
+    }
     return model, inputs, other
 
 
@@ -370,7 +383,8 @@ ENTRIES = [
     Entry("siglip", siglip, lambda o: [o.logits_per_image, o.text_embeds, o.image_embeds],
           ("AttentionHook", "SiglipPoolingHead", "MultiheadAttention")),
     Entry("blip-itm", blip_itm, _texts([9, 4, 6, 2]), ("BlipTextEncoder", "BlipTextAttention")),
-    Entry("blip-ragged", blip_ragged, _texts([9, 4, 6, 2]), ("BlipTextEncoder", "BlipTextAttention")),
+    Entry("blip-masked-features", blip_masked_features, _texts([9, 4, 6, 2]), ("BlipTextAttention",)),
+    Entry("blip-two-images", blip_two_images, _texts([9, 4, 6, 2]), ("BlipTextEncoder", "BlipTextAttention")),
     Entry("mllama", mllama, lambda o: [o], ("MllamaCrossAttention",)),
     Entry("mllama-imageless-rows", mllama_imageless_rows, lambda o: [o], ("MllamaCrossAttention",)),
     Entry("idefics", idefics, lambda o: [o.logits], ("IdeficsCrossLayer", "IdeficsCrossAttention", "IdeficsResampler")),

@@ -33,10 +33,12 @@ class BlipTextEncoder(Adapter):
         features, batch = encoder_hidden_states, hidden_states.shape[0]
         plain = past_key_values is None and not use_cache and not wants_maps(None, kwargs)
         if plain and features is not None and batch > 1:
+            # transformers 5 loses a BLIP encoder mask on the way to its cross-attention: texts see padded features.
+            # Where nothing is padded that makes no difference; elsewhere the layers decide, as they do there.
             visible = recognise(mask, batch, hidden_states.shape[1], features.shape[1])
-            groups = None if visible.bias is not None or visible.ranges is not None else shared(features, batch, visible)
+            groups = shared(features, batch) if visible.everything else None
             if groups is not None:
-                encoder_hidden_states, mask = share(features, groups, visible, hidden_states.shape[1])
+                encoder_hidden_states, mask = share(features, groups, hidden_states.shape[1])
         return super().forward(  # type: ignore[misc]
             hidden_states,
             attention_mask=attention_mask,
@@ -48,46 +50,35 @@ class BlipTextEncoder(Adapter):
         )
 
 
-def shared(features: Tensor, batch: int, visible: Visible) -> list[int] | None:
-    """Sizes of runs of batch entries with equal features and masks; None where every entry differs.
+def shared(features: Tensor, batch: int) -> list[int] | None:
+    """Sizes of runs of batch entries with equal features; None where every entry differs.
 
     A stride of 0 shows it for nothing. Repeated copies are compared, on the CPU and only where no gradient has to
     reach each copy: one comparison costs a thousandth of a projection.
     """
-    keys = visible.keys
-    if keys is not None and (keys.device.type != "cpu" or torch.compiler.is_compiling()):
-        return None
     if features.shape[0] == 1 or features.stride(0) == 0:
-        return [batch] if keys is None or bool((keys == keys[:1]).all()) else None
+        return [batch]
     if features.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     if features.requires_grad and torch.is_grad_enabled():
         return None
     sizes = [1]
     for i in range(1, batch):
-        same = torch.equal(features[i, 0], features[i - 1, 0]) and torch.equal(features[i], features[i - 1])
-        if same and (keys is None or torch.equal(keys[i], keys[i - 1])):
+        if torch.equal(features[i, :1], features[i - 1, :1]) and torch.equal(features[i], features[i - 1]):
             sizes[-1] += 1
         else:
             sizes.append(1)
     return sizes if len(sizes) < batch else None
 
 
-def share(features: Tensor, sizes: list[int], visible: Visible, queries: int) -> tuple[Tensor, PackedMask]:
+def share(features: Tensor, sizes: list[int], queries: int) -> tuple[Tensor, PackedMask]:
     """The distinct features, packed, and the mask under which each run of queries is one sequence."""
-    counts = torch.tensor(sizes, device=features.device)
-    ends = counts.cumsum(0)
-    firsts = ends - counts
-    distinct = features[:1] if len(sizes) == 1 else features[firsts]
-    batch, length = distinct.shape[:2]
-    if visible.keys is None:
-        rows, lengths = distinct.flatten(0, 1), torch.full((batch,), length, device=features.device)
-    else:
-        present = visible.keys[firsts]
-        rows, lengths = distinct[present], present.sum(1)
-    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    ends = torch.tensor(sizes, device=features.device).cumsum(0)
+    distinct = features[:1] if len(sizes) == 1 else features[ends - 1]
+    length = distinct.shape[1]
+    starts = torch.arange(len(sizes) + 1, dtype=torch.int32, device=features.device) * length
     starts_q = torch.nn.functional.pad(ends * queries, (1, 0)).to(torch.int32)
-    return rows[None], PackedMask(starts, length, starts_q, max(sizes) * queries)
+    return distinct.flatten(0, 1)[None], PackedMask(starts, length, starts_q, max(sizes) * queries)
 
 
 class BlipTextAttention(Adapter):
@@ -107,7 +98,7 @@ class BlipTextAttention(Adapter):
         """As the original's."""
         me: Any = self
         crossing = encoder_hidden_states is not None
-        mask = encoder_attention_mask if crossing else attention_mask
+        mask = encoder_attention_mask if crossing and not isinstance(attention_mask, PackedMask) else attention_mask
         packed = isinstance(mask, PackedMask)
         features = encoder_hidden_states if crossing else hidden_states
         assert features is not None
@@ -125,7 +116,7 @@ class BlipTextAttention(Adapter):
             )
         if out is not None:
             return out, None
-        return super().forward(  # type: ignore[misc, no-any-return]
+        return super().forward(  # type: ignore
             hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
         )
 
@@ -140,10 +131,15 @@ class BlipVisionAttention(Adapter):
         me: Any = self
         rows = hidden_states[:, None]
         if wants_maps(None, kwargs) or not worth(rows, rows):
-            return super().forward(hidden_states, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states, **kwargs)  # type: ignore
         query, key, value = me.qkv(hidden_states).unflatten(-1, (3, me.num_heads, me.head_dim)).unbind(2)
         dropout = me.dropout.p if me.training else 0.0
         out = attend_padded(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), Visible(), scale=me.scale, dropout_p=dropout
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            Visible(),
+            scale=me.scale,
+            dropout_p=dropout,
         )
         return me.projection(out.flatten(2)), None

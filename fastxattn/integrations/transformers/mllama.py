@@ -41,8 +41,8 @@ class MllamaCrossAttention(Adapter):
         if states is not None and ours and states.shape[0] == batch and _starts(past_key_values, me.layer_idx):
             attention_mask = _without_image_rows(me, attention_mask)
             visible = recognise(attention_mask, batch, hidden_states.shape[1], states.shape[1])
-        if states is None or visible is None or visible.bias is not None or visible.keys is None:
-            return super().forward(  # type: ignore[misc, no-any-return]
+        if states is None or visible is None or visible.keys is None or not visible.bias is visible.uniform is None:
+            return super().forward(  # type: ignore
                 hidden_states, states, past_key_values, attention_mask, use_cache, **kwargs
             )
         rows = visible.keys.reshape(-1).nonzero().squeeze(1)
@@ -69,7 +69,7 @@ class MllamaCrossAttention(Adapter):
             kv_range=visible.packed_ranges(),
             dropout_p=me.dropout if me.training else 0.0,
         )
-        return me.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None  # type: ignore[union-attr]
+        return me.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None
 
 
 def no_image_rows(model: nn.Module, rule: str) -> None:
@@ -102,4 +102,4 @@ def _starts(cache: Any, layer: int) -> bool:
 
 def _scatter(packed: Tensor, rows: Tensor, batch: int, length: int) -> Tensor:
     dense = packed.new_zeros(batch * length, *packed.shape[1:]).index_copy(0, rows, packed)
-    return dense.unflatten(0, (batch, length)).transpose(1, 2)
+    return dense.unflatten(0, (batch, length)).transpose(1, 2)  # type: ignore
