@@ -215,7 +215,7 @@ def run(output: Path | str | None = None, *, seed: int = 0, steps: int = 300) ->
 
     test_images, test_captions = distinct(100)
     report.recall["scenes, before training"] = recall_at_k(*features(model, words, test_images, test_captions), (1, 5))
-    pool = scenes(4096)  # rendering costs more than training: draw once, then sample from it
+    pool = scenes(2048)  # rendering costs more than training: draw once, then sample from it
 
     def from_pool(size: int) -> tuple[Tensor, list[str]]:
         rows = torch.randint(0, len(pool[1]), (size,), generator=generator)

@@ -35,9 +35,10 @@ float one_float(const OptionalTensor& t, const char* name, float missing) {
   return *static_cast<const float*>(t->const_data_ptr());
 }
 
+// Small batches get several blocks to share between threads, but not blocks so small that packing them shows.
 int64_t block_of(int64_t count) {
-  const int64_t eighth = (count + 7) / 8;
-  return std::clamp<int64_t>((eighth + 63) / 64 * 64, 64, kMaxBlock);
+  const int64_t quarter = (count + 3) / 4;
+  return std::clamp<int64_t>((quarter + 63) / 64 * 64, kMaxBlock / 2, kMaxBlock);
 }
 
 Tensor floats(const Tensor& like, std::initializer_list<int64_t> size, bool zero) {
