@@ -117,7 +117,7 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
 def table(facts: dict[str, Any]) -> str:
     records = [r for r in read_csv(CSV) if r.provider == "fastxattn"]
     lines = [
-        "| system | swapped classes | pass | dtype | sdpa ms | ms | speed-up | error (float64) | in attention | bound by |",
+        "| system | swapped classes | pass | dtype | sdpa ms | ms | speed-up | error | in attention | bound by |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
     by_name = {system.name: system for system in SYSTEMS}

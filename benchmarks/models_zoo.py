@@ -317,7 +317,7 @@ SYSTEMS = [
     System("nn.MultiheadAttention, 32 queries on 64..1024", _mha, dtypes=BOTH, train=True),
     System("nn.TransformerDecoderLayer, 32 on 64..1024", _decoder_layer),
     System("TorchMultimodal-style fusion block", _fusion_block),
-    System("CLIP text tower (ViT-B/32), batch 32, text 5..77", _clip_text, "all layers run on the tokens that count", BOTH),
+    System("CLIP text tower (ViT-B/32), batch 32, text 5..77", _clip_text, "all layers run on tokens that count", BOTH),
     System("CLIP ViT-B/32 whole, batch 8", _clip, "the image tower has no padding to drop",
            keep=lambda o: [o.logits_per_image]),
     System("SigLIP base whole, batch 4", _siglip, "no padding: texts are padded on purpose, images are whole",
