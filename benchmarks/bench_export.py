@@ -18,12 +18,15 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+import fastxattn
 from benchmarks.common import main
 from fastxattn.bench import Case, Workload
+from fastxattn.export import to_onnx
 from fastxattn.export.rooms import functions
 from fastxattn.export.session import session_options
 from fastxattn.testing import measure_error
 
+ROOT = Path(__file__).resolve().parents[1]
 HEADS, DIM, SEQUENCES = 12, 64, 16
 TEXT = [5 + i * 72 // 15 for i in range(SEQUENCES)]
 IMAGE = [64 + i * 960 // 15 for i in range(SEQUENCES)]
@@ -90,7 +93,8 @@ class Inputs:
         generator = torch.Generator().manual_seed(0)
         self.lengths = lengths_q, lengths_k
         rows = sum(lengths_q), sum(lengths_k), sum(lengths_k)
-        packed = [torch.randn(n, HEADS, DIM, generator=generator) for n in rows]
+        packed = [torch.randn(n, ROOT = Path(__file__).resolve().parents[1]
+HEADS, DIM, generator=generator) for n in rows]
         offsets = [torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in self.lengths]
         self.packed = dict(zip(("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k"), packed + offsets, strict=True))
         self.each = [t.split(n) for t, n in zip(packed, (lengths_q, lengths_k, lengths_k), strict=True)]
@@ -153,11 +157,71 @@ def overhead_workload(nodes: int = 1000) -> Workload:
     return Workload({"fastxattn library": ours, "Neg": rival}, rival="Neg", check=check)
 
 
+class QFormer(torch.nn.Module):
+    """BLIP-2's Q-Former as transformers has it: learned queries read padded image features."""
+
+    def __init__(self, accelerated: bool) -> None:
+        super().__init__()
+        import transformers
+
+        torch.manual_seed(0)
+        config = transformers.Blip2QFormerConfig()
+        self.model = transformers.Blip2QFormerModel(config)
+        self.queries = torch.nn.Parameter(torch.randn(1, 32, config.hidden_size))
+        self.eval()
+        if accelerated:
+            fastxattn.accelerate(self.model)
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        queries = self.queries.expand(image.shape[0], -1, -1)
+        features = {"encoder_hidden_states": image, "encoder_attention_mask": mask[:, None, None, :]}
+        return self.model(query_embeds=queries, **features).last_hidden_state
+
+
+def qformer_files() -> tuple[Path, Path]:
+    """The Q-Former exported from eager SDPA and accelerated, kept in build/ (each takes a minute or two to export)."""
+    folder = ROOT / "build/bench_export"
+    folder.mkdir(parents=True, exist_ok=True)
+    eager, fast = folder / "qformer_sdpa.onnx", folder / "qformer_fastxattn.onnx"
+    example = torch.randn(2, 70, 1408), torch.ones(2, 70, dtype=torch.bool)
+    if not eager.exists():
+        to_onnx(QFormer(False), example, eager)
+    if not fast.exists():
+        to_onnx(QFormer(True), example, fast)
+    return eager, fast
+
+
+def qformer_workload() -> Workload:
+    eager, fast = qformer_files()
+    lengths = torch.tensor([64 + i * 960 // 11 for i in range(12)])
+    mask = torch.arange(1024) < lengths[:, None]
+    feeds = {"image": torch.randn(12, 1024, 1408), "mask": mask}
+    ours = Runtime(fast, feeds, library=True)
+    providers: dict[str, Callable[[], object]] = {
+        "fastxattn library": ours,
+        "portable body": Runtime(fast, feeds),
+        "exported from SDPA": Runtime(eager, feeds),
+    }
+
+    def check() -> str:
+        module = QFormer(False)
+        with torch.no_grad():
+            plain = module(**feeds)
+            exact = module.double()(feeds["image"].double(), mask)
+        error = (ours.outputs()[0].double() - exact).abs().max().item()
+        allowed = max(1e-5 * exact.abs().max().item(), 2 * (plain.double() - exact).abs().max().item())
+        return "ok" if error <= allowed else f"error {error:.2e} > {allowed:.2e}"
+
+    return Workload(providers, rival="exported from SDPA", check=check)
+
+
 def cases(full: bool = False) -> Iterator[Case]:
     f32 = torch.float32
     yield Case("export", "node, text to image", "forward", f32, lambda: attention_workload(TEXT, IMAGE[::-1]))
     yield Case("export", "node, image to text", "forward", f32, lambda: attention_workload(IMAGE, TEXT[::-1]))
     yield Case("export", "1000 nodes of 1x1", "forward", f32, overhead_workload)
+    if full:
+        yield Case("export", "BLIP-2 Q-Former, 12 images of 64..1024 patches", "forward", f32, qformer_workload)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
+import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -107,6 +109,86 @@ def demo(
         console.print(f"The accelerated outputs {verdict} eager's, both measured against float64. Chart: {picture}")
     if not result.agrees:
         raise typer.Exit(1)
+
+
+Factory = Annotated[
+    str, typer.Argument(metavar="MODULE:FUNCTION", help="function without arguments returning (module, example inputs)")
+]
+Overwrite = Annotated[bool, typer.Option(help="replace the file if it exists")]
+
+
+def _built(factory: str) -> tuple[Any, tuple[Any, ...]]:
+    """What MODULE:FUNCTION returns; modules in the current folder can be named."""
+    module, _, function = factory.partition(":")
+    if not function:
+        raise typer.BadParameter(f"must look like package.module:function; got {factory!r}")
+    sys.path.insert(0, str(Path.cwd()))
+    built, inputs = getattr(importlib.import_module(module), function)()
+    return built.eval(), tuple(inputs)
+
+
+@app.command()
+def export(factory: Factory, path: Path, opset: int = 18, overwrite: Overwrite = False) -> None:
+    """Write a model to ONNX: portable, and fast with our operator library.
+
+    Example: fastxattn export my_model:build model.onnx
+    """
+    from fastxattn import export as exporter
+
+    module, inputs = _built(factory)
+    typer.echo(exporter.to_onnx(module, inputs, path, opset=opset, overwrite=overwrite))
+
+
+@app.command()
+def verify(factory: Factory, path: Path) -> None:
+    """Compare an ONNX file with its model in float64, with and without our operator library; exit 1 on failure.
+
+    Example: fastxattn verify my_model:build model.onnx
+    """
+    from fastxattn import export as exporter
+
+    module, inputs = _built(factory)
+    result = exporter.verify(path, module, inputs)
+    typer.echo(result)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def inspect(path: Path) -> None:
+    """Lint any ONNX file for what breaks with attention; exit 1 on errors."""
+    from fastxattn import export as exporter
+
+    result = exporter.inspect(path)
+    typer.echo(result)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def optimize(path: Path, out: Annotated[Path | None, typer.Option()] = None, overwrite: Overwrite = False) -> None:
+    """Rewrite the attention of an ONNX file into fastxattn nodes; outputs are compared before writing."""
+    from fastxattn import export as exporter
+
+    typer.echo(exporter.optimize(path, out, overwrite=overwrite))
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="attention, contrastive, ...; all when none is named")
+    ] = None,
+    full: Annotated[bool, typer.Option(help="more shapes, slower rivals")] = False,
+) -> None:
+    """Run the benchmarks of a source checkout: CSVs in benchmarks/results, tables here, charts in docs/images."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    known = sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py"))
+    if not known:
+        raise typer.BadParameter("benchmarks/ is not beside the package: run this from a source checkout")
+    for name in names or known:
+        if name not in known:
+            raise typer.BadParameter(f"must be one of {', '.join(known)}; got {name!r}")
+    for name in names or known:
+        command = [sys.executable, "-m", f"benchmarks.bench_{name}", *(["--full"] if full else [])]
+        subprocess.run(command, cwd=folder.parent, check=True)
 
 
 def main() -> None:

@@ -56,7 +56,9 @@ class Batch:
             "query_length": QUERIES,
             "attention_mask": self.attention_mask,
             "encoder_hidden_states": self.encoder_hidden_states.to(dtype),
-            "encoder_attention_mask": self.encoder_attention_mask,
+            # Four axes: given two, transformers 5 expands the mask to queries plus words, which the queries' own
+            # cross-attention then refuses. A mask with an axis of one broadcasts.
+            "encoder_attention_mask": self.encoder_attention_mask.bool()[:, None, None, :],
         }
 
 

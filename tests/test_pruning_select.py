@@ -86,7 +86,9 @@ def test_large_segments_and_ranks(backend: str) -> None:
         part = kept.rank[kept.cu_seqlens[b] : kept.cu_seqlens[b + 1]]
         assert sorted(part.tolist()) == list(range(part.numel()))
         order = reference.order(scores[cu[b] : cu[b + 1]])[: part.numel()] + cu[b]
-        assert torch.equal(kept.keep_index[kept.cu_seqlens[b] : kept.cu_seqlens[b + 1]][part.argsort()], order.to(torch.int32))
+        assert torch.equal(
+            kept.keep_index[kept.cu_seqlens[b] : kept.cu_seqlens[b + 1]][part.argsort()], order.to(torch.int32)
+        )
 
 
 def test_a_sequence_does_not_notice_its_neighbours(backend: str) -> None:

@@ -222,10 +222,6 @@ static void accumulate_seen_keys(const float* tile, const Element<T>* pairs, int
   }
 }
 
-static void clear(float* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
-}
-
 // sums[h][key] += sum over the lanes of head h (or of all heads) of dS.
 static void add_key_bias(const float* dscores, int64_t keys, const Lanes& lanes, bool by_head, float* sums,
                          int64_t stride) {
@@ -299,12 +295,6 @@ static void backward_tile(const AttentionParams& p, const AttentionGradients& g,
                                        acc_value, s.wide_value);
     }
   }
-}
-
-// to[c] = acc[c] * factor for one row of n values.
-template <class U>
-static void write_row(const float* acc, float factor, U* to, int64_t n) {
-  for (int64_t c = 0; c < n; c += W) store_first_from_f32(to + c, load(acc + c) * splat(factor), n - c);
 }
 
 // Writes the gradients of a panel of keys: to the outputs, or as partial sums (unscaled).

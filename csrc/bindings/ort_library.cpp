@@ -62,18 +62,20 @@ Status* create(const CustomOp* op, const Api* api, const KernelInfo* info, void*
 Status* compute(void* kernel, KernelContext* context) {
   const Node& node = *static_cast<const Node*>(kernel);
   const Spec& spec = *node.entry->spec;
-  const std::string who = std::string("fastxattn::") + spec.name + ": ";
+  const auto who = [&spec] { return std::string("fastxattn::") + spec.name + ": "; };
   try {
     Call call{node.api, node.entry->shape_references, context, &spec, node.entry->dtype, node.floats.data(),
               node.integers.data()};
+    check(node.api, node.api->input_count(context, &call.inputs));
+    check(node.api, node.api->output_count(context, &call.outputs));
     spec.compute(call);
     return nullptr;
   } catch (const BadInput& error) {
-    return node.api->create_status(ErrorCode::invalid_argument, (who + error.what()).c_str());
+    return node.api->create_status(ErrorCode::invalid_argument, (who() + error.what()).c_str());
   } catch (const std::exception& error) {
-    return node.api->create_status(ErrorCode::runtime_exception, (who + error.what()).c_str());
+    return node.api->create_status(ErrorCode::runtime_exception, (who() + error.what()).c_str());
   } catch (...) {
-    return node.api->create_status(ErrorCode::fail, (who + "unknown failure").c_str());
+    return node.api->create_status(ErrorCode::fail, (who() + "unknown failure").c_str());
   }
 }
 
@@ -112,7 +114,7 @@ Entry make_entry(const Spec& spec, DType dtype, bool shape_references) {
 const std::vector<Entry>& entries(bool shape_references) {
   static const std::vector<Entry> all = [shape_references] {
     std::vector<Entry> list;
-    for (const Spec* spec : {&attention_spec()}) {
+    for (const Spec* spec : {&attention_spec(), &importance_spec(), &context_attention_spec(), &select_spec()}) {
       bool typed = false;
       for (const Argument& input : spec->inputs) typed = typed || input.kind == Kind::tensor;
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {

@@ -32,24 +32,22 @@ Tensor Call::input(int index) const {
   const Argument& argument = spec->inputs[index];
   tensor.name = argument.name;
   const Value* value = nullptr;
-  size_t count = 0;
-  check(api, api->input_count(context, &count));
-  if (static_cast<size_t>(index) < count) check(api, api->input(context, index, &value));
+  if (static_cast<size_t>(index) < inputs) check(api, api->input(context, index, &value));
   if (value == nullptr) {
     if (argument.required) throw BadInput(std::string(argument.name) + " is missing");
     return tensor;
   }
-  int dense = 0;
-  check(api, api->is_tensor(value, &dense));
-  if (!dense) throw BadInput(std::string(argument.name) + " must be a tensor");
   size_t rank = 0;
   if (shape_references) {
-    const int64_t* sizes = nullptr;
+    const int64_t* sizes = nullptr;  // the call refuses what is not a tensor
     check(api, api->shape_reference(value, &tensor.type, &sizes, &rank));
     if (rank <= kMaxRank) {
       for (size_t i = 0; i < rank; ++i) tensor.size[i] = sizes[i];
     }
   } else {
+    int dense = 0;
+    check(api, api->is_tensor(value, &dense));
+    if (!dense) throw BadInput(std::string(argument.name) + " must be a tensor");
     ShapeInfo* info = nullptr;
     check(api, api->tensor_shape(value, &info));
     Status* status = api->shape_element_type(info, &tensor.type);
@@ -70,15 +68,30 @@ Tensor Call::input(int index) const {
 }
 
 void* Call::output(int index, std::initializer_list<int64_t> sizes) const {
-  size_t count = 0;
-  check(api, api->output_count(context, &count));
-  if (static_cast<size_t>(index) >= count) return nullptr;
+  const Argument& argument = spec->outputs[index];
   Value* value = nullptr;
-  check(api, api->output(context, index, sizes.begin(), sizes.size(), &value));
-  if (value == nullptr) return nullptr;
+  if (static_cast<size_t>(index) < outputs) {
+    check(api, api->output(context, index, sizes.begin(), sizes.size(), &value));
+  }
+  if (value == nullptr) {
+    require(!argument.required, std::string("the output ") + argument.name + " must be connected");
+    return nullptr;
+  }
   void* data = nullptr;
   check(api, api->tensor_data(value, &data));
   return data;
+}
+
+int64_t check_offsets(const Tensor& offsets, int64_t rows) {
+  offsets.expect({-1}, "(batch + 1,)");
+  const int64_t batch = offsets.size[0] - 1;
+  require(batch >= 0, std::string(offsets.name) + " must have at least 1 entry");
+  const int32_t* at = offsets.as<int32_t>();
+  bool sound = at[0] == 0 && at[batch] <= rows;
+  for (int64_t b = 0; b < batch; ++b) sound = sound && at[b] <= at[b + 1];
+  require(sound, std::string(offsets.name) + " must start at 0, never decrease and end within the " +
+                     std::to_string(rows) + " rows");
+  return batch;
 }
 
 namespace {

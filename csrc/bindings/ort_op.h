@@ -74,6 +74,7 @@ struct Call {
   DType dtype;
   const float* floats;      // attributes in the order of the spec
   const int64_t* integers;
+  size_t inputs = 0, outputs = 0;  // how many the node has, absent ones in the middle included
 
   Tensor input(int index) const;
   // Allocates an output; null when nobody reads it.
@@ -85,7 +86,18 @@ struct Call {
 // Throws what a status says, releasing it.
 void check(const Api* api, Status* status);
 
+// Throws BadInput unless the condition holds.
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw BadInput(message);
+}
+
+// (batch + 1,) offsets that start at 0, never decrease and end within `rows`. The batch is returned.
+int64_t check_offsets(const Tensor& offsets, int64_t rows);
+
 // All operators, defined next to their kernels' bindings.
 const Spec& attention_spec();
+const Spec& importance_spec();
+const Spec& context_attention_spec();
+const Spec& select_spec();
 
 }  // namespace fastxattn::ort

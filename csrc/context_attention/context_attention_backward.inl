@@ -18,13 +18,16 @@ static void row_deltas(const ContextAttentionParams& p, const ContextAttentionGr
   for (int64_t row = first; row < first + count; ++row) {
     const T* a = static_cast<const T*>(g.grad_out) + row * p.width;
     const T* b = static_cast<const T*>(p.out) + row * p.width;
-    vf sum = zero();
+    double total = 0.0;  // its rounding would shift all gradients of the row the same way
     int64_t c = 0;
-    for (; c + W <= p.width; c += W) sum = fma(load_as_f32(a + c), load_as_f32(b + c), sum);
-    float total = reduce_add(sum);
-    for (; c < p.width; ++c) total += to_f32(a[c]) * to_f32(b[c]);
+    while (c + W <= p.width) {
+      vf sum = zero();
+      for (int piece = 0; piece < 4 && c + W <= p.width; ++piece, c += W) sum = fma(load_as_f32(a + c), load_as_f32(b + c), sum);
+      total += static_cast<double>(reduce_add(sum));
+    }
+    for (; c < p.width; ++c) total += static_cast<double>(to_f32(a[c])) * static_cast<double>(to_f32(b[c]));
     const int64_t at = row % p.heads * p.rows_q + row / p.heads;
-    delta[row] = total - (g.grad_lse == nullptr ? 0.0f : g.grad_lse[at]);
+    delta[row] = static_cast<float>(total - (g.grad_lse == nullptr ? 0.0 : static_cast<double>(g.grad_lse[at])));
   }
 }
 
@@ -42,18 +45,20 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
   float* products = scores + kContextKeys * kContextLanes;
   E* pairs = reinterpret_cast<E*>(products + kContextKeys * kContextLanes);
   float* top = products + 3 * kContextKeys * kContextLanes;
-  float* inverse = top + kContextLanes;
-  float* deltas = inverse + kContextLanes;
+  float* total = top + kContextLanes;
+  float* deltas = total + kContextLanes;
 
   const T* outs[kContextLanes];
   for (int64_t i = 0; i < rows.lanes; ++i) {
-    top[i] = inverse[i] = deltas[i] = 0.0f;
+    top[i] = __builtin_inff();  // weights exp(-inf) = 0
+    total[i] = 1.0f;
+    deltas[i] = 0.0f;
     if (i >= rows.n) continue;
     const int64_t row = panel.row + i;
     outs[i] = static_cast<const T*>(g.grad_out) + row * p.width;
     const int64_t at = row % p.heads * p.rows_q + row / p.heads;
-    top[i] = p.softmax[at], inverse[i] = p.softmax[p.heads * p.rows_q + at];
-    if (inverse[i] != 0.0f) deltas[i] = delta[row];
+    const float sum = p.softmax[p.heads * p.rows_q + at];
+    if (sum != 0.0f) top[i] = p.softmax[at], total[i] = sum, deltas[i] = delta[row];
   }
   bool packed = false, zeroed = first != 0;
   const int64_t last = first + kContextSpan < panel.keys ? first + kContextSpan : panel.keys;
@@ -70,11 +75,9 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
     }
     const bool masked = !rows.all_see(place, count);
     const KeyBlock<T> keys(p, key_row, count, masked, block);
-    gemm<E, AOrder::rows, Init::zero>(count, rows.lanes, depth, keys.left, keys.left_stride, query, rows.lanes, scores,
-                                      rows.lanes);
+    products_with_rows(keys, count, rows.lanes, depth, query, scores);
     finish_scores(p, rows, key_row, place, count, masked, scores);
-    gemm<E, AOrder::rows, Init::zero>(count, rows.lanes, depth, keys.left, keys.left_stride, grad_out, rows.lanes, products,
-                                      rows.lanes);
+    products_with_rows(keys, count, rows.lanes, depth, grad_out, products);
     E* kept_weights = reinterpret_cast<E*>(span.weights) + offset * rows.lanes / kPer<E>;
     E* kept_grad = reinterpret_cast<E*>(span.grad) + offset * rows.lanes / kPer<E>;
     for (int64_t j = 0; j < count; ++j) {
@@ -82,9 +85,13 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
       for (int64_t i = 0; i < rows.lanes; i += W) {
         const int64_t at = j * rows.lanes + i;
         const vf s = load(scores + at);
-        const vf weight = exp(s - load(top + i)) * load(inverse + i);
+        vf weight = exp(s - load(top + i)) / load(total + i);
         vf grad = weight * (load(products + at) - load(deltas + i));
-        if (masked) grad = s == splat(-__builtin_inff()) ? zero() : grad;
+        if (masked) {
+          const vi hidden = s == splat(-__builtin_inff());
+          weight = hidden ? zero() : weight;  // a row that saw NaN has NaN for its total
+          grad = hidden ? zero() : grad;
+        }
         sum += grad;
         grad *= splat(p.scale);
         put_span(kept_weights + at / kPer<E>, weight);

@@ -20,7 +20,7 @@ struct ComputeOf<bf16_t> {
 };
 #endif
 template <class E>
-inline constexpr int kPer = sizeof(E) == sizeof(float) && !__is_same(E, float) ? 2 : 1;  // elements per E along depth
+inline constexpr int kPer = __is_same(E, float) ? 1 : 2;  // elements per E along depth
 
 FXA_INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -188,6 +188,20 @@ struct KeyBlock {
     }
   }
 };
+
+// out[key][lane] = context[key] . row[lane]. The depth is cut so that a piece of the rows stays in the first caches,
+// and so that the rounding of a sum over thousands of features grows with the pieces, not with the features.
+template <class T, class E>
+static void products_with_rows(const KeyBlock<T, E>& keys, int64_t count, int64_t lanes, int64_t depth, const E* rows,
+                               float* out) {
+  constexpr int64_t kPiece = kPer<E> == 2 ? 256 : 32;
+  gemm<E, AOrder::rows, Init::zero>(count, lanes, depth < kPiece ? depth : kPiece, keys.left, keys.left_stride, rows, lanes,
+                                    out, lanes);
+  for (int64_t k = kPiece; k < depth; k += kPiece) {
+    gemm<E, AOrder::rows, Init::add>(count, lanes, depth - k < kPiece ? depth - k : kPiece, keys.left + k, keys.left_stride,
+                                     rows + k * lanes, lanes, out, lanes);
+  }
+}
 
 // scores[key][lane] with scale and bias, -inf where the row does not see the key.
 template <class T>

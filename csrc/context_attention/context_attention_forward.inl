@@ -15,16 +15,16 @@ static bool online_softmax(int64_t lanes, int64_t count, float* scores, E* weigh
     for (int64_t j = 0; j < count; ++j) after = max(load(scores + j * lanes + i), after);  // NaN leaves it alone
     const vf base = after == splat(-__builtin_inff()) ? zero() : after;
     const vf factor = exp(before - base);
-    vf sum = zero();
+    vf sums[4] = {zero(), zero(), zero(), zero()};  // short sums round less
     for (int64_t j = 0; j < count; ++j) {
       const vf w = exp(load(scores + j * lanes + i) - base);
-      sum += w;
+      sums[j % 4] += w;
       put_weights(weights, lanes, j, i, w);
       if constexpr (kPer<E> == 2) store(scores + j * lanes + i, w);  // in float32, for rows of NaN
     }
     if (kPer<E> == 2 && count % 2 != 0) put_weights(weights, lanes, count, i, zero());
     store(top + i, after);
-    store(total + i, fma(load(total + i), factor, sum));
+    store(total + i, fma(load(total + i), factor, (sums[0] + sums[1]) + (sums[2] + sums[3])));
     store(alpha + i, factor);
     const vi changed = factor != splat(1.0f);
     for (int l = 0; l < W; ++l) rescale |= changed[l] != 0;
@@ -40,15 +40,15 @@ static void write_result(const ContextAttentionParams& p, const ContextPanel& pa
     const int64_t row = panel.row + i;
     T* out = static_cast<T*>(p.out) + row * p.width;
     const bool empty = total[i] == 0.0f;
-    const float inverse = empty ? 0.0f : 1.0f / total[i];
+    const float divisor = empty ? 1.0f : total[i];
     const float* from = sums + i * padded;
     int64_t c = 0;
-    for (; c + W <= p.width; c += W) store_from_f32(out + c, load(from + c) * splat(inverse));
-    for (; c < p.width; ++c) out[c] = from_f32<T>(from[c] * inverse);
+    for (; c + W <= p.width; c += W) store_from_f32(out + c, load(from + c) / splat(divisor));
+    for (; c < p.width; ++c) out[c] = from_f32<T>(from[c] / divisor);
     const int64_t at = row % p.heads * p.rows_q + row / p.heads;
     p.lse[at] = empty ? -__builtin_inff() : top[i] + __builtin_logf(total[i]);
     p.softmax[at] = empty ? 0.0f : top[i];
-    p.softmax[p.heads * p.rows_q + at] = inverse;
+    p.softmax[p.heads * p.rows_q + at] = total[i];
   }
 }
 
@@ -78,8 +78,7 @@ static void forward_panel(const ContextAttentionParams& p, const ContextPanel& p
     const bool masked = !rows.all_see(place, count);
     const int64_t key_row = panel.first_key + place;
     const KeyBlock<T> keys(p, key_row, count, masked, block);
-    gemm<E, AOrder::rows, Init::zero>(count, rows.lanes, depth, keys.left, keys.left_stride, query, rows.lanes, scores,
-                                      rows.lanes);
+    products_with_rows(keys, count, rows.lanes, depth, query, scores);
     finish_scores(p, rows, key_row, place, count, masked, scores);
     const bool rescale = online_softmax(rows.lanes, count, scores, weights, top, total, alpha);
     if (rescale && !first) {

@@ -121,6 +121,9 @@ void finish_rows(const ContrastiveSide& side, int64_t d, int64_t depth, T* out, 
 // The accumulated gradient in the features' dtype, or as float32 when `keep_float`.
 Tensor finish_gradient(const ContrastiveParams& p, const ContrastiveSide& side, const Tensor& like, const Tensor& sums,
                        bool keep_float, const Parallel& parallel) {
+  if (side.count == 0) {
+    return keep_float ? floats(like, {0, p.d}, false) : torch::stable::new_empty(like, std::vector<int64_t>{0, p.d});
+  }
   if (side.grad_data == nullptr) return floats(like, {0}, false);
   constexpr int64_t kChunk = 64;
   const auto each = [&](auto type, void* out) {

@@ -13,6 +13,7 @@ except ImportError as error:
         "pip install 'fastxattn[onnx]', or 'fastxattn[onnx-gpu]'"
     ) from error
 
+from fastxattn.export.aoti import Package, load_kernels, to_aoti
 from fastxattn.export.inspect import Finding, Inspection, inspect
 from fastxattn.export.onnx import Exported, to_onnx
 from fastxattn.export.optimize import Optimized, optimize
@@ -24,12 +25,15 @@ __all__ = [
     "Finding",
     "Inspection",
     "Optimized",
+    "Package",
     "Session",
     "Verification",
     "inspect",
+    "load_kernels",
     "optimize",
     "ort_library_path",
     "session_options",
+    "to_aoti",
     "to_onnx",
     "verify",
 ]

@@ -10,9 +10,11 @@ from typing import Any
 import onnx
 import torch
 
+from fastxattn.export import aten
+
 DOMAIN = "fastxattn"
 FORMS = ("loop", "padded")
-ROOMS = ("attention",)
+ROOMS = ("attention", "context_attention", "importance", "late_interaction", "pruning", "retrieval")
 
 
 @functools.cache
@@ -22,11 +24,14 @@ def _faces() -> tuple[Any, ...]:
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """From each compiled operator to the function that writes its node: torch's ``custom_translation_table``."""
-    return {
+    for room in ROOMS:
+        importlib.import_module(f"fastxattn.ops.{room}.schema")  # defines the operators
+    ours = {
         getattr(torch.ops.fastxattn, name).default: translate
         for face in _faces()
         for name, translate in face.TRANSLATIONS.items()
     }
+    return {**aten.TRANSLATIONS, **ours}
 
 
 def functions(form: str, opset: int) -> dict[str, onnx.FunctionProto]:

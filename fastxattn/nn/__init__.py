@@ -3,6 +3,7 @@
 from fastxattn.nn.bidirectional import BidirectionalCrossAttention, SharedCrossAttention
 from fastxattn.nn.gate import ModalityGate
 from fastxattn.nn.gated import GatedCrossAttentionBlock
+from fastxattn.nn.losses import BLIP2ITCLoss, FILIPLoss, InfoNCELoss, MultiTaskLoss, SigmoidLoss
 from fastxattn.nn.multihead import MultiheadCrossAttention
 from fastxattn.nn.perceiver import PerceiverResampler
 from fastxattn.nn.pooler import AttentionalPooler, SiglipPooler
@@ -14,16 +15,21 @@ from fastxattn.nn.temporal import TemporalCrossAttention
 
 __all__ = [
     "AttentionalPooler",
+    "BLIP2ITCLoss",
     "BidirectionalCrossAttention",
     "ContextKV",
+    "FILIPLoss",
     "GatedCrossAttentionBlock",
+    "InfoNCELoss",
     "ModalityGate",
+    "MultiTaskLoss",
     "MultiheadCrossAttention",
     "PerceiverResampler",
     "QFormer",
     "QFormerLayer",
     "SharedCrossAttention",
     "SiglipPooler",
+    "SigmoidLoss",
     "TemporalCrossAttention",
     "VisualProjector",
     "media_ranges",

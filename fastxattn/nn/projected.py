@@ -23,6 +23,7 @@ from fastxattn.ops.attention import varlen_cross_attention
 from fastxattn.ops.context_attention import context_attention
 from fastxattn.ops.context_attention.cost import choose
 from fastxattn.packed import PackedTokens
+from fastxattn.runtime.backend import note
 
 Absorb = Literal["auto", "on", "off"]
 
@@ -182,7 +183,9 @@ def cross_attend(
             head_dim,
             context.values.shape[1],
             query.dtype,
+            query.device.type,
         )
+        note(choice)
         possible = possible and choice.absorb
     if absorb != "off" and possible:
         return attend_features(query, layout, context, weights, kv_range=kv_range, key_bias=key_bias, scale=scale)

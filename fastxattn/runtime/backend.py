@@ -55,6 +55,7 @@ class Explanation:
 explaining_in: int | None = None
 """The thread inside :func:`explain_call`; calls may not take a short cut around :func:`resolve` meanwhile."""
 _explain_lock = threading.Lock()
+_notes: list[str] = []
 
 
 class _Explained(Exception):
@@ -72,7 +73,7 @@ def resolve(op: str, backends: Sequence[Backend], problem: object, requested: st
         RuntimeError: ``requested`` cannot run this problem; the message says why.
     """
     if explaining_in is not None and explaining_in == threading.get_ident():
-        raise _Explained(explain(op, backends, problem, requested))
+        raise _Explained(explain(op, backends, problem, requested, _notes))
     if requested == "auto":
         requested = env.default_backend
     if requested == "auto":
@@ -119,6 +120,7 @@ def explain_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
     global explaining_in
     with _explain_lock:
         explaining_in = threading.get_ident()
+        _notes.clear()
         try:
             fn(*args, **kwargs)
         except _Explained as explained:
@@ -126,6 +128,12 @@ def explain_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
         finally:
             explaining_in = None
     raise ValueError(f"fn must call a fastxattn operation; {getattr(fn, '__name__', fn)!r} called none")
+
+
+def note(text: object) -> None:
+    """Add a line to the explanation that is being made, if one is: why the caller came to this operation."""
+    if explaining_in is not None and explaining_in == threading.get_ident():
+        _notes.append(str(text))
 
 
 @contextlib.contextmanager

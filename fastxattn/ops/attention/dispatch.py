@@ -42,8 +42,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of a problem; arguments as in the operator schema, ``scale`` None for 1 / sqrt(head_dim)."""
     if (
-        cpu.ready
-        and not is_compiling()
+        not is_compiling()  # first: a trace must not depend on the state below
+        and cpu.ready
         and backend in _CPU
         and env.default_backend in _CPU
         and explaining.explaining_in is None
@@ -125,7 +125,12 @@ def prepare(*arguments: Any) -> Problem:
 def _autocast(t: Tensor) -> Tensor:
     """Cast as autocast casts the arguments of a matrix product."""
     kind = t.device.type
-    if not torch.is_autocast_enabled(kind) or not t.is_floating_point() or t.dtype == torch.float64:
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or not t.is_floating_point()
+        or t.dtype == torch.float64
+    ):
         return t
     return t.to(torch.get_autocast_dtype(kind))
 

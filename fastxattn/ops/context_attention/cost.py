@@ -32,11 +32,19 @@ class Choice:
 
     project: float
     absorb_work: float
+    project_per_row: float = 0.0
+    """The part that grows with the context, per context row."""
+    absorb_per_row: float = 0.0
 
     @property
     def absorb(self) -> bool:
-        """Whether absorbing is cheaper."""
-        return self.absorb_work < self.project
+        """Whether absorbing is cheaper; where a trace does not know the context's size, for a large one."""
+        cheaper = self.absorb_work < self.project
+        if isinstance(cheaper, torch.SymBool):
+            from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+            return guard_or_false(self.absorb_per_row < self.project_per_row)
+        return cheaper
 
     def __str__(self) -> str:
         verb = "absorb the projections" if self.absorb else "project the context"
@@ -67,7 +75,10 @@ def choose(
     """
     gemm, attention, context = _RATES.get((device, dtype), (1.0, 1.0, 1.0))
     pairs, inner = rows_q * rows_k / max(batch, 1), heads * head_dim
+    per_sequence = rows_q / max(batch, 1)
     return Choice(
         project=2 * rows_k * width * inner / gemm + 2 * pairs * inner / attention,
         absorb_work=2 * rows_q * width * inner / gemm + 2 * pairs * heads * width / context,
+        project_per_row=2 * width * inner / gemm + 2 * per_sequence * inner / attention,
+        absorb_per_row=2 * per_sequence * heads * width / context,
     )

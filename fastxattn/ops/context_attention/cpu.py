@@ -16,4 +16,6 @@ def supports(problem: Problem) -> str | None:
         return f"has no {problem.dtype} arithmetic"
     if problem.bias_per_head:
         return "takes key_bias of shape (total_k,), one number for all heads"
+    if torch.compiler.is_compiling():
+        return None  # a tracer cannot load a library; the operator's fake does
     return native.cpu_library().reason

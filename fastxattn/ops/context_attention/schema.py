@@ -3,7 +3,7 @@
 ``query`` (rows_q, heads, width), ``context`` (rows_k, width), ``cu_seqlens_q/k`` (batch + 1,) int32, ``kv_range``
 (rows_q, 2) int32 or None, ``key_bias`` (rows_k,) float32 or None. Forward returns ``out`` like ``query``, ``lse``
 (heads, rows_q) float32, and ``softmax`` (2, heads, rows_q) float32, what the backward needs to find the weights
-again: the largest score of each row, and 1 / (sum of exp(score - largest)). Backward returns gradients for query,
+again: the largest score of each row, and the sum of exp(score - largest). Backward returns gradients for query,
 context and key_bias; those not asked for in ``needs`` (a bit mask, see :data:`NEEDS`) hold nothing of meaning.
 """
 

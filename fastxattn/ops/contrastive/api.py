@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastxattn.ops.contrastive import checks, cpu, fused, reference, schema, triton  # noqa: F401 (schema defines the operators)
-from fastxattn.ops.contrastive.problem import Metrics, Problem
+from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.backend import Backend, Explanation
 
@@ -93,7 +93,7 @@ def infonce_loss(
     if queue_a is not None and not symmetric:
         raise ValueError("queue_a must be None when symmetric=False: only columns see it")
     if (return_metrics or false_negative_margin is not None) and groups is not None:
-        raise ValueError("groups must be None with return_metrics or false_negative_margin: these need one positive a row")
+        raise ValueError("groups must be None with return_metrics or false_negative_margin, which need one positive")
     if decoupled and label_smoothing > 0:
         raise ValueError(f"label_smoothing must be 0 when decoupled=True; got {label_smoothing}")
     problem.symmetric, problem.decoupled, problem.metrics = symmetric, decoupled, return_metrics
@@ -180,7 +180,9 @@ def sigmoid_loss(
     return fused.sigmoid_fused(problem, row_weight.contiguous(), name)
 
 
-def explain(a: torch.Tensor, b: torch.Tensor, logit_scale: float | torch.Tensor = 1.0, backend: str = "auto") -> Explanation:
+def explain(
+    a: torch.Tensor, b: torch.Tensor, logit_scale: float | torch.Tensor = 1.0, backend: str = "auto"
+) -> Explanation:
     """Every backend's verdict on a contrastive loss of these features, and the one that would run."""
     problem = _problem(a, b, logit_scale, None, None, None, False, False)
     return choose.explain("contrastive", BACKENDS, problem, backend)

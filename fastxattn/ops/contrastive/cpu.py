@@ -14,6 +14,8 @@ def supports(problem: Problem) -> str | None:
         return f"runs on the cpu; a is on {problem.a.device.type}"
     if torch.float64 in (problem.a.dtype, problem.scale.dtype):
         return "computes in float32; the features or the scale are float64"
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX files hold losses as standard operators, which the reference is made of"
     if torch.compiler.is_compiling():
         return None  # a tracer cannot load a library; the operator's fake does
     return native.cpu_library().reason

@@ -17,6 +17,9 @@ The functions of :mod:`fastxattn.ops.pruning.reference` say exactly what each co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,10 +27,10 @@ MAX_MIN, DETERMINANT = 0, 1
 """``mode`` of ``greedy``."""
 
 SCHEMAS = {
-    "select": "(Tensor scores, Tensor cu_seqlens, Tensor counts, Tensor? protected, Tensor? x, int capacity) -> "
+    "select": "(Tensor scores, Tensor cu_seqlens, Tensor counts, Tensor? protected, Tensor? x, SymInt capacity) -> "
     "(Tensor keep_index, Tensor cu_keep, Tensor assignment, Tensor gathered)",
     "gather": "(Tensor x, Tensor index, Tensor? coefficient) -> Tensor",
-    "merge": "(Tensor x, Tensor assignment, Tensor? coefficient, int rows) -> Tensor",
+    "merge": "(Tensor x, Tensor assignment, Tensor? coefficient, SymInt rows) -> Tensor",
     "match": "(Tensor x, Tensor a_index, Tensor cu_a, Tensor b_index, Tensor cu_b) -> (Tensor best, Tensor similarity)",
     "greedy": "(Tensor x, Tensor? quality, Tensor cu_seqlens, Tensor counts, Tensor? protected, int mode, "
     "int max_count) -> Tensor",
@@ -77,7 +80,7 @@ def _quantile(scores: Tensor, cu_seqlens: Tensor, q: Tensor) -> Tensor:
     return scores.new_empty(cu_seqlens.shape[0] - 1, q.shape[0])
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "select": _select,
     "gather": _gather,
     "merge": _merge,

@@ -1,0 +1,48 @@
+// Schedules groups of sets over threads: every (set, set) score belongs to exactly one task.
+#include <algorithm>
+
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "late_interaction/late_interaction.h"
+
+FXA_DECLARE(void, late_interaction_block, (const LateInteractionParams&, int64_t, int64_t, char*))
+FXA_DECLARE(void, late_interaction_gradient, (const LateInteractionParams&, bool, int64_t, int64_t))
+
+namespace fastxattn {
+namespace {
+
+using BlockFunction = void (*)(const LateInteractionParams&, int64_t, int64_t, char*);
+using GradientFunction = void (*)(const LateInteractionParams&, bool, int64_t, int64_t);
+BlockFunction pick_block() { FXA_SELECT(active_isa(), late_interaction_block) }
+GradientFunction pick_gradient() { FXA_SELECT(active_isa(), late_interaction_gradient) }
+
+}  // namespace
+
+int64_t late_interaction_scratch(const LateInteractionParams& p) {
+  const int64_t depth = (p.d + 31) / 32 * 32;
+  const int64_t floats = 3 * kTokenBlock * depth + kTokenBlock * kTokenBlock + 2 * kTokenBlock + 2 * p.b.tokens + 64;
+  return (floats * 4 + 4095) / 4096 * 4096;
+}
+
+void late_interaction_forward(const LateInteractionParams& p, char* scratch, const Parallel& parallel) {
+  const BlockFunction block = pick_block();
+  const int64_t bytes = late_interaction_scratch(p);
+  for_each_task(parallel, p.a.groups * p.b.groups, [&](int64_t task, int64_t worker) {
+    block(p, task / p.b.groups, task % p.b.groups, scratch + worker * bytes);
+  });
+}
+
+void late_interaction_backward(const LateInteractionParams& p, const Parallel& parallel) {
+  const GradientFunction gradient = pick_gradient();
+  for (const bool is_a : {true, false}) {
+    const TokenSets& side = is_a ? p.a : p.b;
+    if (side.grad_data == nullptr) continue;
+    // A few sets at a time, so that the other side's rows serve all of them while they are in cache.
+    constexpr int64_t kSets = 4;
+    for_each_task(parallel, (side.sets + kSets - 1) / kSets, [&](int64_t task, int64_t) {
+      gradient(p, is_a, task * kSets, std::min(side.sets, (task + 1) * kSets));
+    });
+  }
+}
+
+}  // namespace fastxattn

@@ -1,0 +1,1 @@
+#include "late_interaction/late_interaction_cpu.inl"

@@ -1,0 +1,1 @@
+#include "retrieval/retrieval_cpu.inl"

@@ -1,0 +1,62 @@
+"""Cross-attention over image tokens that are spread over ranks, merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastxattn.distributed.collectives import Group, SumBackward, SumForward, guarded, world_size
+from fastxattn.ops.attention import varlen_cross_attention
+
+
+def context_parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float | None = None,
+    group: Group = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Exact cross-attention in which each rank holds a part of every sample's image tokens.
+
+    Every rank holds all queries and gets the whole output; each attends to its own keys, and the parts are merged
+    with the weights ``exp(lse_rank - lse_total)``. A rank may hold no token of a sample, or none at all.
+
+    Args:
+        query: (total_q, heads, head_dim), the same on every rank.
+        key: (this rank's tokens, kv_heads, head_dim).
+        value: (this rank's tokens, kv_heads, value_dim).
+        cu_seqlens_q: (batch + 1,) int32, the same on every rank.
+        cu_seqlens_k: (batch + 1,) int32 offsets of this rank's tokens.
+        scale: as in :func:`fastxattn.varlen_cross_attention`.
+        group: process group; None for the default one.
+        backend: backend of the local attention.
+
+    Returns:
+        (total_q, heads, value_dim) on every rank. Gradients: every rank is expected to go on with the output alike,
+        so the query's gradient is the whole one on every rank, and keys and values get theirs where they live.
+
+    Raises:
+        RuntimeError: another rank left or died; raised within the process group's timeout.
+    """
+    if world_size(group) == 1:
+        return varlen_cross_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale=scale, backend=backend)
+    shared = SumBackward.apply(query, group)
+    out, lse = varlen_cross_attention(
+        shared, key, value, cu_seqlens_q, cu_seqlens_k, scale=scale, return_lse=True, backend=backend
+    )
+    highest = lse.detach().clone()
+    guarded("merging attention", group, lambda: dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group))
+    seen = highest > -torch.inf
+    # Rows that no rank sees anything for have weight 0 and output 0; their lse of -inf must not reach a subtraction.
+    here = lse > -torch.inf
+    weight = torch.where(here, torch.exp(torch.where(here, lse, 0.0) - torch.where(seen, highest, 0.0)), 0.0)
+    weight = weight.transpose(0, 1).unsqueeze(-1)
+    total = SumForward.apply(torch.cat([out.to(weight.dtype) * weight, weight], -1), group)
+    number = total[..., -1:]
+    merged: Tensor = total[..., :-1] / torch.where(number > 0, number, 1.0)
+    return merged.to(query.dtype)

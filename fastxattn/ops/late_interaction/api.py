@@ -1,0 +1,140 @@
+"""The public functions of late interaction: checks, then dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastxattn.ops.contrastive import checks
+from fastxattn.ops.late_interaction import cpu
+from fastxattn.ops.late_interaction.autograd import BestMatches
+from fastxattn.ops.late_interaction.cpu import Problem
+from fastxattn.ops.late_interaction.reference import maxsim_reference
+from fastxattn.runtime import backend as choose
+from fastxattn.runtime.backend import Backend, Explanation
+
+BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
+DIRECTIONS = ("a", "b", "both")
+
+
+def maxsim(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    cu_seqlens_a: torch.Tensor,
+    cu_seqlens_b: torch.Tensor,
+    *,
+    direction: str = "a",
+    reduction: str = "sum",
+    smooth: float | None = None,
+    backend: str = "auto",
+) -> Any:
+    r"""Late-interaction scores of every set of ``a`` against every set of ``b``.
+
+    ``score[n, m] = sum_{t in a_n} max_{s in b_m} <a_t, b_s>`` (ColBERT's MaxSim, Khattab & Zaharia 2020); direction
+    ``b`` sums over b's tokens instead, and ``both`` gives the two from one pass over the similarities (FILIP, Yao et
+    al. 2022). The similarities are never stored; the places of the maxima are, for the gradient. With one token a set
+    on side ``a`` this is BLIP-2's maximum over query tokens.
+
+    Args:
+        a: (tokens_a, D) float32, bfloat16 or float16 (float64 on the reference backend).
+        b: (tokens_b, D), the dtype of ``a``.
+        cu_seqlens_a: (N + 1,) int32, where each set of ``a`` starts; rows past its last entry are never read.
+        cu_seqlens_b: (M + 1,) int32.
+        direction: ``a``, ``b`` or ``both``.
+        reduction: ``sum``, or ``mean`` over the set's tokens.
+        smooth: a temperature: the maximum becomes ``smooth * logsumexp(. / smooth)``; reference backend only.
+        backend: ``auto``, ``cpu`` or ``reference``.
+
+    Returns:
+        (N, M) float32 (float64 for float64); a pair of them for ``both``. A set without tokens on either side scores 0.
+        Of equal matches the first takes the gradient.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+        RuntimeError: the backend asked for cannot run this problem.
+    """
+    a = checks.features("a", a).contiguous()
+    b = checks.features("b", b, a).contiguous()
+    checks.choice("direction", direction, DIRECTIONS)
+    checks.choice("reduction", reduction, ("sum", "mean"))
+    if smooth is not None and not smooth > 0:
+        raise ValueError(f"smooth must be positive; got {smooth}")
+    for name, cu, x in (("cu_seqlens_a", cu_seqlens_a, a), ("cu_seqlens_b", cu_seqlens_b, b)):
+        _check_offsets(name, cu, x)
+    name = choose.resolve("maxsim", BACKENDS, Problem(a.device.type, a.dtype, smooth), backend)
+    from_a, from_b = direction != "b", direction != "a"
+    if name == "reference":
+        sums = maxsim_reference(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
+    else:
+        sums = BestMatches.apply(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b)
+    if reduction == "mean":
+        lengths_a, lengths_b = (cu.diff().clamp(min=1) for cu in (cu_seqlens_a, cu_seqlens_b))
+        sums = sums[0] / lengths_a[: sums[0].shape[0], None], sums[1] / lengths_b
+    return sums if direction == "both" else sums[0] if from_a else sums[1]
+
+
+def late_interaction_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    cu_seqlens_a: torch.Tensor,
+    cu_seqlens_b: torch.Tensor,
+    logit_scale: float | torch.Tensor,
+    *,
+    reduction: str = "mean",
+    smooth: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """FILIP's loss: InfoNCE over :func:`maxsim` scores, set ``n`` of ``a`` belonging to set ``n`` of ``b``.
+
+    Rows compare a's sets over mean-of-best scores from a's tokens, columns compare b's over those from b's tokens;
+    both come from one pass in memory proportional to the tokens and the N x N scores.
+
+    Args:
+        a: see :func:`maxsim`; so are ``b``, ``cu_seqlens_a``, ``cu_seqlens_b`` (N + 1 entries each) and ``smooth``.
+        b: tokens of the other side.
+        cu_seqlens_a: offsets of a's sets.
+        cu_seqlens_b: offsets of b's sets.
+        logit_scale: a number or a tensor of one element.
+        reduction: ``mean`` (FILIP) or ``sum`` (ColBERT) over a set's tokens.
+        smooth: temperature of a smooth maximum.
+        backend: ``auto``, ``cpu`` or ``reference``.
+
+    Returns:
+        The loss in float32.
+
+    Raises:
+        ValueError: the sides differ in sets, or an argument breaks a rule of :func:`maxsim`.
+    """
+    if cu_seqlens_a.shape != cu_seqlens_b.shape:
+        raise ValueError(
+            f"cu_seqlens_b must have as many sets as cu_seqlens_a ({cu_seqlens_a.shape[0] - 1}); "
+            f"got {cu_seqlens_b.shape[0] - 1}"
+        )
+    rows, columns = maxsim(
+        a, b, cu_seqlens_a, cu_seqlens_b, direction="both", reduction=reduction, smooth=smooth, backend=backend
+    )
+    scale = checks.one_element("logit_scale", logit_scale, a.device)
+    labels = torch.arange(rows.shape[0], device=a.device)
+    if labels.numel() == 0:
+        return (rows.sum() + columns.sum()) * scale
+    return (F.cross_entropy(scale * rows, labels) + F.cross_entropy(scale * columns.T, labels)) / 2
+
+
+def explain(a: torch.Tensor, smooth: float | None = None, backend: str = "auto") -> Explanation:
+    """Every backend's verdict on late interaction over these tokens, and the one that would run."""
+    return choose.explain("maxsim", BACKENDS, Problem(a.device.type, a.dtype, smooth), backend)
+
+
+def _check_offsets(name: str, cu: torch.Tensor, x: torch.Tensor) -> None:
+    if not isinstance(cu, torch.Tensor) or cu.dtype != torch.int32:
+        raise TypeError(f"{name} must be an int32 tensor; got {getattr(cu, 'dtype', type(cu).__name__)}")
+    if cu.dim() != 1 or cu.shape[0] < 1 or not cu.is_contiguous():
+        raise ValueError(f"{name} must be a contiguous vector of at least one entry; got shape {tuple(cu.shape)}")
+    if cu.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cu[0] != 0 or (cu.diff() < 0).any() or cu[-1] > x.shape[0]:
+        raise ValueError(
+            f"{name} must start at 0, never decrease and end within {x.shape[0]} tokens; got {cu.tolist()}"
+        )

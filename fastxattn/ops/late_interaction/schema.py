@@ -1,0 +1,53 @@
+"""Operator schemas of late interaction.
+
+``maxsim``: tokens ``a`` (Ta, D) and ``b`` (Tb, D) in sets that start at ``cu_a`` (N + 1) and ``cu_b`` (M + 1), int32.
+``from_a``: ``sum_a`` (N, M) float32, the sum over a set's tokens of their best match in each set of b, and ``best_a``
+(Ta, M) int32, its place in that set (-1: the set is empty). ``from_b``: the same from b's tokens, ``sum_b`` (N, M) and
+``best_b`` (Tb, N). The backward operator takes both sums' gradients and returns float32 gradients of a and b.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NEEDS = {"a": 1, "b": 2}
+
+
+def _maxsim_fake(
+    a: torch.Tensor, b: torch.Tensor, cu_a: torch.Tensor, cu_b: torch.Tensor, from_a: bool, from_b: bool
+) -> tuple[torch.Tensor, ...]:
+    n, m = cu_a.shape[0] - 1, cu_b.shape[0] - 1
+
+    def empty(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return a.new_empty((rows, columns), dtype=dtype)
+
+    return (
+        empty(n if from_a else 0, m, torch.float32),
+        empty(n if from_b else 0, m, torch.float32),
+        empty(a.shape[0] if from_a else 0, m, torch.int32),
+        empty(b.shape[0] if from_b else 0, n, torch.int32),
+    )
+
+
+def _backward_fake(*args: object) -> tuple[torch.Tensor, ...]:
+    a, b, needs = args[4], args[5], args[-1]
+    assert isinstance(a, torch.Tensor)
+    assert isinstance(b, torch.Tensor)
+    assert isinstance(needs, int)
+    return tuple(
+        x.new_empty((x.shape[0] if needs & bit else 0, x.shape[1]), dtype=torch.float32)
+        for x, bit in ((a, NEEDS["a"]), (b, NEEDS["b"]))
+    )
+
+
+_ARGUMENTS = "Tensor a, Tensor b, Tensor cu_a, Tensor cu_b, bool from_a, bool from_b"
+for _name, _signature, _fake in (
+    ("maxsim_cpu", f"({_ARGUMENTS}) -> (Tensor sum_a, Tensor sum_b, Tensor best_a, Tensor best_b)", _maxsim_fake),
+    (
+        "maxsim_backward_cpu",
+        f"(Tensor grad_a, Tensor grad_b, Tensor best_a, Tensor best_b, {_ARGUMENTS}, int needs) -> (Tensor, Tensor)",
+        _backward_fake,
+    ),
+):
+    torch.library.define(f"fastxattn::{_name}", _signature, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"fastxattn::{_name}", _fake)

@@ -1,0 +1,169 @@
+"""The public functions of retrieval: checks, then dispatch, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastxattn.ops.contrastive import checks
+from fastxattn.ops.retrieval import cpu
+from fastxattn.ops.retrieval.cpu import Problem
+from fastxattn.ops.retrieval.reference import topk_reference
+from fastxattn.runtime import backend as choose
+from fastxattn.runtime.backend import Backend, Explanation
+
+if TYPE_CHECKING:
+    import numpy
+
+BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
+CORPUS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)
+CHUNK_BYTES = 1 << 28  # of a memory-mapped corpus held at once
+
+
+def topk_similarity(
+    queries: torch.Tensor,
+    corpus: torch.Tensor | numpy.memmap,
+    k: int,
+    *,
+    metric: str = "inner",
+    corpus_scale: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` most similar corpus rows of every query, without the (queries, corpus) score matrix.
+
+    Args:
+        queries: (Q, D) floating point.
+        corpus: (R, D) float32, bfloat16, float16 or int8; or a ``numpy.memmap`` (float32, float16 or int8), which is
+            read in chunks and may be larger than memory.
+        k: how many, at least 1.
+        metric: ``inner`` product, or ``cosine`` (a zero vector scores 0).
+        corpus_scale: (R,) factor of each row, for int8 rows made by :func:`quantize_int8`.
+        backend: ``auto``, ``cpu`` or ``reference``.
+
+    Returns:
+        Scores (Q, k) float32, descending, and int64 row indices. Of equal scores the first row comes first. Where the
+        corpus has fewer than ``k`` rows: -inf and -1.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+        RuntimeError: the backend asked for cannot run this problem.
+    """
+    queries = checks.features("queries", queries)
+    checks.choice("metric", metric, ("inner", "cosine"))
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be a whole number of at least 1; got {k!r}")
+    shape = tuple(corpus.shape)
+    if len(shape) != 2 or shape[1] != queries.shape[1] or shape[1] == 0:
+        raise ValueError(f"corpus must have shape (rows, {queries.shape[1]}) with at least 1 feature; got {shape}")
+    if corpus_scale is not None and corpus_scale.shape != (shape[0],):
+        raise ValueError(f"corpus_scale must have shape ({shape[0]},); got {tuple(corpus_scale.shape)}")
+    if isinstance(corpus, torch.Tensor):
+        return _search(queries, corpus, k, metric, corpus_scale, 0, backend)
+    rows = max(1, CHUNK_BYTES // max(1, shape[1] * corpus.dtype.itemsize))
+    best: tuple[torch.Tensor, torch.Tensor] | None = None
+    for first in range(0, max(shape[0], 1), rows):
+        chunk = _as_tensor(corpus[first : first + rows])
+        scale = None if corpus_scale is None else corpus_scale[first : first + rows]
+        found = _search(queries, chunk, k, metric, scale, first, backend)
+        best = found if best is None else _merge(best, found, k)
+    assert best is not None
+    return best
+
+
+def _as_tensor(chunk: numpy.ndarray) -> torch.Tensor:
+    import numpy
+
+    return torch.from_numpy(numpy.array(chunk))  # a copy: the file is mapped read-only
+
+
+def _merge(
+    left: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor, torch.Tensor], k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both lists as one; left's rows come first, so a stable sort keeps the tie rule."""
+    scores = torch.cat([left[0], right[0]], 1)
+    rows = torch.cat([left[1], right[1]], 1)
+    # An empty place must not come before a row whose score is -inf.
+    order = torch.where(rows < 0, 1, 0).argsort(dim=1, stable=True)
+    scores, rows = scores.gather(1, order), rows.gather(1, order)
+    sorted_scores = scores.sort(dim=1, descending=True, stable=True)
+    return sorted_scores.values[:, :k], rows.gather(1, sorted_scores.indices[:, :k])
+
+
+def _search(
+    queries: torch.Tensor,
+    corpus: torch.Tensor,
+    k: int,
+    metric: str,
+    scale: torch.Tensor | None,
+    first: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if corpus.dtype not in CORPUS_DTYPES:
+        raise TypeError(f"corpus must be float32, bfloat16, float16, int8 or float64; got {corpus.dtype}")
+    if corpus.device != queries.device:
+        raise ValueError(f"corpus must be on {queries.device} as the queries; got {corpus.device}")
+    name = choose.resolve("topk_similarity", BACKENDS, Problem(corpus.device.type, corpus.dtype), backend)
+    query = queries.detach() if name == "reference" and queries.dtype == torch.float64 else queries.detach().float()
+    factor = None if scale is None else scale.detach().float()
+    if metric == "cosine":
+        query = query / torch.linalg.vector_norm(query, dim=1, keepdim=True).clamp(min=1e-12)
+        length = _lengths(corpus)
+        factor = torch.where(length > 0, 1 / length, 0.0)  # a row's own scale cancels
+    corpus = corpus.detach()
+    if name == "reference":
+        return topk_reference(query, corpus, factor, k, first)
+    corpus = corpus if corpus.stride(1) == 1 or corpus.shape[1] == 1 else corpus.contiguous()
+    factor = None if factor is None else factor.contiguous()
+    scores, rows = torch.ops.fastxattn.topk_similarity_cpu(query.contiguous(), corpus, factor, k, first)
+    return scores, rows
+
+
+def _lengths(corpus: torch.Tensor) -> torch.Tensor:
+    """Row lengths in float32, a slice at a time so that an integer corpus is never widened as a whole."""
+    parts = [torch.linalg.vector_norm(part.float(), dim=1) for part in corpus.split(65536)]
+    return torch.cat(parts) if parts else corpus.new_zeros(0, dtype=torch.float32)
+
+
+def quantize_int8(corpus: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``corpus`` (R, D) as int8 rows and their float32 scales (R,): ``row ~ int8 * scale``, a quarter of the memory."""
+    corpus = checks.features("corpus", corpus)
+    scale = corpus.float().abs().amax(1).clamp(min=1e-12) / 127
+    return (corpus.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def recall_at_k(
+    a: torch.Tensor, b: torch.Tensor, ks: Sequence[int] = (1, 5, 10), *, metric: str = "cosine", backend: str = "auto"
+) -> dict[str, float]:
+    """Retrieval recall of paired features, row ``i`` of ``a`` belonging to row ``i`` of ``b``, in both directions.
+
+    Args:
+        a: (N, D).
+        b: (N, D).
+        ks: how many results may be looked at; each at least 1.
+        metric: ``inner`` or ``cosine``.
+        backend: see :func:`topk_similarity`.
+
+    Returns:
+        ``{"a->b@1": ..., "b->a@1": ..., ...}``: the share of rows whose partner is among the first k.
+
+    Raises:
+        ValueError: the sides differ in rows, or ``ks`` is empty.
+    """
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(f"b must have as many rows as a ({a.shape[0]}); got {b.shape[0]}")
+    if not ks:
+        raise ValueError("ks must name at least one k; got none")
+    own = torch.arange(a.shape[0], device=a.device)[:, None]
+    result: dict[str, float] = {}
+    for name, x, y in (("a->b", a, b), ("b->a", b, a)):
+        hits = topk_similarity(x, y, max(ks), metric=metric, backend=backend)[1] == own
+        for k in ks:
+            result[f"{name}@{k}"] = hits[:, :k].any(1).double().mean().item() if a.shape[0] else 0.0
+    return result
+
+
+def explain(corpus: torch.Tensor, backend: str = "auto") -> Explanation:
+    """Every backend's verdict on searching this corpus, and the one that would run."""
+    return choose.explain("topk_similarity", BACKENDS, Problem(corpus.device.type, corpus.dtype), backend)

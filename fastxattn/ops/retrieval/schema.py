@@ -1,0 +1,24 @@
+"""Operator schema of retrieval: best ``k`` corpus rows of each query, scores descending.
+
+``queries`` (Q, D) float32; ``corpus`` (R, D) float32, bfloat16, float16 or int8; ``factor`` (R,) float32 multiplies a
+row's scores; ``first`` is added to indices. Returns scores (Q, k) float32 and indices (Q, k) int64; where the corpus
+has fewer than k rows, -inf and -1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+torch.library.define(
+    "fastxattn::topk_similarity_cpu",
+    "(Tensor queries, Tensor corpus, Tensor? factor, int k, int first) -> (Tensor scores, Tensor indices)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("fastxattn::topk_similarity_cpu")
+def _topk_fake(
+    queries: torch.Tensor, corpus: torch.Tensor, factor: torch.Tensor | None, k: int, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = queries.new_empty((queries.shape[0], k), dtype=torch.float32)
+    return scores, queries.new_empty((queries.shape[0], k), dtype=torch.int64)
