@@ -103,8 +103,12 @@ def _fusion_block(batch: int = 16) -> Any:
                            "text_hidden": text == 0, "image_hidden": image == 0}  # fmt: skip
 
 
-def _caption_ids(batch: int, vocabulary: int, end: int) -> Tensor:
+def _caption_ids(batch: int, vocabulary: int, end: int, captions: bool = True) -> Tensor:
+    """Ids with the lengths of captions (mostly 8 to 30 tokens, a few up to 77), or uniform from 5 to 77."""
     lengths, mask = ragged(batch, 5, 77)
+    if captions:
+        lengths = (5 + torch.distributions.Exponential(1 / 14).sample((batch,)).long()).clamp(max=77)
+        mask = torch.arange(77) < lengths[:, None]
     ids = torch.where(mask.bool(), torch.randint(3, vocabulary - 3, mask.shape), end)
     return ids.scatter(1, lengths[:, None] - 1, end)
 
@@ -126,8 +130,8 @@ class ClipTexts(nn.Module):
         return self.clip.get_text_features(input_ids).pooler_output  # type: ignore[no-any-return]
 
 
-def _clip_text(batch: int = 32) -> Any:
-    return ClipTexts(), {"input_ids": _caption_ids(batch, 49407, 49407)}
+def _clip_text(captions: bool, batch: int = 32) -> Any:
+    return ClipTexts(), {"input_ids": _caption_ids(batch, 49407, 49407, captions)}
 
 
 def _siglip(batch: int = 4) -> Any:
@@ -317,7 +321,10 @@ SYSTEMS = [
     System("nn.MultiheadAttention, 32 queries on 64..1024", _mha, dtypes=BOTH, train=True),
     System("nn.TransformerDecoderLayer, 32 on 64..1024", _decoder_layer),
     System("TorchMultimodal-style fusion block", _fusion_block),
-    System("CLIP text tower (ViT-B/32), batch 32, text 5..77", _clip_text, "all layers run on the tokens that count", BOTH),
+    System("CLIP text tower (ViT-B/32), batch 32, captions padded to 77", lambda: _clip_text(True),
+           "all layers run on tokens that count", BOTH),
+    System("CLIP text tower (ViT-B/32), batch 32, text 5..77 uniformly", lambda: _clip_text(False),
+           "all layers run on tokens that count"),
     System("CLIP ViT-B/32 whole, batch 8", _clip, "the image tower has no padding to drop",
            keep=lambda o: [o.logits_per_image]),
     System("SigLIP base whole, batch 4", _siglip, "no padding: texts are padded on purpose, images are whole",
@@ -334,7 +341,8 @@ SYSTEMS = [
            "bound by projecting the audio; nothing to drop"),
     System("T5 base, text 5..77", _t5, "bound by its backbone"),
     System("LXMERT base, text 5..20 and 36 regions", _lxmert, "bound by its backbone"),
-    System("GroundingDINO fusion layer, 9000..13294 pixels, text 5..32", _grounding_dino),
+    System("GroundingDINO fusion layer, 9000..13294 pixels, text 5..32", _grounding_dino,
+           keep=lambda o: [o[0][0], o[1][0]]),
     System("DETR decoder, 100 queries on 400..850", _detr, "a whole DETR is bound by its backbone"),
     System("Perceiver, 256 latents on 512..2048 (4 of 26 self-attentions)", _perceiver, "bound by its backbone"),
     System("Idefics2 resampler, image 64..1024 (1 of 3 layers)", _idefics2),

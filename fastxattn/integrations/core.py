@@ -56,14 +56,15 @@ def attend_padded(
     keys, ranges = visible.keys, visible.ranges
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
-    heads, kv_heads = query.shape[2], key.shape[2]
-    if bias is None and heads == kv_heads and not _flat(key) and key.transpose(1, 2).is_contiguous():
-        # A key/value cache, (batch, heads, length, dim) in memory: every head is a sequence of its own, uncopied.
-        query, key, value = (t.transpose(1, 2).flatten(0, 1)[:, :, None] for t in (query, key, value))
-        keys = None if keys is None else keys.repeat_interleave(heads, 0)
-        ranges = None if ranges is None else ranges.repeat_interleave(heads, 0)
+    kv_heads = key.shape[2]
+    if bias is None and not _flat(key) and key.transpose(1, 2).is_contiguous():
+        # A key/value cache, (batch, kv_heads, length, dim) in memory: each of its heads is a sequence, uncopied.
+        query = query.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)  # (batch * kv_heads, Lq, group, D)
+        key, value = (t.transpose(1, 2).flatten(0, 1)[:, :, None] for t in (key, value))
+        keys = None if keys is None else keys.repeat_interleave(kv_heads, 0)
+        ranges = None if ranges is None else ranges.repeat_interleave(kv_heads, 0)
         out = cross_attention(query, key, value, key_mask=keys, kv_range=ranges, **options)
-        return out.unflatten(0, (batch, heads)).squeeze(3).transpose(1, 2)  # type: ignore
+        return out.unflatten(0, (batch, kv_heads)).transpose(1, 2).flatten(2, 3)  # type: ignore
     return cross_attention(query, key, value, key_mask=keys, kv_range=ranges, bias=bias, **options)  # type: ignore
 
 

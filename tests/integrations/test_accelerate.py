@@ -92,9 +92,14 @@ def test_partial_swaps_still_agree(model: Any) -> None:
 def test_context_manager_restores_after_an_exception(model: Any) -> None:
     module, _ = model
     accelerate(module, include="encoder")
-    with pytest.raises(KeyError), accelerated(module) as report:
-        assert report
-        raise KeyError
+
+    def fails() -> None:
+        with accelerated(module) as report:
+            assert report
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
     assert [s.name for s in status(module).swapped] == ["encoder"]
 
 
@@ -342,3 +347,19 @@ def test_mllama_rows_without_an_image() -> None:
     torch.testing.assert_close(out[:, :2], hidden[:, :2])  # nothing attended to, and the layer gates its MLP
     with pytest.raises(ValueError, match="'hf' or 'meta'"):
         no_image_rows(layer, "none")
+
+
+def test_pruning_on_request() -> None:
+    model, inputs, _ = clip()
+    vision = model.vision_model.eval()
+    rows: list[int] = []
+    vision.encoder.layers[-1].mlp.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))
+    with pytest.raises(ValueError, match="pass exact=False"):
+        accelerate(vision, prune={"keep": 0.5})
+    report = accelerate(vision, exact=False, prune={"keep": 0.5, "at": 1})
+    assert report.pruning is not None
+    with torch.no_grad():
+        vision(inputs["pixel_values"])
+        restore(vision)
+        vision(inputs["pixel_values"])
+    assert rows[0] < rows[1] == 17
