@@ -93,8 +93,7 @@ class Inputs:
         generator = torch.Generator().manual_seed(0)
         self.lengths = lengths_q, lengths_k
         rows = sum(lengths_q), sum(lengths_k), sum(lengths_k)
-        packed = [torch.randn(n, ROOT = Path(__file__).resolve().parents[1]
-HEADS, DIM, generator=generator) for n in rows]
+        packed = [torch.randn(n, HEADS, DIM, generator=generator) for n in rows]
         offsets = [torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in self.lengths]
         self.packed = dict(zip(("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k"), packed + offsets, strict=True))
         self.each = [t.split(n) for t, n in zip(packed, (lengths_q, lengths_k, lengths_k), strict=True)]
