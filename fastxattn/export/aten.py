@@ -54,7 +54,14 @@ def logsumexp(self, dim, keepdim=False):
     return result if keepdim else op.Squeeze(result, axes)
 
 
+def sort_stable(self, stable=True, dim=-1, descending=False):
+    """TopK of everything: it puts the first of equal values first, either way. (NaN is not ranked as torch does.)"""
+    size = op.Shape(self, start=dim, end=None if dim == -1 else dim + 1)
+    return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+
 TRANSLATIONS = {
+    torch.ops.aten.sort.stable: sort_stable,
     torch.ops.aten.searchsorted.Tensor: searchsorted,
     torch.ops.aten.log_sigmoid.default: log_sigmoid,
     torch.ops.aten.log_sigmoid_forward.default: log_sigmoid_forward,

@@ -259,4 +259,4 @@ def _unscale(index: Index, match: Match, name: str) -> str:
         return name
     assert match.scale is not None
     match.scale *= scalars[place] or 0.0
-    return node.input[1 - place]
+    return str(node.input[1 - place])
