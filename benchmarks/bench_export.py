@@ -42,7 +42,9 @@ class Runtime:
         self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.binding = self.session.io_binding()
         for value in self.session.get_inputs():
-            self.binding.bind_ortvalue_input(value.name, onnxruntime.OrtValue.ortvalue_from_numpy(feeds[value.name].numpy()))
+            self.binding.bind_ortvalue_input(
+                value.name, onnxruntime.OrtValue.ortvalue_from_numpy(feeds[value.name].numpy())
+            )
         for value in self.session.get_outputs():
             self.binding.bind_output(value.name)
 
@@ -93,10 +95,11 @@ class Inputs:
         generator = torch.Generator().manual_seed(0)
         self.lengths = lengths_q, lengths_k
         rows = sum(lengths_q), sum(lengths_k), sum(lengths_k)
-        packed = [torch.randn(n, ROOT = Path(__file__).resolve().parents[1]
-HEADS, DIM, generator=generator) for n in rows]
+        packed = [torch.randn(n, HEADS, DIM, generator=generator) for n in rows]
         offsets = [torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in self.lengths]
-        self.packed = dict(zip(("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k"), packed + offsets, strict=True))
+        self.packed = dict(
+            zip(("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k"), packed + offsets, strict=True)
+        )
         self.each = [t.split(n) for t, n in zip(packed, (lengths_q, lengths_k, lengths_k), strict=True)]
         pad = torch.nn.utils.rnn.pad_sequence
         q, k, v = (pad(list(x), batch_first=True) for x in self.each)

@@ -1,6 +1,6 @@
 """Writes a package of packed cross-attention with its projections, and inputs for main.cpp to run it on.
 
-    python examples/aoti/export_package.py build/aoti
+python examples/aoti/export_package.py build/aoti
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def main(folder: Path) -> None:
     (out,) = torch._inductor.aoti_load_package(str(package.path))(*tensors)
     with torch.no_grad():
         error = (out - module(text, image)).abs().max().item()
-    print(f"{package.path}: {tuple(out.shape)} sum {out.double().sum().item():g}, differs from the module by {error:.1e}")
+    print(
+        f"{package.path}: {tuple(out.shape)} sum {out.double().sum().item():g}, differs from the module by {error:.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def to_aoti(
     load_kernels()
     kwargs = dict(kwargs or {})
     flat, inputs = Flat(module, args, kwargs), tensors(bind(module, args, kwargs))
-    axes = tuple({i: torch.export.Dim.AUTO for i in range(x.ndim)} for x in inputs.values())
+    axes = tuple(dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for x in inputs.values())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(

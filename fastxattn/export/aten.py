@@ -1,4 +1,8 @@
-"""Translations of torch operators that the exporter has none for, and that our modules use."""
+"""Translations of torch operators that the exporter has none for, or one that overflows, and that our modules use.
+
+torch's own write logaddexp as log(exp + exp) and log-sigmoid as log(sigmoid): infinite or wrong for large arguments.
+ONNX Runtime's ReduceLogSumExp and Sigmoid lose digits too; Softplus does not.
+"""
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -20,4 +24,47 @@ def searchsorted(sorted_sequence, values, out_int32=False, right=False, side=Non
     return op.ReduceSum(op.Cast(before, to=kind), last, keepdims=0)
 
 
-TRANSLATIONS = {torch.ops.aten.searchsorted.Tensor: searchsorted}
+def log_sigmoid(self):
+    """-softplus(-x)."""
+    return op.Neg(op.Softplus(op.Neg(self)))
+
+
+def log_sigmoid_forward(self):
+    """The same, beside the buffer that only a backward pass reads."""
+    result = log_sigmoid(self)
+    return result, result
+
+
+def logaddexp(self, other):
+    """max + softplus(-|difference|); an infinite maximum is the result."""
+    top = op.Max(self, other)
+    gap = op.Abs(op.Sub(self, other))
+    finite = op.Equal(op.Sub(top, top), op.CastLike(op.Constant(value_float=0.0), top))
+    return op.Where(finite, op.Add(top, op.Softplus(op.Neg(gap))), top)
+
+
+def logsumexp(self, dim, keepdim=False):
+    """Shifted by the maximum, where that is finite."""
+    axes = op.Constant(value_ints=list(dim) if isinstance(dim, (list, tuple)) else [dim])
+    zero = op.CastLike(op.Constant(value_float=0.0), self)
+    top = op.ReduceMax(self, axes, keepdims=1)
+    base = op.Where(op.Equal(op.Sub(top, top), zero), top, zero)
+    total = op.ReduceSum(op.Exp(op.Sub(self, base)), axes, keepdims=1)
+    result = op.Add(op.Log(total), base)
+    return result if keepdim else op.Squeeze(result, axes)
+
+
+def sort_stable(self, stable=True, dim=-1, descending=False):
+    """TopK of everything: it puts the first of equal values first, either way. (NaN is not ranked as torch does.)"""
+    size = op.Shape(self, start=dim, end=None if dim == -1 else dim + 1)
+    return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+
+TRANSLATIONS = {
+    torch.ops.aten.sort.stable: sort_stable,
+    torch.ops.aten.searchsorted.Tensor: searchsorted,
+    torch.ops.aten.log_sigmoid.default: log_sigmoid,
+    torch.ops.aten.log_sigmoid_forward.default: log_sigmoid_forward,
+    torch.ops.aten.logaddexp.default: logaddexp,
+    torch.ops.aten.logsumexp.default: logsumexp,
+}

@@ -57,8 +57,10 @@ def _packed_cases(example: Inputs, generator: torch.Generator) -> Iterator[tuple
             lengths = [round(f * longest) for f in turned]
             rows = torch.randn(sum(lengths) + extra, *tokens.values.shape[1:], generator=generator)
             rows[sum(lengths) :] = float("nan")
-            values = rows.to(tokens.values.dtype) if tokens.values.is_floating_point() else tokens.values[:1].expand(
-                sum(lengths) + extra, *tokens.values.shape[1:]
+            values = (
+                rows.to(tokens.values.dtype)
+                if tokens.values.is_floating_point()
+                else tokens.values[:1].expand(sum(lengths) + extra, *tokens.values.shape[1:])
             )
             offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             return PackedTokens(values, offsets, max(lengths, default=0))

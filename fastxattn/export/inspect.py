@@ -14,7 +14,7 @@ from fastxattn.export.rooms import DOMAIN
 
 @dataclass(frozen=True)
 class Finding:
-    """One remark. ``error``: a runtime refuses it or gives wrong numbers; ``warning``: it may; ``note``: good to know."""
+    """One remark. ``error``: a runtime refuses it or errs; ``warning``: it may; ``note``: good to know."""
 
     level: str
     where: str
@@ -68,13 +68,17 @@ def _title(match: Match) -> str:
 
 def _file(model: onnx.ModelProto, opset: int) -> Iterator[Finding]:
     if opset > 24:
-        yield Finding("error", "file", f"opset {opset}: ONNX Runtime has no attention kernel past opset 24; export at 18..24")
+        yield Finding(
+            "error", "file", f"opset {opset}: ONNX Runtime has no attention kernel past opset 24; export at 18..24"
+        )
     names = [f.name for f in model.functions]
     for function in model.functions:
         version = next((o.version for o in function.opset_import if o.domain in ("", "ai.onnx")), opset)
         if version != opset:
             yield Finding(
-                "error", f"function {function.name}", f"it imports opset {version}, the model {opset}; they must be equal"
+                "error",
+                f"function {function.name}",
+                f"it imports opset {version}, the model {opset}; they must be equal",
             )
         if function.overload and names.count(function.name) > 1:
             yield Finding(
@@ -87,7 +91,9 @@ def _file(model: onnx.ModelProto, opset: int) -> Iterator[Finding]:
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
         if dims and dims[0].HasField("dim_value") and dims[0].dim_value == 1 and len(dims) > 1:
-            yield Finding("warning", f"input {value.name}", "its first axis is fixed at 1: the example's batch was baked in")
+            yield Finding(
+                "warning", f"input {value.name}", "its first axis is fixed at 1: the example's batch was baked in"
+            )
 
 
 def _attention(index: Index, match: Match, opset: int) -> Iterator[Finding]:
@@ -98,22 +104,32 @@ def _attention(index: Index, match: Match, opset: int) -> Iterator[Finding]:
             shape = index.shape(name)
             if shape is not None and len(shape) == 4 and shape[2] == 1 and _size(index, match.query, -2) != 1:
                 yield Finding(
-                    "error", where, f"mask {name} broadcasts over queries; ONNX Runtime refuses it: expand it to (B, 1, Lq, Lk)"
+                    "error",
+                    where,
+                    f"mask {name} broadcasts over queries; ONNX Runtime refuses it: expand it to (B, 1, Lq, Lk)",
                 )
         if not all(isinstance(d, int) and d > 0 for d in index.shape(match.query) or (None,)):
-            yield Finding("warning", where, "ONNX Runtime's kernel fails on an axis of size 0 (an empty batch, no tokens)")
+            yield Finding(
+                "warning", where, "ONNX Runtime's kernel fails on an axis of size 0 (an empty batch, no tokens)"
+            )
     if match.kind == "decomposed":
         for name, _, hidden in match.masks:
             if hidden == float("-inf"):
                 yield Finding("warning", where, f"mask {name} fills with -inf: a row without keys gives NaN")
             else:
-                yield Finding("warning", where, f"mask {name} fills with {hidden:g}: a row without keys gives mean(value)")
+                yield Finding(
+                    "warning", where, f"mask {name} fills with {hidden:g}: a row without keys gives mean(value)"
+                )
         if match.biases:
-            yield Finding("warning", where, "additive mask: a row without keys gives mean(value), or NaN when it holds -inf")
+            yield Finding(
+                "warning", where, "additive mask: a row without keys gives mean(value), or NaN when it holds -inf"
+            )
     elif masked or match.lengths:
         yield Finding("warning", where, "a row without keys gives mean(value) or NaN, by runtime and provider")
     if masked or match.lengths:
-        yield Finding("note", where, "NaN in padded values reaches the result: a masked weight is 0, and 0 * NaN is NaN")
+        yield Finding(
+            "note", where, "NaN in padded values reaches the result: a masked weight is 0, and 0 * NaN is NaN"
+        )
     if match.refused is not None:
         yield Finding("note", where, f"cannot be accelerated: {match.refused}")
 

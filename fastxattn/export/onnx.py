@@ -170,7 +170,9 @@ def _axes(inputs: Mapping[str, torch.Tensor], dynamic: bool | Mapping[str, Mappi
     unknown = sorted(set(given) - set(inputs))
     if unknown:
         raise ValueError(f"dynamic names inputs that are not there: {unknown}; the inputs are {list(inputs)}")
-    open_axes = [{i: torch.export.Dim.AUTO for i in range(x.ndim)} if dynamic is True else {} for x in inputs.values()]
+    open_axes = [
+        dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) if dynamic is True else {} for x in inputs.values()
+    ]
     return {"leaves": tuple({**axes, **given.get(name, {})} for name, axes in zip(inputs, open_axes, strict=True))}
 
 

@@ -211,7 +211,10 @@ def _compare(
             new = _session(str(fresh), side)
             for given in feeds:
                 for name, a, b in zip(
-                    [o.name for o in old.get_outputs()], old.run(None, dict(given)), new.run(None, dict(given)), strict=True
+                    [o.name for o in old.get_outputs()],
+                    old.run(None, dict(given)),
+                    new.run(None, dict(given)),
+                    strict=True,
                 ):
                     worst = max(worst, _difference(name, np.asarray(a), np.asarray(b)))
         fresh.replace(target)

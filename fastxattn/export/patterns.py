@@ -1,7 +1,8 @@
-"""Finding attention in an ONNX graph that somebody else exported: the standard operator, the contrib one, decomposed."""
+"""Finding attention in somebody else's ONNX graph: the standard operator, the contrib one, decomposed."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,9 @@ class Index:
     """Who makes and who reads each value of a graph, what is constant, and the shapes that inference finds."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        try:
+        # Where inference fails, shapes stay what the file says.
+        with contextlib.suppress(onnx.shape_inference.InferenceError, ValueError):
             model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-        except (onnx.shape_inference.InferenceError, ValueError):
-            pass  # shapes stay what the file says
         graph = model.graph
         self.nodes = list(graph.node)
         self.producer = {name: node for node in graph.node for name in node.output if name}
@@ -259,4 +259,4 @@ def _unscale(index: Index, match: Match, name: str) -> str:
         return name
     assert match.scale is not None
     match.scale *= scalars[place] or 0.0
-    return node.input[1 - place]
+    return str(node.input[1 - place])

@@ -60,7 +60,9 @@ def write(index: Index, match: Match, prefix: str) -> list[onnx.NodeProto]:
     ranges = w.constant(np.zeros((0, 2)), np.int32)
     if match.causal:
         place = _ranges(w, batch, length_q)
-        ranges = w("Concat", w("Mul", place, w.constant([0], np.int32)), w("Add", place, w.constant([1], np.int32)), axis=1)
+        ranges = w(
+            "Concat", w("Mul", place, w.constant([0], np.int32)), w("Add", place, w.constant([1], np.int32)), axis=1
+        )
     scale = match.scale
     if scale is None:
         width = (index.shape(match.query) or [None])[-1]

@@ -130,5 +130,5 @@ def _address(tensor: Tensor) -> int:
 def _to_torch(value: Any) -> Tensor:
     inner = getattr(value, "_ortvalue", value)
     if value.data_type() == "tensor(bool)":  # DLPack has no boolean here: it travels as bytes
-        return torch.from_dlpack(inner.to_dlpack()).to(torch.bool)
-    return torch.from_dlpack(inner.to_dlpack())
+        return torch.utils.dlpack.from_dlpack(inner.to_dlpack()).to(torch.bool)
+    return torch.utils.dlpack.from_dlpack(inner.to_dlpack())

@@ -56,7 +56,9 @@ class Verification:
         for c in self.checks:
             verdict = "ok" if c.ok else f"FAILED {c.fault}".rstrip()
             side = "library" if c.library else "portable"
-            rows.append((c.case, side, c.output, f"{c.error:.1e}", f"{c.module_error:.1e}", f"{c.allowed:.1e}", verdict))
+            rows.append(
+                (c.case, side, c.output, f"{c.error:.1e}", f"{c.module_error:.1e}", f"{c.allowed:.1e}", verdict)
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows]
         failed = sum(not c.ok for c in self.checks)
@@ -137,7 +139,9 @@ def _same_special(x: Tensor, truth: Tensor) -> bool:
     )
 
 
-def _run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], list[str]]:
+def _run(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], list[str]]:
     flat = Flat(module, args, kwargs)
     with torch.no_grad():
         result = flat(*tensors(bind(module, args, kwargs)).values())

@@ -22,7 +22,9 @@ def node(function: OnnxFunction) -> values.Op:
     Calling the function itself would make the exporter inline it.
     """
     signature = function.op_signature
-    constraints = {p.type_constraint.name: p.type_constraint.allowed_types for p in (*signature.inputs, *signature.outputs)}
+    constraints = {
+        p.type_constraint.name: p.type_constraint.allowed_types for p in (*signature.inputs, *signature.outputs)
+    }
     names = {name: sorted(_TYPES[t.dtype.name] for t in types) for name, types in constraints.items()}
     schema = OpSchema(
         function.name,

@@ -1,6 +1,6 @@
 """Feeds the operator library hostile models and inputs. Run in a process of its own: it may not crash.
 
-    python fuzz_library.py SEED ROUNDS  ->  prints how many runs gave a result and how many an error
+python fuzz_library.py SEED ROUNDS  ->  prints how many runs gave a result and how many an error
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def model_for(feeds: dict[str, np.ndarray], random: np.random.Generator) -> byte
     names = [name if name in feeds else "" for name in NAMES]
     attributes: dict[str, float | int | str] = {"scale": 0.3, "softcap": float(random.choice([0.0, 2.0, -1.0]))}
     if random.random() < 0.1:
-        attributes["scale"] = str("wrong") if random.random() < 0.5 else 7
+        attributes["scale"] = "wrong" if random.random() < 0.5 else 7
     node = helper.make_node("Attention", names, ["out", "lse"], domain="fastxattn", **attributes)
     kinds = {name: KINDS.get(x.dtype.type, TensorProto.FLOAT) for name, x in feeds.items()}
     inputs = [helper.make_tensor_value_info(n, kinds[n], [f"{n}{i}" for i in range(x.ndim)]) for n, x in feeds.items()]
@@ -98,7 +98,9 @@ def main(seed: int, rounds: int) -> None:
         if i % 4:
             break_it(feeds, random)
         try:
-            session = onnxruntime.InferenceSession(model_for(feeds, random), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(
+                model_for(feeds, random), options, providers=["CPUExecutionProvider"]
+            )
             session.run(None, feeds)
             ran += 1
         except Exception:  # whatever the runtime makes of it, as long as it is an exception

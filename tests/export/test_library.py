@@ -57,7 +57,9 @@ def test_errors_name_the_operator_the_input_and_the_rule() -> None:
     assert index.tolist() == [2, 3, 5, -1]
     assert offsets.tolist() == [0, 2, 3]
     assert places.tolist() == [-1, -1, 0, 1, -1, 2]
-    with pytest.raises(Exception, match=r"fastxattn::Select: cu must .* end within the 6 rows|cu_seqlens must start at 0"):
+    with pytest.raises(
+        Exception, match=r"fastxattn::Select: cu must .* end within the 6 rows|cu_seqlens must start at 0"
+    ):
         run_select([2, 1], [0, 4, 7], 4)
     with pytest.raises(Exception, match=r"counts must have shape \(batch,\); got \(1\)"):
         run_select([2], [0, 4, 6], 4)

@@ -69,7 +69,9 @@ def plain_export(core: Callable[[Tensor, Tensor, Tensor], Tensor], path: Path, o
 
 
 @pytest.mark.parametrize(
-    ("core", "opset"), [(sdpa, 18), (sdpa, 23), (additive, 18), (filled, 18), (by_query, 18)], ids=lambda x: getattr(x, "__name__", x)
+    ("core", "opset"),
+    [(sdpa, 18), (sdpa, 23), (additive, 18), (filled, 18), (by_query, 18)],
+    ids=lambda x: getattr(x, "__name__", x),
 )
 def test_optimize(core: Callable[[Tensor, Tensor, Tensor], Tensor], opset: int, tmp_path: Path) -> None:
     path, out = tmp_path / "m.onnx", tmp_path / "fast.onnx"
@@ -130,13 +132,17 @@ def contrib(tmp_path: Path, mask: str) -> tuple[Path, dict[str, np.ndarray]]:
     shapes = {"q": (2, 3, 32), "k": (2, 5, 32), "v": (2, 5, 16)}
     random = np.random.default_rng(0)
     feeds: dict[str, np.ndarray] = {n: random.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-    feeds["mask"] = np.array([4, 2], np.int32) if mask == "lengths" else np.array([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]], np.int32)
+    feeds["mask"] = (
+        np.array([4, 2], np.int32) if mask == "lengths" else np.array([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]], np.int32)
+    )
     node = helper.make_node(
         "MultiHeadAttention", ["q", "k", "v", "", "mask"], ["out"], "mha", domain="com.microsoft", num_heads=4
     )
     inputs = [
         helper.make_tensor_value_info(
-            n, TensorProto.INT32 if n == "mask" else TensorProto.FLOAT, [*(f"{n}{i}" for i in range(min(x.ndim, 2))), *x.shape[2:]]
+            n,
+            TensorProto.INT32 if n == "mask" else TensorProto.FLOAT,
+            [*(f"{n}{i}" for i in range(min(x.ndim, 2))), *x.shape[2:]],
         )
         for n, x in feeds.items()
     ]

@@ -62,7 +62,9 @@ class Losses(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "widths"), [(Importance(), (32, 16)), (Context(), (32, 16)), (Prune(), (8,)), (Late(), (8, 8))], ids=lambda x: type(x).__name__
+    ("module", "widths"),
+    [(Importance(), (32, 16)), (Context(), (32, 16)), (Prune(), (8,)), (Late(), (8, 8))],
+    ids=lambda x: type(x).__name__,
 )
 def test_room(module: torch.nn.Module, widths: tuple[int, ...], tmp_path: Path) -> None:
     module.eval()
@@ -123,13 +125,17 @@ def test_merging_rows(tmp_path: Path) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize(("module", "sizes"), [(TopK(), ((2, 8), (5, 8))), (Losses(), ((5, 8), (5, 8)))], ids=["topk", "losses"])
+@pytest.mark.parametrize(
+    ("module", "sizes"), [(TopK(), ((2, 8), (5, 8))), (Losses(), ((5, 8), (5, 8)))], ids=["topk", "losses"]
+)
 def test_similarities(module: torch.nn.Module, sizes: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
     module.eval()
     generator = torch.Generator().manual_seed(4)
 
     def inputs(more: int) -> tuple[Tensor, ...]:
-        return tuple(torch.nn.functional.normalize(torch.randn(n + more, d, generator=generator), dim=1) for n, d in sizes)
+        return tuple(
+            torch.nn.functional.normalize(torch.randn(n + more, d, generator=generator), dim=1) for n, d in sizes
+        )
 
     export.to_onnx(module, inputs(0), tmp_path / "m.onnx")
     few = torch.randn(3, 8), torch.randn(3, 8)  # fewer rows than the four best that are asked for

@@ -9,7 +9,7 @@ The body is a Loop over sequences that appends each result to a tensor sequence:
 outside a sequence never enters a product. No keys gives 0 and -inf; empty batches and lengths are ordinary.
 Under ``kv_range``, an infinite value at a visible key gives NaN where the kernel gives infinity.
 """
-# ruff: noqa: N802, SIM108
+# ruff: noqa: SIM108
 # mypy: ignore-errors
 
 from typing import TypeVar, Union
@@ -108,9 +108,7 @@ def Attention(
         lq, lk = op.Gather(used_q, at), op.Gather(used_k, at)
         to_q, to_k = op.Add(from_q, lq), op.Add(from_k, lk)
         if op.Greater(op.Squeeze(op.Mul(lq, lk)), zero):
-            q = op.Reshape(
-                op.Slice(q_all, from_q, to_q, v1), op.Concat(kv_heads, op.Mul(group, lq), head_dim, axis=0)
-            )
+            q = op.Reshape(op.Slice(q_all, from_q, to_q, v1), op.Concat(kv_heads, op.Mul(group, lq), head_dim, axis=0))
             products = op.MatMul(q, op.Slice(k_all, from_k, to_k, v2))
             raw = op.Reshape(products, op.Concat(heads, lq, lk, axis=0))
             if capped:
@@ -160,9 +158,7 @@ def Attention(
             total = op.ReduceSum(weights, last, keepdims=1)
             divisor = op.Where(op.Equal(total, f_zero), f_one, total)
             grouped = op.Reshape(weights, op.Concat(kv_heads, op.Mul(group, lq), lk, axis=0))
-            mixed = op.Reshape(
-                op.Add(op.MatMul(grouped, v_clean), poison), op.Concat(heads, lq, value_dim, axis=0)
-            )
+            mixed = op.Reshape(op.Add(op.MatMul(grouped, v_clean), poison), op.Concat(heads, lq, value_dim, axis=0))
             out_i = op.Div(mixed, divisor)
             lse_i = op.Squeeze(op.Add(base, op.Log(total)), last)
         else:

@@ -3,7 +3,7 @@
 Costs batch x longest queries x longest keys whatever the lengths. A row of zeros behind the data stands for every
 absent token, so that what lies there never enters a product.
 """
-# ruff: noqa: N802, SIM108
+# ruff: noqa: SIM108
 # mypy: ignore-errors
 
 from onnx import TensorProto
@@ -100,11 +100,13 @@ def AttentionPadded(
         at_k = op.Max(op.Min(op.Sub(row_k, from_k), op.Slice(tops, v3, far)), v0)
         bias_heads, bias_keys = op.Shape(bias, start=1, end=2), op.Shape(bias, start=3, end=4)
         pick_q = op.Expand(
-            op.Unsqueeze(at_q, op.Constant(value_ints=[1, 3])), op.Concat(batch, bias_heads, longest_q, bias_keys, axis=0)
+            op.Unsqueeze(at_q, op.Constant(value_ints=[1, 3])),
+            op.Concat(batch, bias_heads, longest_q, bias_keys, axis=0),
         )
         own_q = op.GatherElements(own, pick_q, axis=2)
         pick_k = op.Expand(
-            op.Unsqueeze(at_k, op.Constant(value_ints=[1, 2])), op.Concat(batch, bias_heads, longest_q, longest_k, axis=0)
+            op.Unsqueeze(at_k, op.Constant(value_ints=[1, 2])),
+            op.Concat(batch, bias_heads, longest_q, longest_k, axis=0),
         )
         biased = op.Add(keyed, op.GatherElements(own_q, pick_k, axis=3))
     else:
@@ -137,12 +139,8 @@ def AttentionPadded(
     weights = op.Exp(op.Sub(scores, base))
     total = op.ReduceSum(weights, last, keepdims=1)
     divisor = op.Where(op.Equal(total, f_zero), f_one, total)
-    grouped = op.Reshape(
-        weights, op.Concat(batch, kv_heads, op.Mul(group, longest_q), longest_k, axis=0), allowzero=1
-    )
-    mixed = op.Reshape(
-        op.MatMul(grouped, v_clean), op.Concat(batch, heads, longest_q, value_dim, axis=0), allowzero=1
-    )
+    grouped = op.Reshape(weights, op.Concat(batch, kv_heads, op.Mul(group, longest_q), longest_k, axis=0), allowzero=1)
+    mixed = op.Reshape(op.MatMul(grouped, v_clean), op.Concat(batch, heads, longest_q, value_dim, axis=0), allowzero=1)
     out_padded = op.Transpose(op.Div(op.Add(mixed, poison), divisor), perm=[0, 2, 1, 3])
     lse_padded = op.Transpose(op.Squeeze(op.Add(base, op.Log(total)), last), perm=[0, 2, 1])
 

@@ -2,7 +2,7 @@
 
 An empty tensor stands for an absent ``kv_range`` or ``key_bias``. The body is a Loop over sequences.
 """
-# ruff: noqa: N802, SIM108
+# ruff: noqa: SIM108
 # mypy: ignore-errors
 
 from onnx import TensorProto

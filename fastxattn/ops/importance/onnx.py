@@ -3,7 +3,7 @@
 Inputs are those of the torch operator (:mod:`fastxattn.ops.importance.schema`), an empty tensor standing for an absent
 one. The body is a Loop over sequences.
 """
-# ruff: noqa: N802, SIM108
+# ruff: noqa: SIM108
 # mypy: ignore-errors
 
 from onnx import TensorProto

@@ -12,7 +12,9 @@ LOWEST = helper.make_tensor("lowest", TensorProto.FLOAT, [1], [float("-inf")])
 
 def _owner(offsets, tokens):
     """(tokens,) the set of each token; tokens past the last offset get the number of sets."""
-    ends = op.Cast(op.Slice(offsets, op.Constant(value_ints=[1]), op.Constant(value_ints=[2**31])), to=TensorProto.INT64)
+    ends = op.Cast(
+        op.Slice(offsets, op.Constant(value_ints=[1]), op.Constant(value_ints=[2**31])), to=TensorProto.INT64
+    )
     place = op.Unsqueeze(
         op.Range(op.Constant(value_int=0), op.Squeeze(tokens), op.Constant(value_int=1)), op.Constant(value_ints=[1])
     )
@@ -31,7 +33,10 @@ def _sums(similarity, owner_rows, owner_columns, sets_rows, sets_columns):
     best = op.ScatterElements(start, index, similarity, axis=1, reduction="max")
     found = op.Where(op.Equal(best, op.Constant(value=LOWEST)), zero, best)  # an empty set matches with 0
     total = op.ScatterND(
-        op.Expand(zero, op.Concat(more_rows, more_columns, axis=0)), op.Unsqueeze(owner_rows, v1), found, reduction="add"
+        op.Expand(zero, op.Concat(more_rows, more_columns, axis=0)),
+        op.Unsqueeze(owner_rows, v1),
+        found,
+        reduction="add",
     )
     axes = op.Constant(value_ints=[0, 1])
     return op.Slice(total, op.Constant(value_ints=[0, 0]), op.Concat(sets_rows, sets_columns, axis=0), axes)

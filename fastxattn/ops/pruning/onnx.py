@@ -17,7 +17,7 @@ NONE_PROTECTED = helper.make_tensor("none_protected", TensorProto.BOOL, [0], [])
 
 
 @script(DOMAIN, default_opset=op)
-def Select(  # noqa: N802
+def Select(
     scores: FLOAT, cu_seqlens: INT32, counts: INT32, capacity: INT64, protected: BOOL
 ) -> tuple[INT32, INT32, INT32]:
     """The portable body: two stable sorts, by score and then by (sequence, not protected, NaN)."""
@@ -103,7 +103,9 @@ def translate_gather(x, index, coefficient):
 def translate_merge(x, assignment, coefficient, rows):
     """``pruning_merge``: sums into rows; what is assigned to -1 goes to a row behind them, which is cut off."""
     v0, v1 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
-    count = op.Constant(value_ints=[rows]) if isinstance(rows, int) else op.Reshape(op.Cast(rows, to=TensorProto.INT64), v1)
+    count = (
+        op.Constant(value_ints=[rows]) if isinstance(rows, int) else op.Reshape(op.Cast(rows, to=TensorProto.INT64), v1)
+    )
     values = op.Cast(x, to=TensorProto.FLOAT)
     if coefficient is not None:
         values = op.Mul(values, op.Unsqueeze(coefficient, v1))
