@@ -47,7 +47,10 @@ struct AttentionParams {
   uint64_t seed = 0;       // key of the dropout generator
 
   void* out = nullptr;   // (rows_q, heads, value_dim) contiguous
-  float* lse = nullptr;  // (heads, rows_q) contiguous
+  // Log-sum-exp, (heads, rows_q) contiguous; either may be null. Backward reads the exact one: weights recomputed from
+  // an lse rounded to float32 would all be off by the rounding, a relative 2e-7 at an lse of 4 to 8.
+  float* lse = nullptr;
+  double* lse_exact = nullptr;
 
   int64_t group() const { return heads / kv_heads; }
 };
@@ -90,10 +93,15 @@ inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
 inline int64_t query_row_of(const AttentionParams& p, int64_t slot) { return p.index_q ? p.index_q[slot] : slot; }
 inline int64_t key_row_of(const AttentionParams& p, int64_t slot) { return p.index_k ? p.index_k[slot] : slot; }
 
+inline void write_lse(const AttentionParams& p, int64_t head, int64_t row, double lse) {
+  if (p.lse != nullptr) p.lse[head * p.rows_q + row] = static_cast<float>(lse);
+  if (p.lse_exact != nullptr) p.lse_exact[head * p.rows_q + row] = lse;
+}
+
 // Computes out and lse. `content` comes from check_attention_content, which must have accepted `p`.
 void attention_forward(const AttentionParams& p, const AttentionContent& content, const Parallel& parallel, Isa isa);
 
-// Computes the gradients asked for; p.out and p.lse hold the forward's results.
+// Computes the gradients asked for; p.out and p.lse_exact hold the forward's results.
 void attention_backward(const AttentionParams& p, const AttentionGradients& g, const AttentionContent& content,
                         const Parallel& parallel, Isa isa);
 

@@ -19,7 +19,7 @@ struct BackwardScratch {
   E *grads, *grad_rows;            // per block: [value_depth][width]; [width / kPair][wide_value]
   float* acc_query;                // per block: [head_dim][width]
   float *acc_key, *acc_value;      // [key][wide_key], [key][wide_value]: of a panel, or of all keys of the item
-  float *lse, *delta, *factor;     // per lane: lse, delta - grad_lse
+  float *lse, *unrounded, *delta, *factor;  // per lane: lse; e to what rounding it took away; delta - grad_lse
   float *scores, *dscores, *slope, *extra;  // [kKeyBlock][kLaneBlock]
   E *rows_weights, *rows_dscores;  // the same with pairs along lanes (floats: scores and dscores themselves)
   E* pairs_dscores;                // the same with pairs along keys
@@ -46,6 +46,7 @@ struct BackwardScratch {
     acc_key = arena.take<float>(keys_held * wide_key);
     acc_value = arena.take<float>(keys_held * wide_value);
     lse = arena.take<float>(lanes);
+    unrounded = arena.take<float>(lanes);
     delta = arena.take<float>(lanes);
     factor = arena.take<float>(kLaneBlock);
     scores = arena.take<float>(kKeyBlock * kLaneBlock);
@@ -82,9 +83,11 @@ static void load_lanes(const AttentionParams& p, const AttentionGradients& g, in
     s.query_at[i] = used ? static_cast<const T*>(p.query) + row * p.query_row + head * p.query_head : nullptr;
     s.grad_at[i] = used ? static_cast<const T*>(g.grad_out) + row * g.grad_out_row + head * g.grad_out_head : nullptr;
     const T* out = static_cast<const T*>(p.out) + (row * p.heads + head) * p.value_dim;
-    const float lse = p.lse[head * p.rows_q + row];
+    const double exact = p.lse_exact[head * p.rows_q + row];
+    const float lse = static_cast<float>(exact);
     // Lanes that saw nothing, and lanes beyond the last, get weights exp(-inf) = 0.
     s.lse[i] = !used || lse == -__builtin_inff() ? __builtin_inff() : lse;
+    s.unrounded[i] = exact - exact == 0.0 ? 1.0f - static_cast<float>(exact - lse) : 1.0f;
     s.delta[i] = 0.0f;
     if (!used) continue;
     vf sum = zero();
@@ -137,7 +140,7 @@ static void tile_weights(const AttentionParams& p, int64_t b, const Sequence& se
     float* row = s.scores + j * ld;
     for (int64_t i = 0; i < ld; i += W) {
       const vf x = load(row + i);
-      vf w = exp(fma(x, scale, zero() - load(s.lse + at + i)));
+      vf w = exp(fma(x, scale, zero() - load(s.lse + at + i))) * load(s.unrounded + at + i);
       // An unseen key has weight 0 even where the lane's lse is NaN.
       if (masked) w = x == hidden ? zero() : w;
       store(row + i, w);

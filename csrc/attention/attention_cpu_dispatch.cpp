@@ -51,7 +51,7 @@ std::unique_ptr<float[]> floats(int64_t n) { return std::unique_ptr<float[]>(n >
 void attention_forward(const AttentionParams& p, const AttentionContent& content, const Parallel& parallel, Isa isa) {
   if (!content.every_query_row) {
     std::memset(p.out, 0, static_cast<size_t>(p.rows_q * p.heads * p.value_dim * dtype_size(p.dtype)));
-    for (int64_t i = 0; i < p.rows_q * p.heads; ++i) p.lse[i] = -__builtin_inff();
+    for (int64_t i = 0; i < p.rows_q * p.heads; ++i) write_lse(p, 0, i, -__builtin_inf());
   }
   const ForwardPlan plan = plan_forward(p);
   const auto run_item = select_forward_item(isa);

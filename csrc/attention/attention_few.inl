@@ -164,7 +164,7 @@ static void forward_few(const AttentionParams& p, const ForwardItem& item, float
     }
   }
 
-  float lse[kLaneBlock];
+  double lse[kLaneBlock];
   close_softmax(p, ld, s.m, s.l, true, transform, s.factor, lse);
   for (int64_t i = 0; i < lanes.count; ++i) {
     const int64_t head = s.head[i];
@@ -172,10 +172,11 @@ static void forward_few(const AttentionParams& p, const ForwardItem& item, float
     if (item.partial >= 0) {
       const int64_t at = item.head_begin * per_head + i;
       float* partial = workspace + item.partial;
-      partial[p.kv_heads * per_head * p.value_dim + at] = lse[i];
+      const int64_t total = p.kv_heads * per_head;
+      store_partial_lse(partial + total * p.value_dim + at, total, lse[i]);
       write_row(acc, s.factor[i], partial + at * p.value_dim, p.value_dim);
     } else {
-      p.lse[head * p.rows_q + s.row[i]] = lse[i];
+      write_lse(p, head, s.row[i], lse[i]);
       write_row(acc, s.factor[i], static_cast<T*>(p.out) + (s.row[i] * p.heads + head) * p.value_dim, p.value_dim);
     }
   }

@@ -81,9 +81,17 @@ static void accumulate_seen(const Element<T>* values, int64_t value_ld, const fl
   }
 }
 
+inline constexpr double kLn2Double = 0.6931471805599453;
+
+// Keeps a split's lse in its workspace as two floats, `apart` elements from one another.
+FXA_INLINE void store_partial_lse(float* at, int64_t apart, double lse) {
+  at[0] = static_cast<float>(lse);
+  at[apart] = lse - lse == 0.0 ? static_cast<float>(lse - at[0]) : 0.0f;
+}
+
 // Ends the online softmax of some lanes: the factor that normalises their sums, and their log-sum-exp.
 static void close_softmax(const AttentionParams& p, int64_t width, const float* m, const float* l, bool touched,
-                          bool transformed, float* factor, float* lse) {
+                          bool transformed, float* factor, double* lse) {
   const vf keep = splat(p.dropout_p < 1.0f ? 1.0f / (1.0f - p.dropout_p) : 0.0f);
   const vf none = splat(-__builtin_inff());
   const vf c = splat(transformed ? kLog2e : p.scale * kLog2e), scale = splat(transformed ? 1.0f : p.scale);
@@ -93,7 +101,15 @@ static void close_softmax(const AttentionParams& p, int64_t width, const float* 
     store(factor + i, blank ? zero() : keep / sum);
     // The weights were 2^(c s - r) with r = c m rounded; what that rounding added to the sum is taken out again.
     const vf rounding = fma(top, c, zero() - top * c);
-    store(lse + i, blank ? none : fma(top, scale, (log2(sum) - rounding) * splat(kLn2)));
+    const vf rough = blank ? none : fma(top, scale, (log2(sum) - rounding) * splat(kLn2));
+    // The same in double, the sum's exponent kept apart from the logarithm of its mantissa.
+    const vi bits = reinterpret_cast<vi>(sum);
+    const vi exponent = (bits >> 23) - 127;
+    const vf fraction = log2(reinterpret_cast<vf>((bits & 0x7fffff) | 0x3f800000)) - rounding;
+    for (int k = 0; k < W; ++k) {
+      const double fine = static_cast<double>(top[k]) * scale[k] + (exponent[k] + static_cast<double>(fraction[k])) * kLn2Double;
+      lse[i + k] = rough[k] - rough[k] == 0.0f ? fine : rough[k];  // NaN and infinity as they are
+    }
   }
 }
 
@@ -102,7 +118,7 @@ template <class T>
 static void finish_block(const AttentionParams& p, int64_t kv_head, const Lanes& lanes, int64_t lane_begin, bool touched,
                          bool transformed, const ForwardScratch<T>& s, int64_t offset, float* partial,
                          int64_t sequence_lanes) {
-  float lse[kLaneBlock];
+  double lse[kLaneBlock];
   float* acc = s.acc + offset * p.value_dim;
   close_softmax(p, lanes.width, s.m + offset, s.l + offset, touched, transformed, s.factor, lse);
   if (!touched) {
@@ -114,10 +130,11 @@ static void finish_block(const AttentionParams& p, int64_t kv_head, const Lanes&
     if (partial != nullptr) {
       const int64_t at = kv_head * sequence_lanes + lane_begin + i;
       s.partial_at[i] = partial + at * p.value_dim;
-      partial[p.kv_heads * sequence_lanes * p.value_dim + at] = lse[i];
+      const int64_t total = p.kv_heads * sequence_lanes;
+      store_partial_lse(partial + total * p.value_dim + at, total, lse[i]);
     } else {
       s.out_at[i] = static_cast<T*>(p.out) + (lanes.row[i] * p.heads + head) * p.value_dim;
-      p.lse[head * p.rows_q + lanes.row[i]] = lse[i];
+      write_lse(p, head, lanes.row[i], lse[i]);
     }
   }
   if (partial != nullptr) {
@@ -279,7 +296,8 @@ static void merge_rows(const AttentionParams& p, const ForwardMerge& merge, cons
       const float anchor = top == -__builtin_inff() ? 0.0f : top;
       float weight[kMaxSplits], sum = 0.0f;
       for (int64_t i = 0; i < merge.splits; ++i) {
-        weight[i] = exp(splat(lses[i * merge.stride] - anchor))[0];
+        const float rest = lses[i * merge.stride + p.kv_heads * lanes];
+        weight[i] = exp(splat(lses[i * merge.stride] - anchor))[0] * (1.0f + rest);
         sum += weight[i];
       }
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
@@ -294,8 +312,7 @@ static void merge_rows(const AttentionParams& p, const ForwardMerge& merge, cons
         }
         store_first_from_f32(out + c, x * splat(inverse), here);
       }
-      const vf total = log2(splat(sum)) * splat(kLn2) + splat(anchor);
-      p.lse[h * p.rows_q + row] = sum == 0.0f ? -__builtin_inff() : total[0];
+      write_lse(p, h, row, sum == 0.0f ? -__builtin_inf() : anchor + __builtin_log(static_cast<double>(sum)));
     }
   }
 }

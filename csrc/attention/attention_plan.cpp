@@ -79,7 +79,7 @@ ForwardPlan plan_forward(const AttentionParams& p) {
     // Streaming wants whole rows of keys, all heads of them, as they lie in memory.
     const int64_t grouped = few ? std::min(p.kv_heads, kLaneBlock / lanes)
                                 : std::clamp<int64_t>(static_cast<int64_t>(kGrain / (head_cost + 1)), 1, p.kv_heads);
-    const int64_t stride = p.kv_heads * lanes * (p.value_dim + 1);
+    const int64_t stride = p.kv_heads * lanes * (p.value_dim + 2);
     if (splits > 1) plan.merges.push_back({b, splits, plan.workspace, stride});
     for (int64_t split = 0; split < splits; ++split) {
       const int64_t partial = splits > 1 ? plan.workspace + split * stride : -1;

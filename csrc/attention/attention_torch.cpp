@@ -116,9 +116,9 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Ten
   AttentionParams p = make_params(query, key, value, cu_q, cu_k, used_q, used_k, index_q, index_k, kv_range, key_bias,
                                   bias, scale, softcap, dropout_p, seed, content);
   Tensor out = allocate({p.rows_q, p.heads, p.value_dim}, query.scalar_type(), query);
-  Tensor lse = allocate({p.heads, p.rows_q}, ScalarType::Float, query);
+  Tensor lse = allocate({p.heads, p.rows_q}, ScalarType::Double, query);
   p.out = out.mutable_data_ptr();
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.lse_exact = static_cast<double*>(lse.mutable_data_ptr());
   attention_forward(p, content, torch_parallel(), active_isa());
   return {out, lse};
 }
@@ -139,14 +139,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op(
               "out and grad_out must be (rows_q, heads, value_dim)");
   }
   FXA_CHECK(out.is_contiguous(), "out must be contiguous");
-  auto is_lse = [&](const Tensor& t) {
-    return t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == p.heads &&
+  auto is_lse = [&](const Tensor& t, ScalarType type) {
+    return t.is_cpu() && t.scalar_type() == type && t.dim() == 2 && t.size(0) == p.heads &&
            t.size(1) == p.rows_q;
   };
-  FXA_CHECK(is_lse(lse) && lse.is_contiguous(), "lse must be (heads, rows_q) float32, contiguous");
-  FXA_CHECK(!grad_lse.has_value() || is_lse(*grad_lse), "grad_lse must be (heads, rows_q) float32");
+  FXA_CHECK(is_lse(lse, ScalarType::Double) && lse.is_contiguous(), "lse must be (heads, rows_q) float64, contiguous");
+  FXA_CHECK(!grad_lse.has_value() || is_lse(*grad_lse, ScalarType::Float), "grad_lse must be (heads, rows_q) float32");
   p.out = const_cast<void*>(out.const_data_ptr());  // read only from here on
-  p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+  p.lse_exact = static_cast<double*>(const_cast<void*>(lse.const_data_ptr()));
 
   AttentionGradients g;
   g.grad_out = grad_out.const_data_ptr();

@@ -105,9 +105,9 @@ py::tuple attention(const py::array& query, const py::array& key, const py::arra
   AttentionContent content;
   AttentionParams p = params(query, key, value, options, content);
   py::array out = result(p.dtype, {p.rows_q, p.heads, p.value_dim});
-  py::array lse = result(DType::f32, {p.heads, p.rows_q});
+  py::array_t<double> lse({p.heads, p.rows_q});
   p.out = out.mutable_data();
-  p.lse = static_cast<float*>(lse.mutable_data());
+  p.lse_exact = lse.mutable_data();
   attention_forward(p, content, threads(workers), isa_of(isa));
   return py::make_tuple(out, lse);
 }
@@ -118,7 +118,7 @@ py::tuple attention_grad(const py::array& grad_out, const py::array& out, const 
   AttentionContent content;
   AttentionParams p = params(query, key, value, options, content);
   p.out = const_cast<void*>(out.data());
-  p.lse = static_cast<float*>(const_cast<void*>(lse.data()));
+  p.lse_exact = static_cast<double*>(const_cast<void*>(lse.data()));
   AttentionGradients g;
   g.grad_out = grad_out.data();
   g.grad_out_row = elements_per(grad_out, 0), g.grad_out_head = elements_per(grad_out, 1);

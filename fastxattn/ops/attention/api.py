@@ -101,7 +101,7 @@ def varlen_cross_attention(
         query, key, value, cu_seqlens_q, cu_seqlens_k, None, None, None, key_index, kv_range, key_bias, None,
         scale, softcap, dropout_p, dropout_seed, backend,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return (out, _narrow(lse, query)) if return_lse else out
 
 
 @overload
@@ -179,4 +179,9 @@ def cross_attention(
         padded.four_axes(bias, layout), scale, softcap, dropout_p, dropout_seed, backend,
     )  # fmt: skip
     out = out.unflatten(0, query.shape[:2])
-    return (out, lse.unflatten(1, query.shape[:2]).transpose(0, 1)) if return_lse else out
+    return (out, _narrow(lse, query).unflatten(1, query.shape[:2]).transpose(0, 1)) if return_lse else out
+
+
+def _narrow(lse: Tensor, query: Tensor) -> Tensor:
+    """Lse as users get it: kernels may hand it to their backward pass with more digits."""
+    return lse if query.dtype == torch.float64 else lse.float()

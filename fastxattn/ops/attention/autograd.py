@@ -45,6 +45,7 @@ class Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         elif grad_out.stride(2) != 1:  # the expanded scalar that sum() sends
             grad_out = grad_out.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.float()  # lse may have come in float64
         needed = dict(zip(Problem._fields, ctx.needs_input_grad[1:], strict=True))
         needs = sum(bit for name, bit in NEEDS.items() if needed[name])
         grads = BACKWARD[ctx.backend](grad_out, grad_lse, out, lse, *tensors, *ctx.numbers, seed, needs)
