@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -72,7 +74,7 @@ def infonce_loss(
         if ids is None:
             first = sum(counts[: dist.get_rank(group)])
             targets = torch.arange(first, first + own.shape[0], device=own.device)
-            positives = {"targets": targets}
+            positives: dict[str, Any] = {"targets": targets}
             having = number
         else:
             columns = gather_rows(ids[1], counts, group)
@@ -117,7 +119,7 @@ def sigmoid_loss(
     else:
         first = sum(counts[: dist.get_rank(group)])
         targets = torch.arange(first, first + a.shape[0], device=a.device)
-        positives: dict[str, object] = {"targets": targets}
+        positives: dict[str, Any] = {"targets": targets}
         if groups is not None:
             positives = {"groups": (groups[0], gather_rows(groups[1], counts, group))}
         everybody = GatherRows.apply(b, counts, group)
@@ -128,7 +130,7 @@ def sigmoid_loss(
             bias,
             reduction="sum",
             backend=backend,
-            **positives,  # type: ignore[arg-type]
+            **positives,
         )
     result: torch.Tensor = GlobalSum.apply(total / max(sum(counts), 1), group)
     return result
