@@ -122,6 +122,7 @@ def greedy(mode: int, length: int, keep: int) -> Workload:
     width = 1024
     torch.manual_seed(0)
     x, cu, counts = torch.randn(length, width), offsets(1, length), torch.tensor([keep], dtype=torch.int32)
+    quality = torch.rand(length) + 0.5  # the determinant's; without it every first pick is a tie
 
     def eager() -> Tensor:
         unit = x / x.norm(dim=1, keepdim=True)
@@ -137,6 +138,7 @@ def greedy(mode: int, length: int, keep: int) -> Workload:
                     value[picked[:step]] = -torch.inf
                 picked[step] = value.argmax()
         else:  # greedy MAP of a determinantal process, as CDPruner's code does it
+            similarity = similarity * quality * quality[:, None]
             factors = torch.zeros(keep, length)
             residual = similarity.diagonal().clone()
             for step in range(keep):
@@ -149,7 +151,7 @@ def greedy(mode: int, length: int, keep: int) -> Workload:
         return picked
 
     def ours() -> Tensor:
-        scores = run("greedy", x, "auto", x, None, cu, counts, None, mode, keep)
+        scores = run("greedy", x, "auto", x, quality, cu, counts, None, mode, keep)
         return scores.topk(keep).indices
 
     def check() -> str:
