@@ -79,7 +79,10 @@ def qformer_workload(dtype: torch.dtype, grad: bool, image_grad: bool = False) -
 
         def gradients(m: nn.Module, call: Callable[[], Tensor]) -> list[Tensor]:
             out = call()
-            names = ["encoder.layer.0.crossattention.attention.query.weight", "encoder.layer.11.output_query.dense.weight"]
+            names = [
+                "encoder.layer.0.crossattention.attention.query.weight",
+                "encoder.layer.11.output_query.dense.weight",
+            ]
             values = dict(m.named_parameters())
             return [out, *torch.autograd.grad((out * weight[some].to(out.dtype)).sum(), [values[n] for n in names])]
 

@@ -1,4 +1,4 @@
-"""Real classes at their real sizes (random weights) on ragged batches; what is smaller than real says so in its name."""
+"""Real classes at real sizes (random weights) on ragged batches; what is smaller than real says so in its name."""
 
 from __future__ import annotations
 
@@ -103,8 +103,12 @@ def _fusion_block(batch: int = 16) -> Any:
                            "text_hidden": text == 0, "image_hidden": image == 0}  # fmt: skip
 
 
-def _caption_ids(batch: int, vocabulary: int, end: int) -> Tensor:
+def _caption_ids(batch: int, vocabulary: int, end: int, captions: bool = True) -> Tensor:
+    """Ids with the lengths of captions (mostly 8 to 30 tokens, a few up to 77), or uniform from 5 to 77."""
     lengths, mask = ragged(batch, 5, 77)
+    if captions:
+        lengths = (5 + torch.distributions.Exponential(1 / 14).sample((batch,)).long()).clamp(max=77)
+        mask = torch.arange(77) < lengths[:, None]
     ids = torch.where(mask.bool(), torch.randint(3, vocabulary - 3, mask.shape), end)
     return ids.scatter(1, lengths[:, None] - 1, end)
 
@@ -126,8 +130,8 @@ class ClipTexts(nn.Module):
         return self.clip.get_text_features(input_ids).pooler_output  # type: ignore[no-any-return]
 
 
-def _clip_text(batch: int = 32) -> Any:
-    return ClipTexts(), {"input_ids": _caption_ids(batch, 49407, 49407)}
+def _clip_text(captions: bool, batch: int = 32) -> Any:
+    return ClipTexts(), {"input_ids": _caption_ids(batch, 49407, 49407, captions)}
 
 
 def _siglip(batch: int = 4) -> Any:
@@ -151,7 +155,12 @@ class MllamaLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = hf.models.mllama.configuration_mllama.MllamaTextConfig(
-            num_hidden_layers=1, cross_attention_layers=[0], vocab_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2
+            num_hidden_layers=1,
+            cross_attention_layers=[0],
+            vocab_size=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
         self.text = hf.models.mllama.modeling_mllama.MllamaTextModel(config)
 
@@ -279,7 +288,10 @@ def _idefics2(batch: int = 4) -> Any:
 
 def _flava(batch: int = 16) -> Any:
     mask = ragged(batch, 5, 77)[1]
-    return hf.FlavaTextModel(hf.FlavaTextConfig()), {"input_ids": torch.randint(3, 900, mask.shape), "attention_mask": mask}
+    return hf.FlavaTextModel(hf.FlavaTextConfig()), {
+        "input_ids": torch.randint(3, 900, mask.shape),
+        "attention_mask": mask,
+    }
 
 
 def _albef(batch: int = 16) -> Any:
@@ -309,7 +321,10 @@ SYSTEMS = [
     System("nn.MultiheadAttention, 32 queries on 64..1024", _mha, dtypes=BOTH, train=True),
     System("nn.TransformerDecoderLayer, 32 on 64..1024", _decoder_layer),
     System("TorchMultimodal-style fusion block", _fusion_block),
-    System("CLIP text tower (ViT-B/32), batch 32, text 5..77", _clip_text, "all layers run on the tokens that count", BOTH),
+    System("CLIP text tower (ViT-B/32), batch 32, captions padded to 77", lambda: _clip_text(True),
+           "all layers run on tokens that count", BOTH),
+    System("CLIP text tower (ViT-B/32), batch 32, text 5..77 uniformly", lambda: _clip_text(False),
+           "all layers run on tokens that count"),
     System("CLIP ViT-B/32 whole, batch 8", _clip, "the image tower has no padding to drop",
            keep=lambda o: [o.logits_per_image]),
     System("SigLIP base whole, batch 4", _siglip, "no padding: texts are padded on purpose, images are whole",
@@ -326,7 +341,8 @@ SYSTEMS = [
            "bound by projecting the audio; nothing to drop"),
     System("T5 base, text 5..77", _t5, "bound by its backbone"),
     System("LXMERT base, text 5..20 and 36 regions", _lxmert, "bound by its backbone"),
-    System("GroundingDINO fusion layer, 9000..13294 pixels, text 5..32", _grounding_dino),
+    System("GroundingDINO fusion layer, 9000..13294 pixels, text 5..32", _grounding_dino,
+           keep=lambda o: [o[0][0], o[1][0]]),
     System("DETR decoder, 100 queries on 400..850", _detr, "a whole DETR is bound by its backbone"),
     System("Perceiver, 256 latents on 512..2048 (4 of 26 self-attentions)", _perceiver, "bound by its backbone"),
     System("Idefics2 resampler, image 64..1024 (1 of 3 layers)", _idefics2),

@@ -63,13 +63,13 @@ class Row:
             found.append(f"spills {self.spills} bytes")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"needs {self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} exist")
-        if wanted := expected_matrix(self.kernel, self.dtype, self.arch, self.dim):
-            if not re.search(wanted, self.matrix):
-                found.append(f"no {wanted} in the machine code (found {self.matrix or 'none'})")
+        wanted = expected_matrix(self.kernel, self.dtype, self.arch)
+        if wanted and not re.search(wanted, self.matrix):
+            found.append(f"no {wanted} in the machine code (found {self.matrix or 'none'})")
         return found
 
 
-def expected_matrix(kernel: str, dtype: str, arch: str, dim: int) -> str | None:
+def expected_matrix(kernel: str, dtype: str, arch: str) -> str | None:
     """The matrix instruction a kernel must use, as a pattern; None for kernels that multiply no matrices."""
     if kernel == "merge":
         return None
@@ -81,11 +81,15 @@ def expected_matrix(kernel: str, dtype: str, arch: str, dim: int) -> str | None:
 POINTERS = {
     "p_cu": "*i32", "p_used": "*i32", "p_index": "*i32", "p_slot": "*i32", "p_range": "*i32", "p_seed": "*i64",
     "p_lse": "*fp32", "p_dlse": "*fp32", "p_delta": "*fp32", "p_part": "*fp32", "p_key_bias": "*fp32",
-    "p_dkey_bias": "*fp32", "p_bias": "*fp32", "p_dbias": "*fp32", "p_row_weight": "*fp32", "p_seen": "*i32",
+    "p_norm": "*fp32", "p_dkey_bias": "*fp32", "p_bias": "*fp32", "p_dbias": "*fp32", "p_row_weight": "*fp32",
+    "p_seen": "*i32",
     "p_score": "*fp32", "p_grad": "*fp32", "p_scale": "*fp32",
 }  # fmt: skip
 INDICES = ("p_index_q", "p_index_k", "p_used_q", "p_used_k")
-OPTIONAL = {"plain": INDICES, "rich": (*INDICES, "p_range", "p_key_bias", "p_bias", "p_seed", "p_dlse", "p_dkey_bias")}
+OPTIONAL = {
+    "plain": INDICES,
+    "rich": (*INDICES, "p_range", "p_key_bias", "p_bias", "p_seed", "p_dlse", "p_dkey_bias", "p_row_weight"),
+}
 ALWAYS_OPTIONAL = {*OPTIONAL["rich"], "p_slot_q", "p_slot_k"}
 
 
@@ -102,6 +106,11 @@ def cases() -> Iterator[Case]:
             yield Case("attention", kernel, dtype, dim, variant, name)
             if kernel == "split" and kind == "plain":
                 yield Case("attention", "merge", dtype, dim, "plain", name)
+    from fastxattn.ops.importance import triton_kernel
+
+    for kind, dim, tile in triton_kernel.shipped():
+        name = f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
+        yield Case("importance", "importance", "fp32" if kind == "single" else "fp16", dim, "rich", name)
 
 
 def compile_case(case: Case, arch: str) -> Row:
@@ -117,7 +126,8 @@ def compile_case(case: Case, arch: str) -> Row:
     constexprs: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     for i, name in enumerate(kernel.arg_names):
-        if name.isupper() or (name in ALWAYS_OPTIONAL and name not in OPTIONAL[case.variant]):
+        absent = name in ALWAYS_OPTIONAL and name not in OPTIONAL[case.variant]
+        if name.isupper() or absent or (name == "p_norm" and case.dtype != "fp32"):
             signature[name] = "constexpr"
             constexprs[(i,)] = constants.get(name)
         else:
@@ -142,17 +152,20 @@ def compile_case(case: Case, arch: str) -> Row:
 
 def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
     from fastxattn.ops.attention.triton import backward, config, forward
+    from fastxattn.ops.importance import triton_kernel
 
     kernels = {
         "forward": forward.attention_forward, "split": forward.attention_forward, "merge": forward.attention_merge,
         "backward_query": backward.attention_backward_query, "backward_key": backward.attention_backward_key,
-        "backward_bias": backward.attention_backward_bias,
+        "backward_bias": backward.attention_backward_bias, "importance": triton_kernel.importance,
     }  # fmt: skip
     full = case.variant == "rich"
     constants: dict[str, Any] = {
-        "GROUP": 1, "SOFTCAP": True, "KEY_BIAS_HEADS": full, "HEAD_DIM": case.dim, "VALUE_DIM": case.dim, "BLOCK_D": case.dim,
+        "GROUP": 1, "SOFTCAP": True, "KEY_BIAS_HEADS": full, "HEAD_DIM": case.dim, "VALUE_DIM": case.dim,
+        "BLOCK_D": case.dim,
         "BLOCK_DV": case.dim, "SPLITS": 8 if case.kernel in ("split", "merge") else 1, "SPLIT_KEYS": config.SPLIT_KEYS,
-        "PRECISION": "ieee", "NEED_DQ": True, "BATCH_SHARED": True, "HEADS_SHARED": False, "ROWS_SHARED": False, "COLUMNS_SHARED": False,
+        "PRECISION": "ieee", "NEED_DQ": True, "BATCH_SHARED": True, "HEADS_SHARED": False, "ROWS_SHARED": False,
+        "COLUMNS_SHARED": False,
     }  # fmt: skip
     return kernels[case.kernel], constants
 
@@ -214,11 +227,14 @@ def _compile(job: tuple[Case, str]) -> Row | str:
         return f"{job[0]} on {job[1]}: {type(error).__name__}: {str(error)[-400:]}"
 
 
-def run(archs: tuple[str, ...] = TARGETS, kernel: str = "", jobs: int | None = None) -> tuple[list[Row], list[str]]:
+def run(
+    archs: tuple[str, ...] = TARGETS, kernel: str = "", dim: int = 0, dtype: str = ""
+) -> tuple[list[Row], list[str]]:
     """Rows of everything asked for, and messages of what did not compile."""
-    todo = [(case, arch) for case in cases() if kernel in f"{case.op}.{case.kernel}" for arch in archs]
-    with ProcessPoolExecutor(jobs or int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        done = list(pool.map(_compile, todo, chunksize=4))
+    chosen = [c for c in cases() if kernel in f"{c.op}.{c.kernel}" and dim in (0, c.dim) and dtype in ("", c.dtype)]
+    todo = [(case, arch) for case in chosen for arch in archs]
+    with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        done = list(pool.map(_compile, todo, chunksize=1))
     return [r for r in done if isinstance(r, Row)], [r for r in done if isinstance(r, str)]
 
 
@@ -226,11 +242,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", choices=TARGETS, action="append")
     parser.add_argument("--kernel", default="", help="only kernels whose <op>.<kernel> contains this")
+    parser.add_argument("--dim", type=int, default=0, help="only this head dim")
+    parser.add_argument("--dtype", default="", help="only fp16 or fp32")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("offline.py compiles; unset TRITON_INTERPRET")
-    rows, errors = run(tuple(options.arch or TARGETS), options.kernel)
+    rows, errors = run(tuple(options.arch or TARGETS), options.kernel, options.dim, options.dtype)
     if options.csv:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
         with options.csv.open("w", newline="") as file:

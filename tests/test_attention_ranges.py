@@ -26,9 +26,10 @@ def dense(kv_range, cu_q, lengths_k):
 
 def check(kv_range, cu_q, lengths_q, lengths_k, sees):
     assert kv_range.dtype == torch.int32
-    wanted = [[[sees(b, i, j) for j in range(m)] for i in range(n)] for b, (n, m) in enumerate(zip(lengths_q, lengths_k))]
+    pairs = list(zip(lengths_q, lengths_k, strict=True))
+    wanted = [[[sees(b, i, j) for j in range(m)] for i in range(n)] for b, (n, m) in enumerate(pairs)]
     assert dense(kv_range, cu_q, lengths_k) == wanted
-    for (start, end), keys in zip(kv_range.tolist(), [m for n, m in zip(lengths_q, lengths_k) for _ in range(n)]):
+    for (start, end), keys in zip(kv_range.tolist(), [m for n, m in pairs for _ in range(n)], strict=True):
         assert 0 <= start <= end <= keys
 
 
@@ -64,7 +65,8 @@ def test_media(markers, data):
     args = (cu_q, [len(r) for r in markers], [len(o) for o in owner])
     made = ranges.media_kv_range(locations, cu_q, sizes)
     assert dense(made, cu_q, args[2]) == [
-        [[owner[b][j] == last(b, i) for j in range(args[2][b])] for i in range(len(row))] for b, row in enumerate(markers)
+        [[owner[b][j] == last(b, i) for j in range(args[2][b])] for i in range(len(row))]
+        for b, row in enumerate(markers)
     ]
     check(ranges.media_kv_range(locations, cu_q, sizes, every=True), *args, lambda b, i, j: owner[b][j] <= last(b, i))
     fixed = [len(row) * 3 for row in media]
@@ -90,7 +92,11 @@ def test_tiles(markers, data):
     ]
 
 
-@given(st.lists(st.tuples(*[st.lists(st.integers(0, 12), max_size=9)] * 2), max_size=4), st.integers(0, 4), st.integers(0, 4))
+@given(
+    st.lists(st.tuples(*[st.lists(st.integers(0, 12), max_size=9)] * 2), max_size=4),
+    st.integers(0, 4),
+    st.integers(0, 4),
+)
 @settings(max_examples=60, deadline=None)
 def test_timestamps(times, before, after):
     q, k = [a for a, _ in times], [sorted(b) for _, b in times]

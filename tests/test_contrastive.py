@@ -268,7 +268,9 @@ def test_repeatable_for_any_number_of_threads():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append([run(f, a, b, 20.0, "cpu", **o) for f, o in ((infonce_loss, {}), (sigmoid_loss, {"bias": -5.0}))])
+            results.append(
+                [run(f, a, b, 20.0, "cpu", **o) for f, o in ((infonce_loss, {}), (sigmoid_loss, {"bias": -5.0}))]
+            )
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

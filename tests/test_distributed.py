@@ -43,7 +43,7 @@ def launch(scenario: str, world: int, store: Path, limit: float) -> list[tuple[i
 @pytest.mark.skipif(native.cpu_library().library is None, reason="the ring needs the CPU kernels")
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_rank_agrees_with_one_process(world, tmp_path):
-    for rank, (code, output) in enumerate(launch("all", world, tmp_path / "store", 240)):
+    for rank, (code, output) in enumerate(launch("all", world, tmp_path / "store", 600)):
         assert code == 0, f"rank {rank}:\n{output[-3000:]}"
 
 

@@ -58,12 +58,22 @@ def interleave(x, y):
 @pytest.mark.parametrize("direction", ["a", "b", "both"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_directions(direction, reduction):
-    compare(*interleave(sets([5, 30, 2], 24), sets([9, 1, 40, 7], 24, seed=1)), direction=direction, reduction=reduction)
+    compare(
+        *interleave(sets([5, 30, 2], 24), sets([9, 1, 40, 7], 24, seed=1)), direction=direction, reduction=reduction
+    )
 
 
 @pytest.mark.parametrize(
     ("lengths_a", "lengths_b"),
-    [([600, 3], [700, 2]), ([300], [5, 6, 7]), ([4, 5], [900]), ([1] * 300, [1] * 3), ([2], [1] * 280), ([0], [0]), ([], [3])],
+    [
+        ([600, 3], [700, 2]),
+        ([300], [5, 6, 7]),
+        ([4, 5], [900]),
+        ([1] * 300, [1] * 3),
+        ([2], [1] * 280),
+        ([0], [0]),
+        ([], [3]),
+    ],
 )
 def test_sets_longer_and_shorter_than_a_block(lengths_a, lengths_b):
     compare(*interleave(sets(lengths_a, 16), sets(lengths_b, 16, seed=1)), direction="both")

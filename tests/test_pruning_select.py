@@ -86,7 +86,9 @@ def test_large_segments_and_ranks(backend: str) -> None:
         part = kept.rank[kept.cu_seqlens[b] : kept.cu_seqlens[b + 1]]
         assert sorted(part.tolist()) == list(range(part.numel()))
         order = reference.order(scores[cu[b] : cu[b + 1]])[: part.numel()] + cu[b]
-        assert torch.equal(kept.keep_index[kept.cu_seqlens[b] : kept.cu_seqlens[b + 1]][part.argsort()], order.to(torch.int32))
+        assert torch.equal(
+            kept.keep_index[kept.cu_seqlens[b] : kept.cu_seqlens[b + 1]][part.argsort()], order.to(torch.int32)
+        )
 
 
 def test_a_sequence_does_not_notice_its_neighbours(backend: str) -> None:
@@ -252,6 +254,17 @@ def test_weight_gradients() -> None:
     a = torch.tensor([0, 1, 0, -1, 1], dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda t, w: merge_rows(t, a, w, 3), (x, c))
     assert torch.autograd.gradcheck(lambda t, w: gather_rows(t, a, w), (x, c))
+
+
+def test_gradients_of_merge_weights_are_finite_where_tokens_are_dropped() -> None:
+    _, kept = small()
+    weight = torch.tensor([1.0, 3.0, 0.0, 2.0], requires_grad=True)
+    x = torch.randn(4, 2)
+    place = torch.tensor([0, 0, 1, -1], dtype=torch.int32)
+    (grad,) = torch.autograd.grad(kept.merged(place, weight).reduce(x)[0].sum(), weight)
+    want = (x[1] - x[0]).sum() * torch.tensor([-3.0, 1.0]) / 16
+    torch.testing.assert_close(grad[:2], want)
+    assert grad[2:].tolist() == [0, 0]
 
 
 def test_nan_in_pruned_tokens_reaches_nothing(backend: str) -> None:

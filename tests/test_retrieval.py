@@ -31,7 +31,9 @@ def test_exact_with_ties(isa, dtype):
         native.force_cpu_isa("auto")
 
 
-@pytest.mark.parametrize(("q", "rows", "d", "k"), [(1, 1, 1, 1), (3, 5, 7, 9), (65, 300, 63, 3), (0, 10, 4, 2), (2, 0, 4, 2)])
+@pytest.mark.parametrize(
+    ("q", "rows", "d", "k"), [(1, 1, 1, 1), (3, 5, 7, 9), (65, 300, 63, 3), (0, 10, 4, 2), (2, 0, 4, 2)]
+)
 def test_shapes(q, rows, d, k):
     queries, corpus = whole(q, d, 0), whole(rows, d, 1)
     for actual, expected in zip(

@@ -19,7 +19,7 @@ struct BackwardScratch {
   E *grads, *grad_rows;            // per block: [value_depth][width]; [width / kPair][wide_value]
   float* acc_query;                // per block: [head_dim][width]
   float *acc_key, *acc_value;      // [key][wide_key], [key][wide_value]: of a panel, or of all keys of the item
-  float *lse, *delta, *factor;     // per lane: lse in base 2, delta - grad_lse
+  float *lse, *delta, *factor;     // per lane: lse, delta - grad_lse
   float *scores, *dscores, *slope, *extra;  // [kKeyBlock][kLaneBlock]
   E *rows_weights, *rows_dscores;  // the same with pairs along lanes (floats: scores and dscores themselves)
   E* pairs_dscores;                // the same with pairs along keys
@@ -83,8 +83,8 @@ static void load_lanes(const AttentionParams& p, const AttentionGradients& g, in
     s.grad_at[i] = used ? static_cast<const T*>(g.grad_out) + row * g.grad_out_row + head * g.grad_out_head : nullptr;
     const T* out = static_cast<const T*>(p.out) + (row * p.heads + head) * p.value_dim;
     const float lse = p.lse[head * p.rows_q + row];
-    // Lanes that saw nothing, and lanes beyond the last, get weights 2^-inf = 0.
-    s.lse[i] = !used || lse == -__builtin_inff() ? __builtin_inff() : lse * kLog2e;
+    // Lanes that saw nothing, and lanes beyond the last, get weights exp(-inf) = 0.
+    s.lse[i] = !used || lse == -__builtin_inff() ? __builtin_inff() : lse;
     s.delta[i] = 0.0f;
     if (!used) continue;
     vf sum = zero();
@@ -117,13 +117,14 @@ static void load_keys(const AttentionParams& p, const Sequence& sequence, int64_
   pack_rows<T>(s.value_at, keys, p.value_dim, s.values, s.value_ld);
 }
 
-// Weights of one tile: scores becomes P^T = 2^(c s - lse), exactly zero where unseen.
+// Weights of one tile: scores becomes P^T = exp(s - lse), exactly zero where unseen.
 template <class T>
 static void tile_weights(const AttentionParams& p, int64_t b, const Sequence& sequence, int64_t kv_head,
                          const Lanes& lanes, int64_t at, int64_t key_begin, int64_t keys, bool masked,
                          const BackwardScratch<T>& s) {
   const bool transform = needs_transform(p);
-  const vf c = splat(transform ? kLog2e : p.scale * kLog2e);
+  // The difference is formed before the change of base, so that large scores cost no accuracy.
+  const vf scale = splat(transform ? 1.0f : p.scale);
   const int64_t ld = lanes.width;
   gemm<Element<T>, AOrder::rows, Init::zero>(keys, ld, s.depth, s.keys, s.key_ld, s.queries + at * s.depth, ld,
                                              s.scores, ld);
@@ -136,7 +137,7 @@ static void tile_weights(const AttentionParams& p, int64_t b, const Sequence& se
     float* row = s.scores + j * ld;
     for (int64_t i = 0; i < ld; i += W) {
       const vf x = load(row + i);
-      vf w = exp2(fma(x, c, zero() - load(s.lse + at + i)));
+      vf w = exp(fma(x, scale, zero() - load(s.lse + at + i)));
       // An unseen key has weight 0 even where the lane's lse is NaN.
       if (masked) w = x == hidden ? zero() : w;
       store(row + i, w);
@@ -222,10 +223,6 @@ static void accumulate_seen_keys(const float* tile, const Element<T>* pairs, int
   }
 }
 
-static void clear(float* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
-}
-
 // sums[h][key] += sum over the lanes of head h (or of all heads) of dS.
 static void add_key_bias(const float* dscores, int64_t keys, const Lanes& lanes, bool by_head, float* sums,
                          int64_t stride) {
@@ -299,12 +296,6 @@ static void backward_tile(const AttentionParams& p, const AttentionGradients& g,
                                        acc_value, s.wide_value);
     }
   }
-}
-
-// to[c] = acc[c] * factor for one row of n values.
-template <class U>
-static void write_row(const float* acc, float factor, U* to, int64_t n) {
-  for (int64_t c = 0; c < n; c += W) store_first_from_f32(to + c, load(acc + c) * splat(factor), n - c);
 }
 
 // Writes the gradients of a panel of keys: to the outputs, or as partial sums (unscaled).

@@ -1,5 +1,6 @@
 // The kernels of one instruction set; attention_cpu_<isa>.cpp includes this and nothing else.
 #include "attention/attention_bias.inl"
+#include "attention/attention_few.inl"
 
 namespace fastxattn::FXA_ISA {
 
@@ -13,12 +14,21 @@ size_t attention_forward_scratch(const AttentionParams& p) {
   return arena.used;
 }
 
+template <class T>
+static void forward_item(const AttentionParams& p, const ForwardItem& item, float* workspace, const Arena& arena) {
+  if (item.few) {
+    forward_few<T>(p, item, workspace, arena);
+  } else {
+    forward_tiled<T>(p, item, workspace, arena);
+  }
+}
+
 void attention_forward_item(const AttentionParams& p, const ForwardItem& item, float* workspace, void* scratch) {
   const Arena arena{static_cast<char*>(scratch)};
   switch (p.dtype) {
-    case DType::bf16: return forward_tiled<bf16_t>(p, item, workspace, arena);
-    case DType::f16: return forward_tiled<f16_t>(p, item, workspace, arena);
-    default: return forward_tiled<float>(p, item, workspace, arena);
+    case DType::bf16: return forward_item<bf16_t>(p, item, workspace, arena);
+    case DType::f16: return forward_item<f16_t>(p, item, workspace, arena);
+    default: return forward_item<float>(p, item, workspace, arena);
   }
 }
 

@@ -42,8 +42,8 @@ struct ForwardScratch {
     value_ld = round_up(p.value_dim, W);
     keys = arena.take<E>(kKeyBlock * key_ld);
     values = arena.take<E>(kKeyBlock * value_ld);
-    queries = arena.take<E>(kLaneChunk * depth);
-    acc = arena.take<float>(kLaneChunk * p.value_dim);
+    queries = arena.take<E>(kLaneChunk * key_ld);
+    acc = arena.take<float>(kLaneChunk * value_ld);
     m = arena.take<float>(kLaneChunk);
     l = arena.take<float>(kLaneChunk);
     alpha = arena.take<float>(kLaneBlock);
@@ -81,22 +81,30 @@ static void accumulate_seen(const Element<T>* values, int64_t value_ld, const fl
   }
 }
 
+// Ends the online softmax of some lanes: the factor that normalises their sums, and their log-sum-exp.
+static void close_softmax(const AttentionParams& p, int64_t width, const float* m, const float* l, bool touched,
+                          bool transformed, float* factor, float* lse) {
+  const vf keep = splat(p.dropout_p < 1.0f ? 1.0f / (1.0f - p.dropout_p) : 0.0f);
+  const vf none = splat(-__builtin_inff());
+  const vf c = splat(transformed ? kLog2e : p.scale * kLog2e), scale = splat(transformed ? 1.0f : p.scale);
+  for (int64_t i = 0; i < width; i += W) {
+    const vf sum = load(l + i), top = load(m + i);
+    const vi blank = touched ? sum == zero() : vi{} - 1;
+    store(factor + i, blank ? zero() : keep / sum);
+    // The weights were 2^(c s - r) with r = c m rounded; what that rounding added to the sum is taken out again.
+    const vf rounding = fma(top, c, zero() - top * c);
+    store(lse + i, blank ? none : fma(top, scale, (log2(sum) - rounding) * splat(kLn2)));
+  }
+}
+
 // Writes one block's results: output rows in T, or float partial rows when the keys are split.
 template <class T>
 static void finish_block(const AttentionParams& p, int64_t kv_head, const Lanes& lanes, int64_t lane_begin, bool touched,
                          bool transformed, const ForwardScratch<T>& s, int64_t offset, float* partial,
                          int64_t sequence_lanes) {
-  const float keep = p.dropout_p < 1.0f ? 1.0f / (1.0f - p.dropout_p) : 0.0f;
   float lse[kLaneBlock];
   float* acc = s.acc + offset * p.value_dim;
-  for (int64_t i = 0; i < lanes.width; i += W) {
-    const vf sum = load(s.l + offset + i), top = load(s.m + offset + i);
-    const vf none = zero() - splat(__builtin_inff());
-    const vi blank = touched ? sum == zero() : vi{} - 1;
-    store(s.factor + i, blank ? zero() : splat(keep) / sum);
-    const vf scaled = transformed ? top : top * splat(p.scale);
-    store(lse + i, blank ? none : fma(log2(sum), splat(kLn2), scaled));
-  }
+  close_softmax(p, lanes.width, s.m + offset, s.l + offset, touched, transformed, s.factor, lse);
   if (!touched) {
     for (int64_t i = 0; i < p.value_dim * lanes.width; i += W) store(acc + i, zero());
   }
@@ -119,6 +127,51 @@ static void finish_block(const AttentionParams& p, int64_t kv_head, const Lanes&
   }
 }
 
+// Asks for the next panel's rows a few at a time, from between the tiles of a product: rows of one head lie far apart,
+// which the processor's own prefetchers do not follow.
+template <class T>
+struct PanelPrefetch {
+  const AttentionParams* p;
+  int64_t slot, end;  // key slots still to ask for
+  int64_t head;
+  int64_t rows_per_call;
+
+  static PanelPrefetch next(const AttentionParams& p, const Sequence& s, int64_t head, int64_t key_begin,
+                            int64_t key_end, int64_t k, int64_t tile_rows) {
+    k += kKeyBlock;
+    if (k >= key_end) k = key_begin, ++head;
+    const int64_t keys = head < p.kv_heads ? least(kKeyBlock, key_end - k) : 0;
+    return {&p, s.first_k + k, s.first_k + k + keys, head, tile_rows};
+  }
+  void operator()() {
+    const int64_t stop = least(slot + rows_per_call, end);
+    for (; slot < stop; ++slot) {
+      const int64_t row = key_row_of(*p, slot);
+      touch(static_cast<const T*>(p->key) + row * p->key_row + head * p->key_head, p->head_dim);
+      touch(static_cast<const T*>(p->value) + row * p->value_row + head * p->value_head, p->value_dim);
+    }
+  }
+  static void touch(const T* row, int64_t n) {
+    const char* at = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
+};
+
+// The same for rows whose addresses are known: the next block's queries, or output rows about to be written.
+template <bool write>
+struct RowPrefetch {
+  const void* const* rows;
+  int64_t left, bytes;
+  int64_t offset;  // bytes added to every address
+
+  void operator()() {
+    for (int64_t i = 0; i < 8 && left > 0; ++i, --left, ++rows) {
+      const char* at = static_cast<const char*>(*rows) + offset;
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, write, 2);
+    }
+  }
+};
+
 template <class T>
 static void forward_tiled(const AttentionParams& p, const ForwardItem& item, float* workspace, Arena arena) {
   using E = Element<T>;
@@ -133,6 +186,7 @@ static void forward_tiled(const AttentionParams& p, const ForwardItem& item, flo
   const bool transform = needs_transform(p);
   const float c = transform ? kLog2e : p.scale * kLog2e;
   const T* query = static_cast<const T*>(p.query);
+  const int64_t row_bytes = p.head_dim * static_cast<int64_t>(sizeof(T));
   int64_t key_begin = item.key_begin, key_end = item.key_end;
   if (all.begin != nullptr) {  // whole panels outside every lane's range are never read
     if (all.first > key_begin) key_begin += (all.first - key_begin) / kKeyBlock * kKeyBlock;
@@ -146,7 +200,6 @@ static void forward_tiled(const AttentionParams& p, const ForwardItem& item, flo
     bool touched[kLaneChunk / kLaneBlock] = {};
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t offset = b * kLaneBlock;
-      pack_columns<T>(s.query_at + offset, block[b].count, p.head_dim, s.queries + offset * s.depth, block[b].width);
       for (int64_t i = 0; i < block[b].width; i += W) {
         store(s.m + offset + i, splat(-__builtin_inff()));
         store(s.l + offset + i, zero());
@@ -163,14 +216,17 @@ static void forward_tiled(const AttentionParams& p, const ForwardItem& item, flo
       pack_rows<T>(s.key_at, keys, p.head_dim, s.keys, s.key_ld);
       pack_depth_rows<T>(s.value_at, keys, p.value_dim, s.values, s.value_ld);
       const int64_t pairs = elements<T>(keys);
+      auto prefetch = PanelPrefetch<T>::next(p, sequence, head, key_begin, key_end, k, 16);
       int finite = -1;  // of the value panel; looked at only when some lane must not see it
       for (int64_t b = 0; b < blocks; ++b) {
         const Lanes& lanes = block[b];
         if (!lanes.sees_any(k, k + keys)) continue;
         const int64_t offset = b * kLaneBlock, ld = lanes.width;
         const bool masked = !lanes.sees_all(k, k + keys);
+        if (!touched[b]) pack_columns<T>(s.query_at + offset, lanes.count, p.head_dim, s.queries + offset * s.depth, ld);
         gemm<E, AOrder::rows, Init::zero>(keys, ld, s.depth, s.keys, s.key_ld, s.queries + offset * s.depth, ld,
-                                          s.scores, ld);
+                                          s.scores, ld, nullptr, prefetch);
+        prefetch.slot = prefetch.end;
         if (transform || masked) {
           if (s.extra != nullptr) gather_bias(p, item.sequence, sequence, head, lanes, s.key_row, keys, s.extra, ld);
           adjust_scores(p, s.scores, keys, ld, transform, s.extra, nullptr, masked, lanes, k);
@@ -180,15 +236,22 @@ static void forward_tiled(const AttentionParams& p, const ForwardItem& item, flo
 
         float* acc = s.acc + offset * p.value_dim;
         const E* weights = reinterpret_cast<const E*>(s.weights);
+        RowPrefetch<false> queries{reinterpret_cast<const void* const*>(s.query_at), 0, row_bytes, 0};
+        if (k == key_begin && b + 1 < blocks) {
+          queries.rows += offset + kLaneBlock, queries.left = block[b + 1].count;
+        } else if (k + keys == key_end && b + 1 == blocks && head + 1 < item.head_end) {
+          queries.left = block[0].count, queries.offset = group * p.query_head * static_cast<int64_t>(sizeof(T));
+        }
         if (masked && finite < 0) finite = all_finite(s.values, pairs * s.value_ld);
         if (masked && finite == 0) {
           accumulate_seen<T>(s.values, s.value_ld, s.weights, acc, ld, p.value_dim, lanes, k, keys,
                              touched[b] ? s.alpha : nullptr);
         } else if (touched[b]) {
           gemm<E, AOrder::columns, Init::scale>(p.value_dim, ld, pairs, s.values, s.value_ld, weights, ld, acc, ld,
-                                                s.alpha);
+                                                s.alpha, queries);
         } else {
-          gemm<E, AOrder::columns, Init::zero>(p.value_dim, ld, pairs, s.values, s.value_ld, weights, ld, acc, ld);
+          gemm<E, AOrder::columns, Init::zero>(p.value_dim, ld, pairs, s.values, s.value_ld, weights, ld, acc, ld,
+                                               nullptr, queries);
         }
         touched[b] = true;
       }

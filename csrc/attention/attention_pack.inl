@@ -40,9 +40,10 @@ FXA_INLINE vf load_elements(const T* p, int64_t left) {
     return load_first_as_f32(p, left);
   } else {
     if (left >= 2 * W) return load(reinterpret_cast<const float*>(p));
-    T values[2 * W] = {};
-    for (int64_t i = 0; i < left; ++i) values[i] = p[i];
-    return load(reinterpret_cast<const float*>(values));
+#if defined(FXA_HAS_BF16_DOT)
+    const uint32_t mask = left > 0 ? (1u << left) - 1 : 0;
+    return reinterpret_cast<vf>(_mm512_maskz_loadu_epi16(mask, p));
+#endif
   }
 }
 
@@ -169,6 +170,16 @@ static void unpack_columns(const float* panel, int64_t ld, const float* factor, 
       }
     }
   }
+}
+
+static void clear(float* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
+}
+
+// to[c] = acc[c] * factor for one row of n values.
+template <class U>
+static void write_row(const float* acc, float factor, U* to, int64_t n) {
+  for (int64_t c = 0; c < n; c += W) store_first_from_f32(to + c, load(acc + c) * splat(factor), n - c);
 }
 
 }  // namespace fastxattn::FXA_ISA

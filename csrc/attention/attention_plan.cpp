@@ -9,8 +9,10 @@
 namespace fastxattn {
 namespace {
 
-constexpr double kGrain = 1 << 19;        // multiply-adds worth handing to another thread
+constexpr double kGrain = 1 << 20;        // multiply-adds worth handing to another thread
 constexpr int64_t kFewLanes = 4;          // up to so many query rows per key/value head, streaming beats tiling
+constexpr int64_t kFewSplitKeys = 512;    // fewest keys in a split of a streamed sequence
+constexpr int64_t kFewCost = 8;           // a streamed row of keys costs as much as so many query rows
 constexpr int64_t kUnitsPerSequence = 16; // pieces below which a long sequence's keys are split
 constexpr int64_t kSplitKeys = 1024;      // fewest keys in a split
 constexpr int64_t kBackwardCuts = 8;      // pieces that keys, and query rows, are cut into at most, backward
@@ -71,10 +73,12 @@ ForwardPlan plan_forward(const AttentionParams& p) {
     const int64_t chunks = ceil_div(lanes, kLaneChunk);
     const int64_t chunk = round_up(ceil_div(lanes, chunks), std::min(lanes, kLaneBlock));
     const int64_t wanted = few ? kMaxSplits : kUnitsPerSequence / (chunks * p.kv_heads);
-    const int64_t splits = std::max<int64_t>(1, std::min({wanted, s.keys / kSplitKeys, kMaxSplits}));
+    const int64_t splits = std::max<int64_t>(1, std::min({wanted, s.keys / (few ? kFewSplitKeys : kSplitKeys), kMaxSplits}));
     const int64_t keys = round_up(ceil_div(s.keys, splits), splits > 1 ? kKeyBlock : 1);
-    const double head_cost = static_cast<double>(few ? lanes : round_up(std::min(chunk, lanes), 16)) * keys * depth;
-    const int64_t grouped = std::clamp<int64_t>(static_cast<int64_t>(kGrain / (head_cost + 1)), 1, p.kv_heads);
+    const double head_cost = static_cast<double>(few ? kFewCost : round_up(std::min(chunk, lanes), 16)) * keys * depth;
+    // Streaming wants whole rows of keys, all heads of them, as they lie in memory.
+    const int64_t grouped = few ? std::min(p.kv_heads, kLaneBlock / lanes)
+                                : std::clamp<int64_t>(static_cast<int64_t>(kGrain / (head_cost + 1)), 1, p.kv_heads);
     const int64_t stride = p.kv_heads * lanes * (p.value_dim + 1);
     if (splits > 1) plan.merges.push_back({b, splits, plan.workspace, stride});
     for (int64_t split = 0; split < splits; ++split) {

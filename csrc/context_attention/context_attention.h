@@ -35,7 +35,7 @@ struct ContextAttentionParams {
   const float* key_bias;        // (rows_k) or null
   void* out;                    // (rows_q, heads, width), contiguous
   float* lse;                   // (heads, rows_q); -inf where a query sees nothing
-  float* softmax;               // (2, heads, rows_q): the largest score, and 1 / sum of weights; 0, 0
+  float* softmax;               // (2, heads, rows_q): the largest score, and the sum of exp(score - largest); 0, 0
                                 // where a query sees nothing. exp(s - lse) from a rounded lse would cost two bits.
 };
 

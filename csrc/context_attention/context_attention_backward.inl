@@ -18,13 +18,16 @@ static void row_deltas(const ContextAttentionParams& p, const ContextAttentionGr
   for (int64_t row = first; row < first + count; ++row) {
     const T* a = static_cast<const T*>(g.grad_out) + row * p.width;
     const T* b = static_cast<const T*>(p.out) + row * p.width;
-    vf sum = zero();
+    double total = 0.0;  // its rounding would shift all gradients of the row the same way
     int64_t c = 0;
-    for (; c + W <= p.width; c += W) sum = fma(load_as_f32(a + c), load_as_f32(b + c), sum);
-    float total = reduce_add(sum);
-    for (; c < p.width; ++c) total += to_f32(a[c]) * to_f32(b[c]);
+    while (c + W <= p.width) {
+      vf sum = zero();
+      for (int piece = 0; piece < 4 && c + W <= p.width; ++piece, c += W) sum = fma(load_as_f32(a + c), load_as_f32(b + c), sum);
+      total += static_cast<double>(reduce_add(sum));
+    }
+    for (; c < p.width; ++c) total += static_cast<double>(to_f32(a[c])) * static_cast<double>(to_f32(b[c]));
     const int64_t at = row % p.heads * p.rows_q + row / p.heads;
-    delta[row] = total - (g.grad_lse == nullptr ? 0.0f : g.grad_lse[at]);
+    delta[row] = static_cast<float>(total - (g.grad_lse == nullptr ? 0.0 : static_cast<double>(g.grad_lse[at])));
   }
 }
 
@@ -42,20 +45,20 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
   float* products = scores + kContextKeys * kContextLanes;
   E* pairs = reinterpret_cast<E*>(products + kContextKeys * kContextLanes);
   float* top = products + 3 * kContextKeys * kContextLanes;
-  float* inverse = top + kContextLanes;
-  float* deltas = inverse + kContextLanes;
+  float* total = top + kContextLanes;
+  float* deltas = total + kContextLanes;
 
   const T* outs[kContextLanes];
   for (int64_t i = 0; i < rows.lanes; ++i) {
     top[i] = __builtin_inff();  // weights exp(-inf) = 0
-    inverse[i] = deltas[i] = 0.0f;
+    total[i] = 1.0f;
+    deltas[i] = 0.0f;
     if (i >= rows.n) continue;
     const int64_t row = panel.row + i;
     outs[i] = static_cast<const T*>(g.grad_out) + row * p.width;
     const int64_t at = row % p.heads * p.rows_q + row / p.heads;
-    top[i] = p.softmax[at], inverse[i] = p.softmax[p.heads * p.rows_q + at];
-    if (inverse[i] == 0.0f) top[i] = __builtin_inff();
-    else deltas[i] = delta[row];
+    const float sum = p.softmax[p.heads * p.rows_q + at];
+    if (sum != 0.0f) top[i] = p.softmax[at], total[i] = sum, deltas[i] = delta[row];
   }
   bool packed = false, zeroed = first != 0;
   const int64_t last = first + kContextSpan < panel.keys ? first + kContextSpan : panel.keys;
@@ -82,7 +85,7 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
       for (int64_t i = 0; i < rows.lanes; i += W) {
         const int64_t at = j * rows.lanes + i;
         const vf s = load(scores + at);
-        vf weight = exp(s - load(top + i)) * load(inverse + i);
+        vf weight = exp(s - load(top + i)) / load(total + i);
         vf grad = weight * (load(products + at) - load(deltas + i));
         if (masked) {
           const vi hidden = s == splat(-__builtin_inff());

@@ -20,7 +20,7 @@ struct ComputeOf<bf16_t> {
 };
 #endif
 template <class E>
-inline constexpr int kPer = sizeof(E) == sizeof(float) && !__is_same(E, float) ? 2 : 1;  // elements per E along depth
+inline constexpr int kPer = __is_same(E, float) ? 1 : 2;  // elements per E along depth
 
 FXA_INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -194,7 +194,7 @@ struct KeyBlock {
 template <class T, class E>
 static void products_with_rows(const KeyBlock<T, E>& keys, int64_t count, int64_t lanes, int64_t depth, const E* rows,
                                float* out) {
-  constexpr int64_t kPiece = 256;
+  constexpr int64_t kPiece = kPer<E> == 2 ? 256 : 32;
   gemm<E, AOrder::rows, Init::zero>(count, lanes, depth < kPiece ? depth : kPiece, keys.left, keys.left_stride, rows, lanes,
                                     out, lanes);
   for (int64_t k = kPiece; k < depth; k += kPiece) {

@@ -40,15 +40,15 @@ static void write_result(const ContextAttentionParams& p, const ContextPanel& pa
     const int64_t row = panel.row + i;
     T* out = static_cast<T*>(p.out) + row * p.width;
     const bool empty = total[i] == 0.0f;
-    const float inverse = empty ? 0.0f : 1.0f / total[i];
+    const float divisor = empty ? 1.0f : total[i];
     const float* from = sums + i * padded;
     int64_t c = 0;
-    for (; c + W <= p.width; c += W) store_from_f32(out + c, load(from + c) * splat(inverse));
-    for (; c < p.width; ++c) out[c] = from_f32<T>(from[c] * inverse);
+    for (; c + W <= p.width; c += W) store_from_f32(out + c, load(from + c) / splat(divisor));
+    for (; c < p.width; ++c) out[c] = from_f32<T>(from[c] / divisor);
     const int64_t at = row % p.heads * p.rows_q + row / p.heads;
     p.lse[at] = empty ? -__builtin_inff() : top[i] + __builtin_logf(total[i]);
     p.softmax[at] = empty ? 0.0f : top[i];
-    p.softmax[p.heads * p.rows_q + at] = inverse;
+    p.softmax[p.heads * p.rows_q + at] = total[i];
   }
 }
 

@@ -35,9 +35,10 @@ float one_float(const OptionalTensor& t, const char* name, float missing) {
   return *static_cast<const float*>(t->const_data_ptr());
 }
 
+// Small batches get several blocks to share between threads, but not blocks so small that packing them shows.
 int64_t block_of(int64_t count) {
-  const int64_t eighth = (count + 7) / 8;
-  return std::clamp<int64_t>((eighth + 63) / 64 * 64, 64, kMaxBlock);
+  const int64_t quarter = (count + 3) / 4;
+  return std::clamp<int64_t>((quarter + 63) / 64 * 64, kMaxBlock / 2, kMaxBlock);
 }
 
 Tensor floats(const Tensor& like, std::initializer_list<int64_t> size, bool zero) {
@@ -121,6 +122,9 @@ void finish_rows(const ContrastiveSide& side, int64_t d, int64_t depth, T* out, 
 // The accumulated gradient in the features' dtype, or as float32 when `keep_float`.
 Tensor finish_gradient(const ContrastiveParams& p, const ContrastiveSide& side, const Tensor& like, const Tensor& sums,
                        bool keep_float, const Parallel& parallel) {
+  if (side.count == 0) {
+    return keep_float ? floats(like, {0, p.d}, false) : torch::stable::new_empty(like, std::vector<int64_t>{0, p.d});
+  }
   if (side.grad_data == nullptr) return floats(like, {0}, false);
   constexpr int64_t kChunk = 64;
   const auto each = [&](auto type, void* out) {

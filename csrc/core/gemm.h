@@ -84,6 +84,11 @@ inline constexpr int kMaxN = 1;
 inline constexpr int kTileRows[2] = {0, 4};
 #endif
 
+// Called after every tile of rows: a place to prefetch what comes next while the multipliers are busy.
+struct NoHook {
+  void operator()() const {}
+};
+
 template <class E, AOrder order, Init init, int N, int M>
 static void gemm_last_rows(int64_t rows, int64_t K, const E* a, int64_t lda, const E* b, int64_t ldb, float* c,
                            int64_t ldc, const float* alpha) {
@@ -93,36 +98,38 @@ static void gemm_last_rows(int64_t rows, int64_t K, const E* a, int64_t lda, con
   }
 }
 
-template <class E, AOrder order, Init init, int N>
+template <class E, AOrder order, Init init, int N, class Hook>
 static void gemm_columns(int64_t rows, int64_t K, const E* a, int64_t lda, const E* b, int64_t ldb, float* c,
-                         int64_t ldc, const float* alpha) {
+                         int64_t ldc, const float* alpha, Hook& hook) {
   constexpr int M = kTileRows[N];
   int64_t m = 0;
   for (; m + M <= rows; m += M) {
     gemm_tile<E, order, init, M, N>(K, order == AOrder::rows ? a + m * lda : a + m, lda, b, ldb, c + m * ldc, ldc,
                                     alpha);
+    hook();
   }
   gemm_last_rows<E, order, init, N, M - 1>(rows - m, K, order == AOrder::rows ? a + m * lda : a + m, lda, b, ldb,
                                            c + m * ldc, ldc, alpha);
 }
 
 // The whole product; `alpha` is read only for Init::scale.
-template <class E, AOrder order, Init init>
+template <class E, AOrder order, Init init, class Hook = NoHook>
 static void gemm(int64_t rows, int64_t columns, int64_t K, const E* a, int64_t lda, const E* b, int64_t ldb, float* c,
-                 int64_t ldc, const float* alpha = nullptr) {
+                 int64_t ldc, const float* alpha = nullptr, Hook hook = {}) {
   int64_t n = 0;
   for (; n + kMaxN * W <= columns; n += kMaxN * W) {
-    gemm_columns<E, order, init, kMaxN>(rows, K, a, lda, b + n, ldb, c + n, ldc, alpha + n);
+    gemm_columns<E, order, init, kMaxN>(rows, K, a, lda, b + n, ldb, c + n, ldc, init == Init::scale ? alpha + n : nullptr, hook);
   }
   if constexpr (kMaxN > 1) {
-    const int64_t vectors = (columns - n) / W;
+    const int64_t left = (columns - n) / W;
+    b += n, c += n, alpha = init == Init::scale ? alpha + n : nullptr;
     if constexpr (kMaxN > 3) {
-      if (vectors == 3) return gemm_columns<E, order, init, 3>(rows, K, a, lda, b + n, ldb, c + n, ldc, alpha + n);
+      if (left == 3) return gemm_columns<E, order, init, 3>(rows, K, a, lda, b, ldb, c, ldc, alpha, hook);
     }
     if constexpr (kMaxN > 2) {
-      if (vectors == 2) return gemm_columns<E, order, init, 2>(rows, K, a, lda, b + n, ldb, c + n, ldc, alpha + n);
+      if (left == 2) return gemm_columns<E, order, init, 2>(rows, K, a, lda, b, ldb, c, ldc, alpha, hook);
     }
-    if (vectors == 1) gemm_columns<E, order, init, 1>(rows, K, a, lda, b + n, ldb, c + n, ldc, alpha + n);
+    if (left == 1) gemm_columns<E, order, init, 1>(rows, K, a, lda, b, ldb, c, ldc, alpha, hook);
   }
 }
 

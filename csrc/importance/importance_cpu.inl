@@ -79,23 +79,44 @@ static Lanes importance_lanes(const ImportanceParams& params, const Sequence& se
   return lanes;
 }
 
-// sums[j] += weight * exp(c * scores[j] - lse), lane by lane. The difference is formed before it is turned into a power
-// of two: rounding a large score times log2(e) would cost more than everything else.
-static void add_weights(const float* scores, int64_t keys, int64_t width, float c, const float* lse,
-                        const float* weight, float* sums) {
+// sums[j] += weight * exp(c * scores[j] - lse) for N vectors of lanes. For floats (`exact`) the difference is formed
+// before it is turned into a power of two: rounding a large score times log2(e) would cost more than everything else.
+template <bool exact, bool weighted, int N>
+static void add_weights(const float* scores, int64_t keys, float c, const float* lse, const float* weight,
+                        float* sums) {
+  vf base[N], factor[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    base[n] = exact ? -load(lse + n * W) : load(lse + n * W) * splat(-kLog2e);
+    factor[n] = weighted ? load(weight + n * W) : zero();
+  }
+  const vf slope = splat(exact ? c : c * kLog2e);
   for (int64_t j = 0; j < keys; ++j) {
     vf sum = load(sums + j * W);
-    for (int64_t i = 0; i < width; i += W) {
-      const vf x = fma(load(scores + j * kImportanceLanes + i), splat(c), -load(lse + i));
-      sum = fma(exp2(x * splat(kLog2e)), load(weight + i), sum);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const vf x = fma(load(scores + j * kImportanceLanes + n * W), slope, base[n]);
+      const vf p = exp2(exact ? x * splat(kLog2e) : x);
+      sum = weighted ? fma(p, factor[n], sum) : sum + p;
     }
     store(sums + j * W, sum);
   }
 }
 
+template <bool exact, bool weighted>
+static void add_all_weights(const float* scores, int64_t keys, int64_t width, float c, const float* lse,
+                            const float* weight, float* sums) {
+  int64_t i = 0;
+  for (; i + 4 * W <= width; i += 4 * W) {
+    add_weights<exact, weighted, 4>(scores + i, keys, c, lse + i, weight + i, sums);
+  }
+  for (; i < width; i += W) add_weights<exact, weighted, 1>(scores + i, keys, c, lse + i, weight + i, sums);
+}
+
 template <class T>
 static void importance_item(const ImportanceParams& params, const ImportanceItem& item, int64_t most_keys, void* memory) {
   using E = Element<T>;
+  constexpr bool exact = sizeof(T) == 4;
   const AttentionParams& p = params.attention;
   const ImportanceScratch<T> s(p, most_keys, static_cast<char*>(memory));
   const Sequence sequence = sequence_of(p, item.sequence);
@@ -130,7 +151,8 @@ static void importance_item(const ImportanceParams& params, const ImportanceItem
         }
         adjust_scores(p, s.scores, n, kImportanceLanes, transform, extra, nullptr, masked, lanes, first);
       }
-      add_weights(s.scores, n, lanes.width, c, s.lse, s.weight, s.sums + j * W);
+      const auto add = params.row_weight != nullptr ? add_all_weights<exact, true> : add_all_weights<exact, false>;
+      add(s.scores, n, lanes.width, c, s.lse, s.weight, s.sums + j * W);
     }
   }
   float* score = params.score + item.head * p.slots_k + sequence.first_k + item.key_begin;

@@ -28,7 +28,8 @@ static float inverse_norm(const T* row, int64_t channels) {
 
 // One panel of `rows` <= 64 rows x[index[j]] (or x[j] without an index); finite[j] says whether a row could be used.
 template <class T>
-static void pack_panel(const T* x, const int32_t* index, int64_t rows, int64_t channels, float* panel, uint8_t* finite) {
+static void pack_panel(const T* x, const int32_t* index, int64_t rows, int64_t channels, float* panel,
+                       uint8_t* finite) {
   for (int64_t base = 0; base < kPanel; base += W) {
     const T* from[W];
     float scale[W];
@@ -113,8 +114,9 @@ void pruning_match(const MatchParams& p, int64_t begin, int64_t end, int64_t b_b
 static const float* similarity_row(const GreedyScratch& s, int64_t i, int64_t padded, int64_t channels, bool stored) {
   if (stored) return s.gram + i * padded;
   for (int64_t j = 0; j < padded; j += kPanel) {
-    gemm<float, AOrder::columns, Init::zero>(1, kPanel, channels, s.panel_memory + i / kPanel * kPanel * channels + i % kPanel,
-                                             kPanel, s.panel_memory + j * channels, kPanel, s.row + j, kPanel);
+    gemm<float, AOrder::columns, Init::zero>(1, kPanel, channels,
+                                             s.panel_memory + i / kPanel * kPanel * channels + i % kPanel, kPanel,
+                                             s.panel_memory + j * channels, kPanel, s.row + j, kPanel);
   }
   return s.row;
 }
@@ -129,7 +131,8 @@ static int64_t first_best(const float* value, int64_t n) {
 
 // Fills the stored matrix (one triangle computed, the other mirrored), and with `nearest` value[i] = minus the largest
 // similarity of i to another finite token.
-static void similarities(const GreedyScratch& s, int64_t n, int64_t padded, int64_t channels, bool stored, bool nearest) {
+static void similarities(const GreedyScratch& s, int64_t n, int64_t padded, int64_t channels, bool stored,
+                         bool nearest) {
   for (int64_t i = 0; i < padded; i += kPanel) {
     float* strip = stored ? s.gram + i * padded : s.gram;
     for (int64_t j = stored ? i : 0; j < padded; j += kPanel) {
@@ -186,8 +189,8 @@ void pruning_greedy(const GreedyParams& p, int64_t b, const GreedyScratch& s, fl
   const bool maxmin = p.mode == GreedyMode::max_min;
   for (int64_t i = 0; i < padded; i += kPanel) {
     const int64_t rows = n - i < kPanel ? n - i : kPanel;
-    pruning_pack(static_cast<const char*>(p.x) + (begin + i) * p.channels * element, p.dtype, nullptr, rows,
-                 p.channels, s.panel_memory + i * p.channels, s.finite + i);
+    pruning_pack(static_cast<const char*>(p.x) + (begin + i) * p.channels * element, p.dtype, nullptr, rows, p.channels,
+                 s.panel_memory + i * p.channels, s.finite + i);
   }
   float largest = 0;
   for (int64_t i = 0; i < padded; ++i) {
@@ -208,7 +211,8 @@ void pruning_greedy(const GreedyParams& p, int64_t b, const GreedyScratch& s, fl
       const float* column = s.panel_memory + i / kPanel * kPanel * p.channels + i % kPanel;
       float diagonal = 0;
       for (int64_t c = 0; c < p.channels; ++c) diagonal += column[c * kPanel] * column[c * kPanel];
-      s.value[i] = i < n ? diagonal * quality[i] * quality[i] : 0.0f;
+      s.value[i] =
+          diagonal > 0 ? quality[i] * quality[i] : 0.0f;  // a unit row's similarity to itself is 1, not nearly 1
       largest = s.value[i] > largest ? s.value[i] : largest;
     } else if (pick >= 0) {
       s.value[i] = __builtin_inff();

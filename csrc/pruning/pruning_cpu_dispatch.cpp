@@ -20,7 +20,7 @@ FXA_DECLARE(void, pruning_greedy, (const GreedyParams&, int64_t, const GreedyScr
 namespace fastxattn::pruning {
 namespace {
 
-#define FXA_PICK(name)                                                     \
+#define FXA_PICK(name) \
   decltype(&::fastxattn::generic::name) pick_##name() { FXA_SELECT(active_isa(), name) }
 FXA_PICK(pruning_select)
 FXA_PICK(pruning_quantile)
@@ -54,9 +54,8 @@ void select(const SelectParams& p, int64_t batch, const Parallel& parallel) {
   const int64_t n = longest(p.cu, batch);
   const auto keys = scratch<uint32_t>(n * parallel.workers);
   const auto state = scratch<uint8_t>(n * parallel.workers);
-  for_each_task(parallel, batch, [&](int64_t b, int64_t worker) {
-    kernel(p, b, keys.get() + worker * n, state.get() + worker * n);
-  });
+  for_each_task(parallel, batch,
+                [&](int64_t b, int64_t worker) { kernel(p, b, keys.get() + worker * n, state.get() + worker * n); });
 }
 
 void quantile(const QuantileParams& p, const Parallel& parallel) {
@@ -64,9 +63,8 @@ void quantile(const QuantileParams& p, const Parallel& parallel) {
   const int64_t n = longest(p.cu, p.batch);
   const auto keys = scratch<uint32_t>(n * parallel.workers);
   const auto state = scratch<uint8_t>(n * parallel.workers);
-  for_each_task(parallel, p.batch, [&](int64_t b, int64_t worker) {
-    kernel(p, b, keys.get() + worker * n, state.get() + worker * n);
-  });
+  for_each_task(parallel, p.batch,
+                [&](int64_t b, int64_t worker) { kernel(p, b, keys.get() + worker * n, state.get() + worker * n); });
 }
 
 void gather(const GatherParams& p, const Parallel& parallel) {

@@ -30,8 +30,9 @@ const int32_t* index_of(const Tensor& t, const char* name, int64_t length, int64
 
 template <class T>
 const T* vector_of(const Tensor& t, const char* name, ScalarType type, int64_t length) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.dim() == 1 && t.size(0) >= length && t.is_contiguous(), "fastxattn: ",
-                  name, " must be a contiguous vector of at least ", length, " entries of the right dtype");
+  STD_TORCH_CHECK(t.scalar_type() == type && t.dim() == 1 && t.size(0) >= length && t.is_contiguous(),
+                  "fastxattn: ", name, " must be a contiguous vector of at least ", length,
+                  " entries of the right dtype");
   return static_cast<const T*>(t.const_data_ptr());
 }
 

@@ -14,9 +14,7 @@ FXA_INLINE uint32_t order_key(float score) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, score + 0.0f);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
-FXA_INLINE float key_score(uint32_t key) {
-  return __builtin_bit_cast(float, key >> 31 ? key & 0x7fffffffu : ~key);
-}
+FXA_INLINE float key_score(uint32_t key) { return __builtin_bit_cast(float, key >> 31 ? key & 0x7fffffffu : ~key); }
 
 struct Cut {
   uint32_t key;   // of the last token taken

@@ -62,7 +62,8 @@ def cached_backward(
         raise ValueError(f"inputs must be as many as encoders ({len(encoders)}); got {len(inputs)}")
     with torch.no_grad():
         embeddings = [
-            torch.cat([encoder(part) for part in batch.split(chunk)]) for encoder, batch in zip(encoders, inputs, strict=True)
+            torch.cat([encoder(part) for part in batch.split(chunk)])
+            for encoder, batch in zip(encoders, inputs, strict=True)
         ]
     value, gradients = loss_and_gradients(loss, *embeddings, *parameters)
     for encoder, batch, gradient in zip(encoders, inputs, gradients, strict=False):

@@ -23,8 +23,8 @@ def guarded(what: str, group: Group, run: Callable[[], Any]) -> Any:
         return run()
     except RuntimeError as error:
         raise RuntimeError(
-            f"fastxattn.distributed: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: another "
-            f"rank left, died, or did not reach this call within the process group's timeout ({error})"
+            f"fastxattn.distributed: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: "
+            f"another rank left, died, or did not reach this call within the process group's timeout ({error})"
         ) from error
 
 

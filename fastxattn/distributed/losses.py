@@ -122,7 +122,13 @@ def sigmoid_loss(
             positives = {"groups": (groups[0], gather_rows(groups[1], counts, group))}
         everybody = GatherRows.apply(b, counts, group)
         total = contrastive.sigmoid_loss(
-            a, everybody, scale, bias, reduction="sum", backend=backend, **positives  # type: ignore[arg-type]
+            a,
+            everybody,
+            scale,
+            bias,
+            reduction="sum",
+            backend=backend,
+            **positives,  # type: ignore[arg-type]
         )
     result: torch.Tensor = GlobalSum.apply(total / max(sum(counts), 1), group)
     return result

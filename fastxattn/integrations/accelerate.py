@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from fastxattn.integrations import catalogue  # noqa: F401  fills the registry
+from fastxattn.integrations import catalogue, pruning  # noqa: F401  catalogue fills the registry
 from fastxattn.integrations.report import Left, Report, Swap
 from fastxattn.integrations.swap import adapter_for, adapter_of, class_name, refusal, swap, unswap
 from fastxattn.integrations.verify import verify_swap
 
+_pruned: weakref.WeakKeyDictionary[nn.Module, pruning.Pruning] = weakref.WeakKeyDictionary()
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
@@ -24,6 +26,7 @@ def accelerate(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
     exact: bool = True,
+    prune: dict[str, Any] | None = None,
     loss: bool = False,
     verify: Any = None,
     dry_run: bool = False,
@@ -42,6 +45,8 @@ def accelerate(
         exclude: leave these alone, in the same form; wins over ``include``.
         exact: only swaps whose every output keeps its value. False also makes those that change an output which the
             model's own result does not depend on (the report names them).
+        prune: keyword arguments of :func:`fastxattn.integrations.pruning.prune` (``{"keep": 0.5}``): prune image tokens
+            too. That changes results, so it needs ``exact=False``; ``verify`` judges the swap without it.
         loss: swap contrastive loss modules too (open_clip's).
         verify: inputs to try the model on, a dict of keyword arguments or a tuple of positional ones: the original,
             the accelerated and a float64 copy of the original are run and the first two timed. If the error budget is
@@ -54,18 +59,22 @@ def accelerate(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` is compiled already, or ``verify`` is not a dict or tuple.
+        ValueError: ``model`` is compiled already, ``verify`` is not a dict or tuple, or ``prune`` came with ``exact``.
         RuntimeError: under ``strict``, with the reasons.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if verify is not None and not isinstance(verify, (dict, tuple)):
-        raise ValueError(f"verify must be a dict of keyword arguments or a tuple of arguments; got {type(verify).__name__}")
+        raise ValueError(
+            f"verify must be a dict of keyword arguments or a tuple of arguments; got {type(verify).__name__}"
+        )
     for name, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"model is compiled ({name or 'the model'}): accelerate it before torch.compile")
     if dry_run and verify is not None:
         raise ValueError("verify needs the swap: it cannot be used with dry_run")
+    if prune is not None and exact:
+        raise ValueError("prune changes results: pass exact=False with it")
     report, done = Report(dry_run=dry_run), []
     wanted, unwanted = _selectors(include), _selectors(exclude)
     parents = _parents(model)
@@ -104,11 +113,18 @@ def accelerate(
             report.swapped = []
             if strict:
                 raise RuntimeError(f"accelerate(strict=True): verification failed\n{report}")
+    if prune is not None:
+        _pruned[model] = report.pruning = pruning.prune(model, **prune)
     return report
 
 
 def restore(model: nn.Module) -> int:
-    """Give every module of ``model`` its own class back; returns how many were swapped (0: none ever was)."""
+    """Give every module of ``model`` its own class back, and end the pruning that :func:`accelerate` began.
+
+    Returns how many modules were swapped (0: none ever was).
+    """
+    if (handle := _pruned.pop(model, None)) is not None:
+        handle.undo()
     return sum([unswap(module) for module in model.modules()])
 
 

@@ -5,9 +5,24 @@ from __future__ import annotations
 from fastxattn.integrations.swap import register_adapter
 
 # Families whose attention goes through transformers' interface, with tests of their own.
-HOOKED = (
-    "blip_2 instructblip clip siglip llava llama opt idefics idefics2 idefics3 mllama whisper t5 detr bert bridgetower"
-).split()
+HOOKED = [
+    "blip_2",
+    "instructblip",
+    "clip",
+    "siglip",
+    "llava",
+    "llama",
+    "opt",
+    "idefics",
+    "idefics2",
+    "idefics3",
+    "mllama",
+    "whisper",
+    "t5",
+    "detr",
+    "bert",
+    "bridgetower",
+]
 
 # Class of transformers.models -> adapter in fastxattn.integrations.transformers.
 CLASSES = {
@@ -45,3 +60,5 @@ register_adapter(
     "transformers.models.siglip.modeling_siglip.SiglipMultiheadAttentionPoolingHead",
     f"{_HERE}.torch_nn:SiglipPoolingHead",
 )
+for _name in ("ClipLoss", "CoCaLoss", "SigLipLoss"):
+    register_adapter(f"open_clip.loss.{_name}", f"{_HERE}.open_clip:{_name}")

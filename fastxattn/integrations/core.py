@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxattn.integrations.masks import PackedMask, Visible, recognise
@@ -47,18 +49,32 @@ def attend_padded(
         query, key, value = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
     if visible.bias is not None:
         bias = visible.bias if bias is None else bias + visible.bias
+    if visible.literal and not softcap:
+        return _torch_attention(query, key, value, bias, scale, dropout_p)
+    if visible.uniform is not None:
+        query = query.masked_fill(visible.uniform[:, None, :, None], 0)
     keys, ranges = visible.keys, visible.ranges
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    options = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
-    heads, kv_heads = query.shape[2], key.shape[2]
-    if bias is None and heads == kv_heads and not _flat(key) and key.transpose(1, 2).is_contiguous():
-        # A key/value cache, (batch, heads, length, dim) in memory: every head is a sequence of its own, uncopied.
-        query, key, value = (t.transpose(1, 2).flatten(0, 1)[:, :, None] for t in (query, key, value))
-        keys = None if keys is None else keys.repeat_interleave(heads, 0)
-        ranges = None if ranges is None else ranges.repeat_interleave(heads, 0)
-        out = cross_attention(query, key, value, key_mask=keys, kv_range=ranges, **options)  # type: ignore[arg-type]
-        return out.unflatten(0, (batch, heads)).squeeze(3).transpose(1, 2)  # type: ignore[union-attr]
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+    kv_heads = key.shape[2]
+    if bias is None and not _flat(key) and key.transpose(1, 2).is_contiguous():
+        # A key/value cache, (batch, kv_heads, length, dim) in memory: each of its heads is a sequence, uncopied.
+        query = query.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)  # (batch * kv_heads, Lq, group, D)
+        key, value = (t.transpose(1, 2).flatten(0, 1)[:, :, None] for t in (key, value))
+        keys = None if keys is None else keys.repeat_interleave(kv_heads, 0)
+        ranges = None if ranges is None else ranges.repeat_interleave(kv_heads, 0)
+        out = cross_attention(query, key, value, key_mask=keys, kv_range=ranges, **options)
+        return out.unflatten(0, (batch, kv_heads)).transpose(1, 2).flatten(2, 3)  # type: ignore
     return cross_attention(query, key, value, key_mask=keys, kv_range=ranges, bias=bias, **options)  # type: ignore
+
+
+def _torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
+    gqa = key.shape[1] != query.shape[1]
+    bias = None if bias is None else bias.to(query.dtype)
+    out = F.scaled_dot_product_attention(query, key, value, bias, dropout_p, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2)
 
 
 def _flat(tokens: Tensor) -> bool:
@@ -96,7 +112,7 @@ def attend_rows(
         kv_range=mask.kv_range,
         dropout_p=dropout_p,
     )
-    return out.unflatten(0, (batch, length))  # type: ignore[union-attr]
+    return out.unflatten(0, (batch, length))  # type: ignore
 
 
 def query_offsets(mask: PackedMask, batch: int, length: int, device: torch.device) -> tuple[Tensor, int]:
@@ -193,6 +209,8 @@ def read(
             kv = weights.project(packed, heads, value_rows)
             k, v = (t.unflatten(0, features.shape[:2]).transpose(1, 2) for t in (kv.key, kv.value))
             return attend_padded(split, k, v, visible, scale=scale, dropout_p=dropout_p).flatten(2)
+        if visible.uniform is not None:
+            query = query.masked_fill(visible.uniform[..., None], 0)
         mask = PackedMask(packed.cu_seqlens, packed.max_seqlen, kv_range=visible.packed_ranges())
     offsets, longest = query_offsets(mask, batch, length, query.device)
     rows = query.reshape(batch * length, heads, -1)

@@ -6,19 +6,19 @@ cost O(tokens) instead of O(Lq Lk): *which keys exist*, and *which interval of t
 (causal, sliding window, the images before a text token, the valid tiles of an image).
 
 Rows without keys: a boolean mask gives zeros. An additive mask means literal arithmetic: ``score + finfo.min`` is the
-same number for every key, so such a row averages all values; it is kept as a bias. A row of -inf gives zeros.
+same number for every key, so such a row averages all values. A row of -inf gives zeros.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-# Low enough that score + FLOOR == FLOOR in float32, high enough to survive a multiplication by log2(e).
-FLOOR = -1e38
+# Low enough to hide any key, high enough to survive a multiplication by log2(e).
+FLOOR = -1e30
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +28,18 @@ class Visible:
     keys: Tensor | None = None
     """(batch, Lk) boolean, the keys that some query sees; None: all of them."""
     ranges: Tensor | None = None
-    """(batch, Lq, 2) int32: each query sees those of ``keys`` that are in [start, end) of the padded axis; None: all."""
+    """(batch, Lq, 2) int32: each query sees those of ``keys`` in [start, end) of the padded axis; None: all of them."""
     bias: Tensor | None = None
-    """(batch|1, heads|1, Lq|1, Lk|1), added to the scores: what has no structure. Then the other two are None."""
+    """(batch|1, heads|1, Lq|1, Lk|1), added to the scores: what has no structure. Then the others are None."""
+    uniform: Tensor | None = None
+    """(batch, Lq) boolean: queries that average all values, as a query of zeros does. None: there are none."""
+    literal: bool = False
+    """The bias has rows of finfo.min that differ by head: only torch's own arithmetic does what they say."""
 
     @property
     def everything(self) -> bool:
         """Whether every query sees every key."""
-        return self.keys is None and self.ranges is None and self.bias is None
+        return self.keys is None and self.ranges is None and self.bias is None and self.uniform is None
 
     def packed_ranges(self) -> Tensor | None:
         """(batch * Lq, 2) int32: ``ranges`` counted in the keys that exist, for packed keys."""
@@ -79,21 +83,24 @@ def recognise(mask: Tensor | None, batch: int, queries: int, keys: int) -> Visib
     if mask.ndim == 2 and mask.dtype == torch.bool:
         mask = mask[:, None, None, :]
     if mask.ndim != 4:
-        raise ValueError(f"attention_mask must have 4 axes (batch, heads, queries, keys); got shape {tuple(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must have 4 axes (batch, heads, queries, keys); got shape {tuple(mask.shape)}"
+        )
     for axis, (size, full) in enumerate(zip(mask.shape, (batch, mask.shape[1], queries, keys), strict=True)):
         if size not in (1, full):
             raise ValueError(
-                f"attention_mask must broadcast to ({batch}, heads, {queries}, {keys}); got {tuple(mask.shape)} (axis {axis})"
+                f"attention_mask must broadcast to ({batch}, heads, {queries}, {keys}) on axis {axis}; "
+                f"got {tuple(mask.shape)}"
             )
     if torch.compiler.is_compiling() or mask.is_inference():
         return _recognise(mask, batch, queries, keys)
-    size = (batch, queries, keys)
+    problem = (batch, queries, keys)
     known = _memo.get(id(mask))
-    if known is not None and known[0]() is mask and known[1] == mask._version and known[2] == size:
+    if known is not None and known[0]() is mask and known[1] == mask._version and known[2] == problem:
         return known[3]
     found = _recognise(mask, batch, queries, keys)
     name = id(mask)
-    _memo[name] = (weakref.ref(mask, lambda _: _memo.pop(name, None)), mask._version, size, found)
+    _memo[name] = (weakref.ref(mask, lambda _: _memo.pop(name, None)), mask._version, problem, found)
     return found
 
 
@@ -102,30 +109,34 @@ def _recognise(mask: Tensor, batch: int, queries: int, keys: int) -> Visible:
     one_head = mask.shape[1] == 1 or mask.stride(1) == 0
     readable = mask.device.type == "cpu" and not torch.compiler.is_compiling() and type(mask) is Tensor
     if mask.requires_grad or not one_head or not (readable or (mask.dtype == torch.bool and one_row)):
-        return Visible(bias=_as_bias(mask))
+        return _as_bias(mask, readable)
     small = mask[:, 0, :1] if one_row else mask[:, 0]
     if small.shape[0] > 1 and small.stride(0) == 0:
         small = small[:1]
-    seen = small if mask.dtype == torch.bool else _seen(small)
+    seen, uniform = (small, None) if mask.dtype == torch.bool else _seen(small)
     if seen is None:
-        return Visible(bias=_as_bias(mask))
+        return _as_bias(mask, readable)
+    if uniform is not None:
+        uniform = uniform.expand(batch, queries)
     if seen.shape[1] == 1:
         present = seen[:, 0].expand(batch, keys)
-        return Visible() if readable and bool(present.all()) else Visible(keys=present)
-    return _intervals(seen, batch, queries, keys) or Visible(bias=_as_bias(mask))
+        return Visible(keys=None if readable and bool(present.all()) else present, uniform=uniform)
+    found = _intervals(seen, batch, queries, keys)
+    return _as_bias(mask, readable) if found is None else replace(found, uniform=uniform)
 
 
-def _seen(additive: Tensor) -> Tensor | None:
-    """The boolean form of an additive mask, or None where it is more than that."""
+def _seen(additive: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The boolean form of an additive mask (None where it is more than that), and its rows of finfo.min."""
     if not additive.is_floating_point():
-        return None
+        return None, None
     hidden = additive <= torch.finfo(additive.dtype).min / 2
     if not bool((hidden | (additive == 0)).all()):
-        return None
-    dead = hidden.all(-1)
-    if bool(dead.any()) and not bool((additive[dead] == -torch.inf).all()):
-        return None  # literal arithmetic: a row of finfo.min averages all values
-    return ~hidden
+        return None, None
+    # A row of finite minima sees every key, each with the same score.
+    uniform = hidden.all(-1) & (additive != -torch.inf).all(-1)
+    if not bool(uniform.any()):
+        return ~hidden, None
+    return ~hidden | uniform[..., None], uniform
 
 
 def _intervals(seen: Tensor, batch: int, queries: int, keys: int) -> Visible | None:
@@ -146,10 +157,14 @@ def _intervals(seen: Tensor, batch: int, queries: int, keys: int) -> Visible | N
     return Visible(existing, ranges.expand(batch, queries, 2))
 
 
-def _as_bias(mask: Tensor) -> Tensor:
+def _as_bias(mask: Tensor, readable: bool) -> Visible:
     if mask.dtype == torch.bool:
-        return torch.where(mask, 0.0, -torch.inf).to(torch.float32)
+        return Visible(bias=torch.where(mask, 0.0, -torch.inf).to(torch.float32))
     if not mask.is_floating_point():
         raise TypeError(f"attention_mask must be boolean or floating point; got {mask.dtype}")
-    # finfo.min survives as itself for every purpose; -inf must stay -inf, a key that is not there.
-    return torch.where(mask == -torch.inf, mask, mask.clamp(min=FLOOR)) if mask.dtype != torch.float16 else mask
+    floor = max(FLOOR, torch.finfo(mask.dtype).min)
+    literal = readable and bool(((mask <= floor) & (mask != -torch.inf)).all(-1).any())
+    # -inf must stay -inf, a key that is not there.
+    return Visible(
+        bias=mask if literal else torch.where(mask == -torch.inf, mask, mask.clamp(min=floor)), literal=literal
+    )

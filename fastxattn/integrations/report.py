@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from fastxattn.integrations.pruning import Pruning
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -63,6 +65,8 @@ class Report:
     """Attention-like classes without an adapter, with how many modules of each."""
     verification: Verification | None = None
     dry_run: bool = False
+    pruning: Pruning | None = None
+    """Handle of the pruning that ``accelerate(prune=...)`` began."""
 
     def __bool__(self) -> bool:
         """Whether anything is swapped."""

@@ -44,7 +44,7 @@ class MultiheadAttention(Adapter):
             out = self._attend(query, key, value, key_padding_mask, attn_mask)
         if out is not None:
             return out, None
-        return super().forward(  # type: ignore[misc, no-any-return]
+        return super().forward(  # type: ignore
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
 
@@ -72,7 +72,7 @@ class MultiheadAttention(Adapter):
         if out is None:
             return None
         out = me.out_proj(out)
-        return out if me.batch_first else out.transpose(0, 1)
+        return out if me.batch_first else out.transpose(0, 1)  # type: ignore
 
 
 def combined_mask(padding: Tensor | None, attn_mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
@@ -109,7 +109,7 @@ class TransformerEncoderLayer(Adapter):
         """As the original's."""
         me: Any = self
         if src.is_nested or torch.is_grad_enabled() or me.training:
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)  # type: ignore[misc, no-any-return]
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)  # type: ignore
         if me.norm_first:
             src = src + me._sa_block(me.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
             return src + me._ff_block(me.norm2(src))  # type: ignore[no-any-return]

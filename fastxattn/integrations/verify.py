@@ -83,10 +83,7 @@ def _compare(ours: list[Tensor], original: list[Tensor], reference: list[Tensor]
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output. Of nested model outputs only the first level: what lies deeper are
-
-    intermediate states that the result was made from.
-    """
+    """The floating-point tensors of an output's first level: nested outputs are what the result was made from."""
     if isinstance(output, Tensor):
         output = [output]
     values = output.values() if hasattr(output, "values") else output

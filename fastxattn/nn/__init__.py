@@ -3,28 +3,36 @@
 from fastxattn.nn.bidirectional import BidirectionalCrossAttention, SharedCrossAttention
 from fastxattn.nn.gate import ModalityGate
 from fastxattn.nn.gated import GatedCrossAttentionBlock
+from fastxattn.nn.losses import BLIP2ITCLoss, FILIPLoss, InfoNCELoss, MultiTaskLoss, SigmoidLoss
 from fastxattn.nn.multihead import MultiheadCrossAttention
 from fastxattn.nn.perceiver import PerceiverResampler
 from fastxattn.nn.pooler import AttentionalPooler, SiglipPooler
 from fastxattn.nn.projected import ContextKV
 from fastxattn.nn.projector import VisualProjector, pixel_shuffle
+from fastxattn.nn.pruner import TokenPruner
 from fastxattn.nn.qformer import QFormer, QFormerLayer
 from fastxattn.nn.ranges import media_ranges, time_ranges
 from fastxattn.nn.temporal import TemporalCrossAttention
 
 __all__ = [
     "AttentionalPooler",
+    "BLIP2ITCLoss",
     "BidirectionalCrossAttention",
     "ContextKV",
+    "FILIPLoss",
     "GatedCrossAttentionBlock",
+    "InfoNCELoss",
     "ModalityGate",
+    "MultiTaskLoss",
     "MultiheadCrossAttention",
     "PerceiverResampler",
     "QFormer",
     "QFormerLayer",
     "SharedCrossAttention",
     "SiglipPooler",
+    "SigmoidLoss",
     "TemporalCrossAttention",
+    "TokenPruner",
     "VisualProjector",
     "media_ranges",
     "pixel_shuffle",

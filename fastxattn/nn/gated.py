@@ -173,9 +173,7 @@ class GatedCrossAttentionBlock(nn.Module):
         if context is not None and not self.qk_norm:
             features, _ = pack(context, context_mask, name="context")
             weights = KeyValueWeights.of(inner.k_proj, inner.v_proj)
-            out = cross_attend(
-                query, packed, features, weights, absorb=self.absorb, kv_range=ranges, dropout_p=dropped
-            )
+            out = cross_attend(query, packed, features, weights, absorb=self.absorb, kv_range=ranges, dropout_p=dropped)
         else:
             kv = context_kv
             if context is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from zoo import idefics, llava, t5, whisper
 
@@ -80,3 +81,36 @@ def test_idefics_keeps_nothing_in_training() -> None:
     assert all(layer.cross_attn in module._kept for layer in model.model.gated_cross_attn_layers)
     module.forget(model)
     assert not any(layer.cross_attn in module._kept for layer in model.model.gated_cross_attn_layers)
+
+
+@pytest.mark.parametrize("kind", ["same", "wider"])
+def test_mllama_cache(kind: str) -> None:
+    """Later steps read the cached tiles; tiles that nobody saw before are refused, not read as zeros."""
+    from zoo import MllamaLayer, _tiles
+
+    layer = MllamaLayer().eval()
+    seen = torch.zeros(2, 6, 1, 4)
+    seen[0, ..., :2] = seen[1, ..., :1] = 1
+    states, hidden, step = torch.randn(2, 36, 64), torch.randn(2, 6, 64), torch.randn(2, 1, 64)
+    later = seen[:, -1:].clone()
+    if kind == "wider":
+        later[1] = 1
+
+    def run() -> tuple[Tensor, Tensor]:
+        cache = hf.DynamicCache()
+        cross = layer.model.layers[1].cross_attn
+        cross.layer_idx = 0
+        with torch.no_grad():
+            mask = _tiles(layer, seen, 9)["cross_attention_mask"]
+            first = cross(hidden, states, past_key_values=cache, attention_mask=mask)[0]
+            mask = _tiles(layer, later, 9)["cross_attention_mask"]
+            return first, cross(step, None, past_key_values=cache, attention_mask=mask)[0]
+
+    expected = run()
+    accelerate(layer)
+    if kind == "wider":
+        with pytest.raises(RuntimeError, match="no token of the first call saw"):
+            run()
+    else:
+        for a, b in zip(run(), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -262,7 +262,7 @@ def bridgetower() -> tuple[nn.Module, dict[str, Any]]:
         vision_config={"hidden_size": 64, "num_hidden_layers": 2, "patch_size": 8, "image_size": 32},
     ))  # fmt: skip
     return model, {"input_ids": torch.randint(3, 90, (2, 7)), "attention_mask": lengths_mask([7, 4], 7),
-                   "pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": torch.ones(2, 32, 32, dtype=torch.long)}  # fmt: skip
+                   "pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": torch.ones(2, 32, 32).long()}  # fmt: skip
 
 
 @pytest.mark.parametrize("build", [siglip2, pix2struct, bridgetower], ids=lambda f: f.__name__)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import ENTRIES, Entry
 
 import fastxattn.nn.projected as projected
 import fastxattn.ops.attention.api as attention_api
 from fastxattn.integrations import Report, accelerate, core, restore, status
 from fastxattn.testing import measure_error
-from zoo import ENTRIES, Entry
 
 both = pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
 
@@ -106,7 +106,9 @@ def test_gradients(entry: Entry) -> None:
     model, inputs, _ = build(entry)
 
     def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in run(entry, model, inputs))
+        loss = sum(
+            (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in run(entry, model, inputs)
+        )
         model.zero_grad()
         loss.backward()  # type: ignore[union-attr]
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

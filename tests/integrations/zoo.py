@@ -151,7 +151,11 @@ class MllamaLayer(nn.Module):
 
     def forward(self, hidden: Tensor, states: Tensor, cross_attention_mask: Tensor, **rows: Tensor) -> Tensor:
         return self.model.layers[1](
-            hidden, cross_attention_states=states, cross_attention_mask=cross_attention_mask, attention_mask=None, **rows
+            hidden,
+            cross_attention_states=states,
+            cross_attention_mask=cross_attention_mask,
+            attention_mask=None,
+            **rows,
         )
 
 
@@ -178,7 +182,7 @@ def mllama_imageless_rows() -> Any:
 
 def idefics(resampler: bool = True) -> Any:
     config = hf.IdeficsConfig(
-        **{k: v for k, v in TEXT.items()}, cross_layer_interval=1, use_resampler=resampler, alpha_initializer="ones",
+        **TEXT, cross_layer_interval=1, use_resampler=resampler, alpha_initializer="ones",
         additional_vocab_size=0, pad_token_id=0, tie_word_embeddings=False, qk_layer_norms=True,
         vision_config={"embed_dim": 48, "image_size": 32, "patch_size": 8, "num_hidden_layers": 1,
                        "num_attention_heads": 4, "intermediate_size": 64},
@@ -311,7 +315,11 @@ def bert() -> Any:
     ids, features = torch.randint(3, 90, (3, 9)), torch.randn(3, 11, 64)
     inputs = {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": features,
               "encoder_attention_mask": seen, "use_cache": False}  # fmt: skip
-    other = {**inputs, "input_ids": torch.where(mask.bool(), ids, 2), "encoder_hidden_states": spoil(features, seen, 30.0)}
+    other = {
+        **inputs,
+        "input_ids": torch.where(mask.bool(), ids, 2),
+        "encoder_hidden_states": spoil(features, seen, 30.0),
+    }
     return model, inputs, other
 
 

@@ -35,6 +35,7 @@ def _mask(lengths: list[int], size: int) -> torch.Tensor:
 
 IMAGE_MASK, TEXT_MASK = _mask([12, 7, 1], LI), _mask([5, 2, 3], LT)
 
+
 def _random_parameters(module: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     for parameter in module.parameters():

@@ -40,7 +40,9 @@ def fastxattn_attention(
         ValueError: an argument whose meaning would be lost: attention sinks, or a paged cache.
     """
     if cache is not None:
-        raise ValueError("attn_implementation='fastxattn' does not run paged caches; use 'sdpa' for continuous batching")
+        raise ValueError(
+            "attn_implementation='fastxattn' does not run paged caches; use 'sdpa' for continuous batching"
+        )
     if kwargs.get("s_aux") is not None or kwargs.get("sinks") is not None:
         raise ValueError("attn_implementation='fastxattn' does not implement attention sinks; use 'eager'")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -29,14 +29,18 @@ class LxmertAttention(Adapter):
     does: ClassVar[str] = "attention over the tokens that exist, which alone are projected"
 
     def forward(
-        self, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
         """As the original's."""
         out = None
         if not output_attentions and not wants_maps():
             out = _read(self, hidden_states, context, attention_mask)
         if out is None:
-            return super().forward(hidden_states, context, attention_mask, output_attentions)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states, context, attention_mask, output_attentions)  # type: ignore
         return (out,)
 
 
@@ -53,5 +57,5 @@ class SelfAttention(Adapter):
         if not output_attentions and not wants_maps():
             out = _read(self, hidden_states, hidden_states, attention_mask)
         if out is None:
-            return super().forward(hidden_states, attention_mask, output_attentions)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states, attention_mask, output_attentions)  # type: ignore
         return (out,)

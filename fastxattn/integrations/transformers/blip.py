@@ -116,7 +116,7 @@ class BlipTextAttention(Adapter):
             )
         if out is not None:
             return out, None
-        return super().forward(  # type: ignore[misc, no-any-return]
+        return super().forward(  # type: ignore
             hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
         )
 
@@ -131,10 +131,15 @@ class BlipVisionAttention(Adapter):
         me: Any = self
         rows = hidden_states[:, None]
         if wants_maps(None, kwargs) or not worth(rows, rows):
-            return super().forward(hidden_states, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states, **kwargs)  # type: ignore
         query, key, value = me.qkv(hidden_states).unflatten(-1, (3, me.num_heads, me.head_dim)).unbind(2)
         dropout = me.dropout.p if me.training else 0.0
         out = attend_padded(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), Visible(), scale=me.scale, dropout_p=dropout
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            Visible(),
+            scale=me.scale,
+            dropout_p=dropout,
         )
         return me.projection(out.flatten(2)), None

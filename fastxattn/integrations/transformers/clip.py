@@ -66,7 +66,11 @@ class ClipEncoder(Adapter):
     does: ClassVar[str] = "runs packed tokens through all layers of a cut text tower"
 
     def forward(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, text_lengths: Tensor | None = None, **kwargs: Any
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As the original's, with ``text_lengths`` from :class:`ClipText`."""
         if text_lengths is None:

@@ -66,7 +66,7 @@ class Fusion(Adapter):
         folds = texts * me.num_heads < me.embed_dim and width <= 256 and plain_linear(*linears) and dropout == 0.0
         small = not worth(vision_features[:, None], text_features[:, None])
         if small or not folds or _maps_wanted.get() or torch.is_autocast_enabled(vision_features.device.type):
-            return super().forward(vision_features, text_features, vision_attention_mask, text_attention_mask)  # type: ignore[misc, no-any-return]
+            return super().forward(vision_features, text_features, vision_attention_mask, text_attention_mask)  # type: ignore
         heads = (me.num_heads, me.head_dim)
         text_key = me.text_proj(text_features).unflatten(-1, heads)  # (B, T, H, E)
         text_value = me.values_text_proj(text_features).unflatten(-1, heads)
@@ -85,7 +85,7 @@ class Fusion(Adapter):
             key_bias=key_bias.float(),
             scale=me.scale,
         )
-        image = image.sum(2) + me.out_vision_proj.bias  # type: ignore[union-attr]
+        image = image.sum(2) + me.out_vision_proj.bias
         # Text reads image: queries are few, so the image stays as it is.
         there = None if vision_attention_mask is None else ~vision_attention_mask.bool()
         packed = PackedTokens.from_padded(vision_features, there)

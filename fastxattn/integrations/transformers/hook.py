@@ -22,7 +22,7 @@ class AttentionHook(Adapter):
     @classmethod
     def refuses(cls, module: nn.Module, parent: nn.Module | None) -> str | None:
         """Leave alone what needs another implementation."""
-        current = module.config._attn_implementation  # type: ignore[union-attr]
+        current = module.config._attn_implementation  # type: ignore
         if current not in (None, "eager", "sdpa", IMPLEMENTATION):
             return f"its attn_implementation is {current!r}, chosen on purpose; set 'sdpa' first"
         return None
@@ -40,4 +40,4 @@ class AttentionHook(Adapter):
         """Set the remembered implementation."""
         before = vars(module).pop(_BEFORE, None)
         if before != IMPLEMENTATION:
-            module.config._attn_implementation_internal = before  # type: ignore[union-attr]
+            module.config._attn_implementation_internal = before  # type: ignore

@@ -35,9 +35,13 @@ class IdeficsCrossLayer(Adapter):
         **kwargs: Any,
     ) -> Tensor:
         """As the original's."""
-        if image_attention_mask is not None and image_attention_mask.is_floating_point() and not wants_maps(None, kwargs):
+        if (
+            image_attention_mask is not None
+            and image_attention_mask.is_floating_point()
+            and not wants_maps(None, kwargs)
+        ):
             image_attention_mask = _boolean(image_attention_mask)
-        return super().forward(  # type: ignore[misc, no-any-return]
+        return super().forward(  # type: ignore
             hidden_states,
             attention_mask,
             image_hidden_states,
@@ -66,8 +70,8 @@ class IdeficsCrossAttention(Adapter):
         me: Any = self
         states = key_value_states
         ours = states is not None and me.config._attn_implementation == IMPLEMENTATION and past_key_values is None
-        if not ours or wants_maps(me.config, kwargs) or states.shape[0] != hidden_states.shape[0]:  # type: ignore[union-attr]
-            return super().forward(  # type: ignore[misc, no-any-return]
+        if not ours or wants_maps(me.config, kwargs) or states.shape[0] != hidden_states.shape[0]:  # type: ignore
+            return super().forward(  # type: ignore
                 hidden_states, key_value_states, attention_mask, position_ids, past_key_values, **kwargs
             )
         assert states is not None
@@ -77,11 +81,18 @@ class IdeficsCrossAttention(Adapter):
         if me.qk_layer_norms:
             query = me.q_layer_norm(query)
         dropout = me.dropout if me.training else 0.0
-        may_keep = not (torch.is_grad_enabled() or me.training or states.is_inference() or torch.compiler.is_compiling())
+        may_keep = not (
+            torch.is_grad_enabled() or me.training or states.is_inference() or torch.compiler.is_compiling()
+        )
         if may_keep or visible.bias is not None:
             key, value = _once(me, states) if may_keep else _project(me, states)
             out = attend_padded(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), visible, scale=me.scaling, dropout_p=dropout
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                visible,
+                scale=me.scaling,
+                dropout_p=dropout,
             )
         else:
             out = _over_visible(me, query, states, visible, dropout)
@@ -100,10 +111,9 @@ def _once(module: Any, states: Tensor) -> tuple[Tensor, Tensor]:
     The states are recognised by their memory, which the entry keeps alive and which therefore cannot be anyone
     else's, and by torch's version counters: every decoding step passes a new view of the same tensor.
     """
-    weights = [p for p in module.parameters(recurse=True)]
     stamp = (
         *(states.data_ptr(), states.shape, states.stride(), states.dtype, states._version),
-        *((p.data_ptr(), p._version) for p in weights),
+        *((p.data_ptr(), p._version) for p in module.parameters()),
         torch.is_autocast_enabled(states.device.type),
     )
     kept = _kept.get(module)
@@ -134,7 +144,7 @@ def _over_visible(module: Any, query: Tensor, states: Tensor, visible: Visible, 
         kv_range=visible.packed_ranges(),
         dropout_p=dropout,
     )
-    return out.unflatten(0, (batch, length))  # type: ignore[union-attr]
+    return out.unflatten(0, (batch, length))  # type: ignore
 
 
 _booleans: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}

@@ -32,7 +32,7 @@ def fastxattn_mask(
     """(batch, 1, Lq, Lk) boolean, True = sees; None: everything is visible. Arguments as transformers passes them."""
     if mask_function is not masking_utils.bidirectional_mask_function:
         kwargs["allow_is_causal_skip"] = False
-        return masking_utils.sdpa_mask(
+        return masking_utils.sdpa_mask(  # type: ignore
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -50,4 +50,4 @@ def fastxattn_mask(
             return None
         present = torch.ones(1, kv_length, dtype=torch.bool, device=device)
     present = present[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-    return present[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
+    return present[:, None, None, :].expand(batch_size, 1, q_length, kv_length)  # type: ignore

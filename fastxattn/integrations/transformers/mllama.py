@@ -41,8 +41,10 @@ class MllamaCrossAttention(Adapter):
         if states is not None and ours and states.shape[0] == batch and _starts(past_key_values, me.layer_idx):
             attention_mask = _without_image_rows(me, attention_mask)
             visible = recognise(attention_mask, batch, hidden_states.shape[1], states.shape[1])
-        if states is None or visible is None or visible.bias is not None or visible.keys is None:
-            return super().forward(  # type: ignore[misc, no-any-return]
+        if states is None and past_key_values is not None:
+            _check_later_step(past_key_values.layers[me.layer_idx], attention_mask)
+        if states is None or visible is None or visible.keys is None or not visible.bias is visible.uniform is None:
+            return super().forward(  # type: ignore
                 hidden_states, states, past_key_values, attention_mask, use_cache, **kwargs
             )
         rows = visible.keys.reshape(-1).nonzero().squeeze(1)
@@ -53,6 +55,7 @@ class MllamaCrossAttention(Adapter):
             # The cache keeps its dense form, with zeros at the tiles that the mask hides from every later step too.
             dense = [_scatter(t, rows, batch, states.shape[1]) for t in (key, value)]
             past_key_values.update(*dense, me.layer_idx)
+            past_key_values.layers[me.layer_idx]._fastxattn_present = visible.keys
         query = me.q_norm(me.q_proj(hidden_states).unflatten(-1, (me.num_heads, me.head_dim)))
         counts = visible.keys.sum(1, dtype=torch.int32)
         starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
@@ -69,7 +72,7 @@ class MllamaCrossAttention(Adapter):
             kv_range=visible.packed_ranges(),
             dropout_p=me.dropout if me.training else 0.0,
         )
-        return me.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None  # type: ignore[union-attr]
+        return me.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None
 
 
 def no_image_rows(model: nn.Module, rule: str) -> None:
@@ -95,6 +98,20 @@ def _without_image_rows(module: nn.Module, mask: Tensor | None) -> Tensor | None
     return ~hidden & hidden.any(-1, keepdim=True)
 
 
+def _check_later_step(layer: Any, mask: Tensor | None) -> None:
+    """Tiles that no earlier text saw were not projected: refuse a step that looks at them (on the CPU)."""
+    present = getattr(layer, "_fastxattn_present", None)
+    if present is None or mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    seen = (mask >= 0).flatten(0, 2) if mask.shape[0] == 1 else (mask >= 0).any(2)[:, 0]
+    there = present if present.shape[0] == seen.shape[0] else present.any(0)
+    if bool((seen & ~there).any()):
+        raise RuntimeError(
+            "a text token sees image tiles that no token of the first call saw, and the cache holds nothing for them; "
+            "run the whole prompt in one call, or restore(model) for chunked prompts"
+        )
+
+
 def _starts(cache: Any, layer: int) -> bool:
     """Whether ``cache`` holds nothing for this layer yet (a second image extends what is there)."""
     return cache is None or cache.get_seq_length(layer) == 0
@@ -102,4 +119,4 @@ def _starts(cache: Any, layer: int) -> bool:
 
 def _scatter(packed: Tensor, rows: Tensor, batch: int, length: int) -> Tensor:
     dense = packed.new_zeros(batch * length, *packed.shape[1:]).index_copy(0, rows, packed)
-    return dense.unflatten(0, (batch, length)).transpose(1, 2)
+    return dense.unflatten(0, (batch, length)).transpose(1, 2)  # type: ignore

@@ -32,7 +32,7 @@ class PerceiverAttention(Adapter):
         me: Any = self
         width = max(me.qk_channels_per_head, me.v_channels_per_head)
         if output_attentions or wants_maps() or width > 256:
-            return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)  # type: ignore
         latents = me.layernorm1(hidden_states)
         features = latents if inputs is None else me.layernorm2(inputs)
         out = None
@@ -47,7 +47,7 @@ class PerceiverAttention(Adapter):
                 dropout_p=me.dropout.p if me.training else 0.0,
             )
         if out is None:
-            return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)  # type: ignore
         return (out,)
 
 
@@ -69,10 +69,14 @@ class Idefics2Resampler(Adapter):
         me: Any = self
         batch, count, _ = latents.shape
         visible = None
-        if me.config._attn_implementation == IMPLEMENTATION and past_key_values is None and not wants_maps(me.config, kwargs):
+        if (
+            me.config._attn_implementation == IMPLEMENTATION
+            and past_key_values is None
+            and not wants_maps(me.config, kwargs)
+        ):
             visible = recognise(attention_mask, batch, count, context.shape[1] + count)
-        if visible is None or visible.bias is not None or visible.keys is None:
-            return super().forward(latents, context, attention_mask, position_ids, past_key_values, **kwargs)  # type: ignore[misc, no-any-return]
+        if visible is None or visible.keys is None or not visible.bias is visible.uniform is None:
+            return super().forward(latents, context, attention_mask, position_ids, past_key_values, **kwargs)  # type: ignore
         rows = torch.cat([context, latents], dim=1).flatten(0, 1)[visible.keys.flatten()]
         starts = torch.nn.functional.pad(visible.keys.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         offsets = torch.arange(batch + 1, dtype=torch.int32, device=latents.device) * count
@@ -86,7 +90,7 @@ class Idefics2Resampler(Adapter):
             kv_range=visible.packed_ranges(),
             dropout_p=me.attention_dropout if me.training else 0.0,
         )
-        return me.o_proj(out.reshape(batch, count, -1)), None  # type: ignore[union-attr]
+        return me.o_proj(out.reshape(batch, count, -1)), None
 
 
 class IdeficsResampler(Adapter):
@@ -98,7 +102,7 @@ class IdeficsResampler(Adapter):
         """As the original's."""
         me: Any = self
         if wants_maps() or not worth(latents[:, None], context[:, None]):
-            return super().forward(context, latents)  # type: ignore[misc, no-any-return]
+            return super().forward(context, latents)  # type: ignore
         latents = me.latents_layer_norm(latents)
         tokens = torch.cat([me.context_layer_norm(context), latents], dim=-2)
         query, key, value = (
@@ -107,4 +111,4 @@ class IdeficsResampler(Adapter):
         )
         if me.qk_layer_norms:
             query, key = me.q_layer_norm(query), me.k_layer_norm(key)
-        return me.output_proj(attend_padded(query, key, value, Visible(), scale=me.qk_scale).flatten(2))
+        return me.output_proj(attend_padded(query, key, value, Visible(), scale=me.qk_scale).flatten(2))  # type: ignore

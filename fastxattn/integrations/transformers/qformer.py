@@ -38,7 +38,10 @@ class QFormerEncoder(Adapter):
         if features is not None and config._attn_implementation == IMPLEMENTATION and not wants_maps(config, kwargs):
             batch = max(features.shape[0], hidden_states.shape[0])
             visible = recognise(encoder_attention_mask, batch, query_length, features.shape[1])
-            if visible.bias is None and visible.ranges is None and features.shape[0] == hidden_states.shape[0]:
+            if (
+                visible.bias is visible.ranges is visible.uniform is None
+                and features.shape[0] == hidden_states.shape[0]
+            ):
                 packed = pack_keys(features, visible.keys)
                 encoder_hidden_states = packed.values[None]
                 encoder_attention_mask = PackedMask(packed.cu_seqlens, packed.max_seqlen)  # type: ignore[assignment]
@@ -63,7 +66,7 @@ class QFormerAttention(Adapter):
         """As the original's."""
         me: Any = self
         if encoder_hidden_states is None or not isinstance(encoder_attention_mask, PackedMask):
-            return super().forward(  # type: ignore[misc, no-any-return]
+            return super().forward(  # type: ignore
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, **kwargs
             )
         out = read(

@@ -43,6 +43,8 @@ class Attention(torch.autograd.Function):
         *tensors, seed, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        elif grad_out.stride(2) != 1:  # the expanded scalar that sum() sends
+            grad_out = grad_out.contiguous()
         needed = dict(zip(Problem._fields, ctx.needs_input_grad[1:], strict=True))
         needs = sum(bit for name, bit in NEEDS.items() if needed[name])
         grads = BACKWARD[ctx.backend](grad_out, grad_lse, out, lse, *tensors, *ctx.numbers, seed, needs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastxattn.ops.attention import checks, cpu, triton
+from fastxattn.ops.attention import checks, cpu, flash, triton
 from fastxattn.ops.attention.autograd import FORWARD, Attention, wants_gradient
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
@@ -18,7 +18,12 @@ from fastxattn.runtime.backend import Backend, resolve
 
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
 _CPU = ("auto", "cpu")
-BACKENDS = (Backend("cpu", cpu.supports), Backend("triton", triton.supports), Backend("reference", lambda problem: None))
+BACKENDS = (
+    Backend("cpu", cpu.supports),
+    Backend("triton", triton.supports),
+    Backend("flash", flash.supports),
+    Backend("reference", lambda problem: None),
+)
 
 
 def attend(
@@ -42,8 +47,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of a problem; arguments as in the operator schema, ``scale`` None for 1 / sqrt(head_dim)."""
     if (
-        cpu.ready
-        and not is_compiling()
+        not is_compiling()  # first: a trace must not depend on the state below
+        and cpu.ready
         and backend in _CPU
         and env.default_backend in _CPU
         and explaining.explaining_in is None
@@ -91,6 +96,8 @@ def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """Run a backend on a problem that is known to be sound, differentiably."""
     if name == "reference":
         return attention_reference(*problem)
+    if name == "flash":
+        return flash.attend(problem)
     if wants_gradient(problem):
         out, lse = Attention.apply(name, *problem)
     else:
@@ -125,7 +132,12 @@ def prepare(*arguments: Any) -> Problem:
 def _autocast(t: Tensor) -> Tensor:
     """Cast as autocast casts the arguments of a matrix product."""
     kind = t.device.type
-    if not torch.is_autocast_enabled(kind) or not t.is_floating_point() or t.dtype == torch.float64:
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or not t.is_floating_point()
+        or t.dtype == torch.float64
+    ):
         return t
     return t.to(torch.get_autocast_dtype(kind))
 

@@ -172,7 +172,7 @@ def tile_kv_range(
 
 
 def _preceding_media(media_locations: Tensor, cu_seqlens_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By query row: the first image of its sequence, the last image up to it (both by number), and whether it exists."""
+    """By query row: the first image of its sequence, the last image up to it (both by number), and if there is one."""
     check_integer_tensor("cu_seqlens_q", cu_seqlens_q, torch.int32)
     if media_locations.dtype != torch.bool:
         raise TypeError(f"media_locations must be boolean; got {media_locations.dtype}")

@@ -18,11 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
+from fastxattn.runtime import native
+
 # Multiply-add rates relative to each other: the projection's GEMM, the attention kernel, the context kernel; measured
-# on a CPU with AVX-512 and bf16 dot products. On other devices steps are taken to be equally efficient.
+# on a CPU with AVX-512 and bf16 dot products. What is not listed has no compiled context kernel.
 _RATES = {
-    ("cpu", torch.float32): (65.0, 65.0, 100.0),
+    ("cpu", torch.float32): (65.0, 65.0, 95.0),
     ("cpu", torch.bfloat16): (195.0, 100.0, 190.0),
+    ("cpu", torch.float16): (65.0, 65.0, 95.0),
 }
 
 
@@ -35,10 +38,14 @@ class Choice:
     project_per_row: float = 0.0
     """The part that grows with the context, per context row."""
     absorb_per_row: float = 0.0
+    obstacle: str | None = None
+    """Why absorbing is out of the question, whatever the work."""
 
     @property
     def absorb(self) -> bool:
         """Whether absorbing is cheaper; where a trace does not know the context's size, for a large one."""
+        if self.obstacle is not None:
+            return False
         cheaper = self.absorb_work < self.project
         if isinstance(cheaper, torch.SymBool):
             from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -47,6 +54,8 @@ class Choice:
         return cheaper
 
     def __str__(self) -> str:
+        if self.obstacle is not None:
+            return f"project the context: {self.obstacle}"
         verb = "absorb the projections" if self.absorb else "project the context"
         return f"{verb}: weighted work {self.absorb_work:.3g} absorbed, {self.project:.3g} projected"
 
@@ -73,6 +82,11 @@ def choose(
         dtype: of the products.
         device: device type.
     """
+    obstacle = None
+    if (device, dtype) not in _RATES:
+        obstacle = f"context attention has no compiled kernel for {dtype} on {device}"
+    elif not torch.compiler.is_compiling():  # a tracer cannot load a library
+        obstacle = native.cpu_library().reason
     gemm, attention, context = _RATES.get((device, dtype), (1.0, 1.0, 1.0))
     pairs, inner = rows_q * rows_k / max(batch, 1), heads * head_dim
     per_sequence = rows_q / max(batch, 1)
@@ -81,4 +95,5 @@ def choose(
         absorb_work=2 * rows_q * width * inner / gemm + 2 * pairs * heads * width / context,
         project_per_row=2 * width * inner / gemm + 2 * per_sequence * inner / attention,
         absorb_per_row=2 * per_sequence * heads * width / context,
+        obstacle=obstacle,
     )

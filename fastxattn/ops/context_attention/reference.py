@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastxattn.ops.attention.reference import attention_reference
@@ -16,13 +15,8 @@ def context_attention_reference(
     kv_range: Tensor | None = None,
     key_bias: Tensor | None = None,
     scale: float = 1.0,
-    *,
-    matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Out (rows_q, heads, width) in the query's dtype and lse (heads, rows_q); arguments as in ``schema``.
-
-    ``matmul_dtype`` as in :func:`attention_reference`.
-    """
+    """Out (rows_q, heads, width) in the query's dtype and lse (heads, rows_q); arguments as in ``schema``."""
     shared = context.unsqueeze(1)
     return attention_reference(
         query,
@@ -33,5 +27,4 @@ def context_attention_reference(
         kv_range=kv_range,
         key_bias=key_bias,
         scale=scale,
-        matmul_dtype=matmul_dtype,
     )

@@ -1,9 +1,9 @@
-"""Operator schemas of context attention: one forward and one backward per compiled backend, and their fakes.
+"""Operator schemas of context attention: forward and backward of the compiled backend, and their fakes.
 
 ``query`` (rows_q, heads, width), ``context`` (rows_k, width), ``cu_seqlens_q/k`` (batch + 1,) int32, ``kv_range``
 (rows_q, 2) int32 or None, ``key_bias`` (rows_k,) float32 or None. Forward returns ``out`` like ``query``, ``lse``
 (heads, rows_q) float32, and ``softmax`` (2, heads, rows_q) float32, what the backward needs to find the weights
-again: the largest score of each row, and 1 / (sum of exp(score - largest)). Backward returns gradients for query,
+again: the largest score of each row, and the sum of exp(score - largest). Backward returns gradients for query,
 context and key_bias; those not asked for in ``needs`` (a bit mask, see :data:`NEEDS`) hold nothing of meaning.
 """
 
@@ -18,18 +18,17 @@ _PROBLEM = (
     "float scale"
 )
 
-for _backend in ("cpu", "triton"):
-    torch.library.define(
-        f"fastxattn::context_attention_{_backend}",
-        f"({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor softmax)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
-    torch.library.define(
-        f"fastxattn::context_attention_backward_{_backend}",
-        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor softmax, {_PROBLEM}, int needs) -> "
-        "(Tensor grad_query, Tensor grad_context, Tensor grad_key_bias)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
+torch.library.define(
+    "fastxattn::context_attention_cpu",
+    f"({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor softmax)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastxattn::context_attention_backward_cpu",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor softmax, {_PROBLEM}, int needs) -> "
+    "(Tensor grad_query, Tensor grad_context, Tensor grad_key_bias)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 def _forward_fake(
@@ -70,6 +69,5 @@ def _backward_fake(
     )
 
 
-for _backend in ("cpu", "triton"):
-    torch.library.register_fake(f"fastxattn::context_attention_{_backend}")(_forward_fake)
-    torch.library.register_fake(f"fastxattn::context_attention_backward_{_backend}")(_backward_fake)
+torch.library.register_fake("fastxattn::context_attention_cpu", _forward_fake)
+torch.library.register_fake("fastxattn::context_attention_backward_cpu", _backward_fake)

@@ -7,16 +7,12 @@ from typing import Any
 
 import torch
 
-from fastxattn.ops.contrastive import checks, cpu, fused, reference, schema, triton  # noqa: F401 (schema defines the operators)
-from fastxattn.ops.contrastive.problem import Metrics, Problem
+from fastxattn.ops.contrastive import checks, cpu, fused, reference
+from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.backend import Backend, Explanation
 
-BACKENDS = (
-    Backend("triton", triton.supports),
-    Backend("cpu", cpu.supports),
-    Backend("reference", lambda problem: None),
-)
+BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
 REDUCTIONS = ("mean", "sum", "none")
 Ids = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -72,7 +68,7 @@ def infonce_loss(
         reduction: ``mean``, ``sum`` (half of both directions' sum when symmetric), or ``none``: the rows' losses (N,),
             and when symmetric a pair with the columns' (M,).
         return_metrics: also return one :class:`Metrics` per direction, from the same pass.
-        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
+        backend: ``auto``, ``cpu`` or ``reference``.
 
     Returns:
         The loss in float32 (float64 for float64); with ``return_metrics`` a pair (loss, [metrics, ...]).
@@ -93,7 +89,7 @@ def infonce_loss(
     if queue_a is not None and not symmetric:
         raise ValueError("queue_a must be None when symmetric=False: only columns see it")
     if (return_metrics or false_negative_margin is not None) and groups is not None:
-        raise ValueError("groups must be None with return_metrics or false_negative_margin: these need one positive a row")
+        raise ValueError("groups must be None with return_metrics or false_negative_margin")
     if decoupled and label_smoothing > 0:
         raise ValueError(f"label_smoothing must be 0 when decoupled=True; got {label_smoothing}")
     problem.symmetric, problem.decoupled, problem.metrics = symmetric, decoupled, return_metrics
@@ -151,7 +147,7 @@ def sigmoid_loss(
         weights: (N,) weights of the rows; the mean becomes the weighted mean.
         normalize: unit-length features inside the same pass.
         reduction: ``mean``, ``sum`` or ``none`` (N,).
-        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
+        backend: ``auto``, ``cpu`` or ``reference``.
 
     Returns:
         The loss in float32 (float64 for float64).
@@ -180,7 +176,9 @@ def sigmoid_loss(
     return fused.sigmoid_fused(problem, row_weight.contiguous(), name)
 
 
-def explain(a: torch.Tensor, b: torch.Tensor, logit_scale: float | torch.Tensor = 1.0, backend: str = "auto") -> Explanation:
+def explain(
+    a: torch.Tensor, b: torch.Tensor, logit_scale: float | torch.Tensor = 1.0, backend: str = "auto"
+) -> Explanation:
     """Every backend's verdict on a contrastive loss of these features, and the one that would run."""
     problem = _problem(a, b, logit_scale, None, None, None, False, False)
     return choose.explain("contrastive", BACKENDS, problem, backend)
@@ -234,7 +232,8 @@ def _check_teacher(p: Problem, teacher: tuple[torch.Tensor, torch.Tensor, float]
     teacher_a, teacher_b = checks.features("teacher[0]", teacher[0]), checks.features("teacher[1]", teacher[1])
     if (teacher_a.shape[0], teacher_b.shape[0]) != (p.a.shape[0], p.b.shape[0]):
         raise ValueError(
-            f"teacher must have {p.a.shape[0]} and {p.b.shape[0]} rows; got {teacher_a.shape[0]} and {teacher_b.shape[0]}"
+            f"teacher must have {p.a.shape[0]} and {p.b.shape[0]} rows; "
+            f"got {teacher_a.shape[0]} and {teacher_b.shape[0]}"
         )
     p.teacher = (teacher_a.detach(), teacher_b.detach(), float(teacher[2]))
 

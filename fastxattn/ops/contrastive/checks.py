@@ -71,7 +71,9 @@ def targets_in_range(targets: torch.Tensor, m: int) -> None:
         raise ValueError(f"targets must lie in [-1, {m}); got values from {int(low)} to {int(high)}")
 
 
-def row_weights(weights: torch.Tensor | Sequence[torch.Tensor] | None, counts: Sequence[int]) -> list[torch.Tensor | None]:
+def row_weights(
+    weights: torch.Tensor | Sequence[torch.Tensor] | None, counts: Sequence[int]
+) -> list[torch.Tensor | None]:
     """Weights of each direction's rows: one tensor for all directions, or one each."""
     if weights is None:
         return [None] * len(counts)

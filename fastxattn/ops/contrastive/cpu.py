@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastxattn.ops.contrastive import schema  # noqa: F401  (defines the operators)
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.runtime import native
 

@@ -144,7 +144,18 @@ def _distilled(p: Problem, sides: Sides) -> list[tuple[torch.Tensor, torch.Tenso
     assert p.teacher is not None
     nothing = torch.full((p.a.shape[0],), -1, dtype=torch.int32, device=p.a.device)
     stats = PairStats.apply(
-        p.a, p.b, p.scale, *sides.norms, nothing, sides.id_b, *[None] * 7, False, True, p.symmetric, False, sides.backend
+        p.a,
+        p.b,
+        p.scale,
+        *sides.norms,
+        nothing,
+        sides.id_b,
+        *[None] * 7,
+        False,
+        True,
+        p.symmetric,
+        False,
+        sides.backend,
     )
     a, b = (unit_rows(p.a.float()), unit_rows(p.b.float())) if p.normalize else (p.a, p.b)
     teacher_a, teacher_b, teacher_scale = p.teacher

@@ -66,27 +66,26 @@ def _sigmoid_fake(a: torch.Tensor, b: torch.Tensor, *args: object) -> tuple[torc
     return floats(a.shape[0]), grad_a, grad_b, floats(rows), floats(rows)
 
 
-for _backend in ("cpu", "triton"):
-    for _name, _signature, _fake in (
-        ("positive_logits", f"({_PROBLEM}, bool blocked) -> Tensor", _positive_fake),
-        (
-            "contrastive_stats",
-            f"({_PROBLEM}, {_LIMITS}, Tensor? rank_row, Tensor? rank_col, bool rows, bool columns, bool means) -> "
-            "(Tensor row_stats, Tensor col_stats)",
-            _stats_fake,
-        ),
-        (
-            "contrastive_backward",
-            "(Tensor grad_row, Tensor grad_col, Tensor row_stats, Tensor col_stats, "
-            f"{_PROBLEM}, {_LIMITS}, bool rows, bool columns, int needs) -> (Tensor grad_a, Tensor grad_b, Tensor dot)",
-            _backward_fake,
-        ),
-        (
-            "sigmoid",
-            f"({_PROBLEM}, Tensor? weight, int needs) -> "
-            "(Tensor loss, Tensor grad_a, Tensor grad_b, Tensor dot, Tensor row_dz)",
-            _sigmoid_fake,
-        ),
-    ):
-        torch.library.define(f"fastxattn::{_name}_{_backend}", _signature, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake(f"fastxattn::{_name}_{_backend}", _fake)
+for _name, _signature, _fake in (
+    ("positive_logits", f"({_PROBLEM}, bool blocked) -> Tensor", _positive_fake),
+    (
+        "contrastive_stats",
+        f"({_PROBLEM}, {_LIMITS}, Tensor? rank_row, Tensor? rank_col, bool rows, bool columns, bool means) -> "
+        "(Tensor row_stats, Tensor col_stats)",
+        _stats_fake,
+    ),
+    (
+        "contrastive_backward",
+        "(Tensor grad_row, Tensor grad_col, Tensor row_stats, Tensor col_stats, "
+        f"{_PROBLEM}, {_LIMITS}, bool rows, bool columns, int needs) -> (Tensor grad_a, Tensor grad_b, Tensor dot)",
+        _backward_fake,
+    ),
+    (
+        "sigmoid",
+        f"({_PROBLEM}, Tensor? weight, int needs) -> "
+        "(Tensor loss, Tensor grad_a, Tensor grad_b, Tensor dot, Tensor row_dz)",
+        _sigmoid_fake,
+    ),
+):
+    torch.library.define(f"fastxattn::{_name}_cpu", _signature, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"fastxattn::{_name}_cpu", _fake)

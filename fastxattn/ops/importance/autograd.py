@@ -5,8 +5,7 @@ output gradient w and delta = 0. So no kernel is written twice, and no map exist
 
     grad query, key = attention_backward(value = g, grad_out = w, out = 0)
     grad key_bias_j = sum_h g_hj score_hj
-    r_hi = sum_j g_hj p_hij = exp(attention's lse, with log g_j for a key bias, - lse_i)
-    grad row_weight = r        grad lse = -w r
+    r_hi = sum_j g_hj p_hij = attention(value = g)           grad row_weight = r        grad lse = -w r
 
 Heads that share a key have gradients of their own, so values get one column per head of the group, and the output
 gradient of a head is zero but in its own column. In 16-bit dtypes g and w are each split into two numbers that add up
@@ -107,11 +106,15 @@ def _split(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _columns(problem: ImportanceProblem, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """value (slots_k, kv_heads, columns) and grad_out (rows_q, heads, columns) whose product is w g."""
+    """Value (slots_k, kv_heads, columns) and grad_out (rows_q, heads, columns) whose product is w g."""
     query, weight = problem.query, problem.row_weight
     heads, kv_heads = query.shape[1], problem.key.shape[1]
     gs = _split(grad, query.dtype)
-    ws = [query.new_ones(1, 1)] if weight is None else [w if w.ndim == 2 else w[None] for w in _split(weight, query.dtype)]
+    ws = (
+        [query.new_ones(1, 1)]
+        if weight is None
+        else [w if w.ndim == 2 else w[None] for w in _split(weight, query.dtype)]
+    )
     pairs = [(w, g) for i, w in enumerate(ws) for j, g in enumerate(gs) if i + j < 2]  # low * low is below rounding
     value = torch.stack([g for _, g in pairs], 2)  # (heads, slots, parts)
     value = value.unflatten(0, (kv_heads, -1)).permute(2, 0, 1, 3).flatten(2)  # (slots, kv_heads, group * parts)
@@ -126,8 +129,9 @@ def _grad_tokens(
     """Gradients of query and, by slot, of key in its own heads."""
     value, grad_out = _columns(problem, grad)
     needs = NEEDS["query"] * needed["query"] + NEEDS["key"] * needed["key"]
+    out = torch.zeros(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
     grad_query, grad_key, *_ = attention.BACKWARD[backend](
-        grad_out, None, torch.zeros_like(grad_out), problem.lse, *problem.attention(value), needs
+        grad_out, None, out, problem.lse, *problem.attention(value), needs
     )
     return grad_query, grad_key
 
@@ -135,16 +139,24 @@ def _grad_tokens(
 def _weighted_rows(backend: str, problem: ImportanceProblem, grad: Tensor) -> Tensor:
     """r_hi = sum_j g_hj exp(s_hij - lse_hi), (heads, rows_q) float32.
 
-    With log g added to the scores, attention's log-sum-exp is the log of that sum: float32 whatever the inputs are, and
-    without overflow. Once for the positive g, once for the negative.
+    In float32 that is attention over the values g. In 16 bits its output would be rounded too far: there, with log g
+    added to the scores, attention's log-sum-exp is the log of the sum; once for positive g, once for negative.
     """
+    lse, forward = problem.lse, attention.FORWARD[backend]
+    if problem.query.dtype == lse.dtype:
+        value, own = _columns(problem._replace(row_weight=None), grad)
+        out, total = forward(*problem.attention(value))
+        return (out * own).sum(2).T * _ratio(total, lse)
     bias = problem.key_bias
     bias = 0.0 if bias is None else bias if bias.ndim == 2 else bias[:, None]
     value = problem.key[:, :, :1].contiguous()  # any will do
-    received = torch.zeros_like(problem.lse)
+    received = torch.zeros_like(lse)
     for sign in (1, -1):
         part = problem._replace(key_bias=((sign * grad).clamp(min=0).log().T + bias).contiguous())
-        _, total = attention.FORWARD[backend](*part.attention(value))
-        empty = (total == -torch.inf) | (problem.lse == -torch.inf)
-        received += sign * torch.where(empty, 0.0, torch.exp(total - problem.lse))
+        received += sign * _ratio(forward(*part.attention(value))[1], lse)
     return received
+
+
+def _ratio(total: Tensor, lse: Tensor) -> Tensor:
+    """Exp(total - lse), 0 where either is -inf."""
+    return torch.where((total == -torch.inf) | (lse == -torch.inf), 0.0, torch.exp(total - lse))

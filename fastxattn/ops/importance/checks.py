@@ -23,7 +23,9 @@ def check_shapes(problem: ImportanceProblem) -> None:
     rows, heads = query.shape[0], query.shape[1]
     _check_statistic("lse", problem.lse, query)
     if problem.lse.ndim != 2 or problem.lse.shape[0] != heads or problem.lse.shape[1] != rows:
-        raise ValueError(f"lse must have shape (heads, query tokens), ({heads}, {rows}); got {tuple(problem.lse.shape)}")
+        raise ValueError(
+            f"lse must have shape (heads, query tokens), ({heads}, {rows}); got {tuple(problem.lse.shape)}"
+        )
     weight = problem.row_weight
     if weight is not None:
         _check_statistic("row_weight", weight, query)

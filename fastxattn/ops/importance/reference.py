@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastxattn.ops.attention.reference import visible_runs, slot_rows
+from fastxattn.ops.attention.reference import slot_rows, visible_runs
 from fastxattn.ops.importance.problem import ImportanceProblem
 
 
@@ -27,6 +27,8 @@ def importance_reference(problem: ImportanceProblem, *, matmul_dtype: torch.dtyp
     for first, mine, theirs in zip(p.cu_seqlens_k.tolist(), rows_q, rows_k, strict=False):
         runs = visible_runs(mine, theirs.shape[0], p.kv_range)
         for rows, (_, begin, end) in zip(mine.split([n for n, _, _ in runs]), runs, strict=True):
+            if begin >= end:
+                continue
             rows = rows[(p.lse[:, rows] != -torch.inf).any(0)]
             seen = theirs[begin:end]
             q = p.query[rows].to(narrow).transpose(0, 1).unflatten(0, (-1, groups))  # (kv_heads, groups, n, head_dim)

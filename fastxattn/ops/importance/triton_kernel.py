@@ -86,6 +86,12 @@ def importance(
     tl.store(p_score + i_head64 * slots_k + start_k + o_n, b_score, mask=m_n)
 
 
+def tile_for(query: Tensor, dim: int) -> Tile:
+    """The tuned tile, or the shipped one."""
+    kind, table = ("half", _HALF) if query.element_size() == 2 else ("single", _SINGLE)
+    return tuning.tuned("importance", "importance", kind, dim, query.device) or table[dim]
+
+
 def launch(problem: ImportanceProblem) -> Tensor:
     """Score (heads, slots_k) float32."""
     host = Launch.of(*problem.attention())
@@ -93,11 +99,7 @@ def launch(problem: ImportanceProblem) -> Tensor:
     score = torch.zeros(heads, host.slots_k, dtype=torch.float32, device=query.device)
     if score.numel() == 0 or query.shape[0] == 0 or host.batch == 0 or host.problem.key.shape[0] == 0:
         return score
-    kind, dim = "half" if query.element_size() == 2 else "single", max(64, host.dims[0])
-    tile = tuning.tuned("importance", "importance", kind, dim, query.device) or (
-        _HALF if kind == "half" else _SINGLE
-    ).get(dim)
-    assert tile is not None
+    tile = tile_for(query, max(64, host.dims[0]))
     weight = problem.row_weight
     runtime, constants = host.runtime(), host.constants(tile)
     for name in ("p_v", "p_bias", "p_seed", "kv_heads", "stride_vr", "stride_vh", "dropout_p", *(

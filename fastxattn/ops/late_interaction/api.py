@@ -135,4 +135,6 @@ def _check_offsets(name: str, cu: torch.Tensor, x: torch.Tensor) -> None:
     if cu.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if cu[0] != 0 or (cu.diff() < 0).any() or cu[-1] > x.shape[0]:
-        raise ValueError(f"{name} must start at 0, never decrease and end within {x.shape[0]} tokens; got {cu.tolist()}")
+        raise ValueError(
+            f"{name} must start at 0, never decrease and end within {x.shape[0]} tokens; got {cu.tolist()}"
+        )

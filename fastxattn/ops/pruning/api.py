@@ -24,8 +24,9 @@ def select(
     """Keep the best tokens of each sequence, in their order.
 
     Best first: protected tokens, then numbers before NaN, then the higher score (-0 equals 0), then the lower index.
-    Each sequence is decided by itself (only ``Budget.total`` looks across them). ``k = 0`` keeps nothing, ``k`` above the
-    length everything; with more protected tokens than ``k`` the best of them stay. Every backend keeps the same tokens.
+    Each sequence is decided by itself (only ``Budget.total`` looks across them). ``k = 0`` keeps nothing, ``k`` above
+    the length everything; with more protected tokens than ``k`` the best of them stay. Every backend keeps the
+    same tokens.
 
     Args:
         scores: (total,) floating point, ranked in float32. No gradient flows through ranking.

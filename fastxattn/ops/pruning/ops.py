@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxattn.ops.pruning import cpu, reference
-from fastxattn.ops.pruning import schema  # noqa: F401  (defines the operators)
+from fastxattn.ops.pruning import (
+    cpu,
+    reference,
+    schema,  # noqa: F401  (defines the operators)
+)
 from fastxattn.runtime.backend import Backend, Explanation, explain, resolve
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_missing() -> str | None:
     """Why there are no Triton kernels; importing them registers them."""
     try:
@@ -30,7 +33,8 @@ def _triton_supports(x: Tensor) -> str | None:
         return f"needs tensors on a GPU; got {x.device.type}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16; got {x.dtype}"
-    return _triton_missing()
+    reason: str | None = _triton_missing()
+    return reason
 
 
 BACKENDS = (
@@ -41,7 +45,7 @@ BACKENDS = (
 
 
 def run(name: str, probe: Tensor, backend: str, *arguments: object) -> Any:
-    """Operation ``name`` of :mod:`~fastxattn.ops.pruning.schema`; ``probe`` is the tensor whose device and dtype decide the backend."""
+    """Operation ``name`` of :mod:`~fastxattn.ops.pruning.schema`; ``probe``'s device and dtype decide the backend."""
     return _implementation(name, resolve(f"pruning.{name}", BACKENDS, probe, backend))(*arguments)
 
 
@@ -73,7 +77,9 @@ def gather_rows(x: Tensor, index: Tensor, coefficient: Tensor | None = None, *, 
     from fastxattn.ops.pruning.autograd import Gather
 
     chosen = resolve("pruning.gather", BACKENDS, x, backend)
-    out = Gather.apply(_as_rows(x), index, coefficient, chosen)
+    out = Gather.apply(  # type: ignore[no-untyped-call]
+        _as_rows(x), index, coefficient, chosen
+    )
     return out.reshape(index.shape[0], *x.shape[1:])  # type: ignore[no-any-return]
 
 
@@ -92,5 +98,7 @@ def merge_rows(
     from fastxattn.ops.pruning.autograd import Merge
 
     chosen = resolve("pruning.merge", BACKENDS, x, backend)
-    out = Merge.apply(_as_rows(x), assignment, coefficient, rows, chosen)
+    out = Merge.apply(  # type: ignore[no-untyped-call]
+        _as_rows(x), assignment, coefficient, rows, chosen
+    )
     return out.reshape(rows, *x.shape[1:])  # type: ignore[no-any-return]

@@ -159,7 +159,10 @@ def _max_min(unit: Tensor, weight: Tensor, invalid: Tensor, seeds: list[int], co
 
 def _determinant(unit: Tensor, weight: Tensor, invalid: Tensor, seeds: list[int], count: int) -> list[int]:
     # Incremental Cholesky of Chen et al. 2018: value is the squared residual of each row given the picked ones.
-    kernel = (unit @ unit.T) * weight[:, None] * weight
+    similarity = unit @ unit.T
+    # A unit row's similarity to itself is 1, not nearly 1: equal qualities tie exactly.
+    similarity.fill_diagonal_(0.0).diagonal().copy_((unit != 0).any(1))
+    kernel = similarity * weight[:, None] * weight
     value = kernel.diagonal().clone()
     floor = FLOOR * (float(value.max()) if value.numel() else 0.0)
     value[value <= floor] = 0.0

@@ -17,6 +17,9 @@ The functions of :mod:`fastxattn.ops.pruning.reference` say exactly what each co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,7 +80,7 @@ def _quantile(scores: Tensor, cu_seqlens: Tensor, q: Tensor) -> Tensor:
     return scores.new_empty(cu_seqlens.shape[0] - 1, q.shape[0])
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "select": _select,
     "gather": _gather,
     "merge": _merge,

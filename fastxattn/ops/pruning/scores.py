@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastxattn.ops.attention import varlen_cross_attention
+from fastxattn.ops.importance import key_importance
 from fastxattn.ops.pruning import segments
 from fastxattn.ops.pruning.checks import check_offsets, check_rows
 
@@ -47,7 +49,9 @@ def probe_scores(query: Tensor, key: Tensor, cu_seqlens: Tensor, scale: float | 
     return (weight / total.gather(0, index)).mean(1)
 
 
-def received_scores(query: Tensor, key: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:
+def received_scores(
+    query: Tensor, key: Tensor, cu_seqlens: Tensor, scale: float | None = None, *, max_seqlen: int | None = None
+) -> Tensor:
     """Attention each key receives from all queries of its sequence, averaged: (total,) float32, summing to 1.
 
     For encoders without a CLS token (SigLIP), and with text tokens as queries (SparseVLM-like raters).
@@ -56,18 +60,17 @@ def received_scores(query: Tensor, key: Tensor, cu_seqlens: Tensor, scale: float
         query, key: (total, heads, head_dim), (total, kv_heads, head_dim) of the same packed tokens.
         cu_seqlens: (batch + 1,) int32.
         scale: 1 / sqrt(head_dim) when None.
+        max_seqlen: a bound on the lengths.
     """
-    heads, dim = query.shape[1:]
-    out = torch.zeros(key.shape[0], device=key.device)
-    factor = dim**-0.5 if scale is None else scale
-    ends = cu_seqlens.tolist()
-    for begin, end in zip(ends, ends[1:], strict=False):
-        if begin == end:
-            continue
-        k = key[begin:end].float().repeat_interleave(heads // key.shape[1], 1).transpose(0, 1)
-        q = query[begin:end].float().transpose(0, 1) * factor
-        out[begin:end] = torch.softmax(q @ k.mT, -1).mean((0, 1))
-    return out
+    value = key[..., : min(16, key.shape[-1])].contiguous()
+    longest = key.shape[0] if max_seqlen is None else max_seqlen
+    # Only the log-sum-exp is wanted here; a narrow value makes the pass cheap.
+    _, lse = varlen_cross_attention(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, return_lse=True
+    )
+    score = key_importance(query, key, lse, cu_seqlens, cu_seqlens, scale=scale)
+    lengths = torch.nn.functional.pad(cu_seqlens.diff(), (0, 1), value=1)
+    return score / lengths[segments.sequence_ids(cu_seqlens, key.shape[0])].clamp_min(1)
 
 
 def text_relevance(image: Tensor, text: Tensor, cu_image: Tensor, cu_text: Tensor) -> Tensor:

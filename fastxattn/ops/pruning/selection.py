@@ -81,9 +81,11 @@ class Selection:
         ones = torch.ones_like(weight)
         sums = merge_rows(weight, self.assignment, None, self.rows)
         counts = merge_rows(ones, self.assignment, None, self.rows)
-        share = weight / gather_rows(sums.clamp_min(torch.finfo(sums.dtype).tiny), self.assignment)
-        equal = 1 / gather_rows(counts, self.assignment)
-        return torch.where(gather_rows(sums, self.assignment) > 0, share, equal)
+        mine = gather_rows(sums, self.assignment)
+        # Denominators of 1 where there is no row or no weight: 0 / 0 would put NaN into the gradient of the weights.
+        share = weight / torch.where(mine > 0, mine, 1.0)
+        equal = 1 / gather_rows(counts, self.assignment).clamp_min(1.0)
+        return torch.where(mine > 0, share, equal)
 
     def gather(self, x: Tensor) -> Tensor:
         """Kept rows of ``x`` (total, ...), in order: (kept, ...). Differentiable."""

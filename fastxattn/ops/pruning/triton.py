@@ -1,7 +1,9 @@
+# ruff: noqa: D103  (the six launchers and their kernels are documented once, in schema.py and reference.py)
 """Triton kernels of pruning: the same six operations, the same indices.
 
-Selection and quantiles search the cut-off bit by bit: a score becomes an integer that orders as scores do, and 33 counts
-over the sequence fix its bits from the top (bit 32: protected). Every reduction walks in a fixed order, so results repeat.
+Selection and quantiles search the cut-off bit by bit: a score becomes an integer that orders as scores do, and 33
+counts over the sequence fix its bits from the top (bit 32: protected). Every reduction walks in a fixed order, so
+results repeat.
 """
 
 from __future__ import annotations
@@ -180,7 +182,9 @@ def match_kernel(
             best = tl.where(better, top, best)
             where = tl.where(better, first, where)
         known = where >= 0
-        target = tl.load(p_b + tl.where(known, where, b_begin), mask=o_m < tl.where(b_end > b_begin, a_end, 0), other=-1)
+        target = tl.load(
+            p_b + tl.where(known, where, b_begin), mask=o_m < tl.where(b_end > b_begin, a_end, 0), other=-1
+        )
         tl.store(p_best + o_m, target, mask=m_m)
         tl.store(p_similarity + o_m, tl.where(known, best, float("nan")), mask=m_m)
 
@@ -234,7 +238,9 @@ def greedy_kernel(
             likeness = tl.zeros((N,), tl.float32)
             for k in range(0, C, K):
                 o_k = k + tl.arange(0, K)
-                row = tl.load(p_x + (begin + pick) * C + o_k, mask=o_k < tl.where(usable_pick, C, 0), other=0.0).to(tl.float32)
+                row = tl.load(p_x + (begin + pick) * C + o_k, mask=o_k < tl.where(usable_pick, C, 0), other=0.0).to(
+                    tl.float32
+                )
                 tile = tl.load(p_x + (begin + o)[:, None] * C + o_k[None, :],
                                mask=((o < n) & usable)[:, None] & (o_k < C)[None, :], other=0.0)  # fmt: skip
                 likeness += tl.sum(tile.to(tl.float32) * row[None, :], 1)
@@ -316,7 +322,13 @@ def match(
 
 
 def greedy(
-    x: Tensor, quality: Tensor | None, cu_seqlens: Tensor, counts: Tensor, protected: Tensor | None, mode: int, max_count: int
+    x: Tensor,
+    quality: Tensor | None,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    protected: Tensor | None,
+    mode: int,
+    max_count: int,
 ) -> Tensor:
     total = x.shape[0]
     scores = torch.full((total,), -torch.inf, device=x.device)
@@ -332,9 +344,10 @@ def greedy(
         value = -match(finite, everything, cu_seqlens, everything, cu_seqlens, True)[1].nan_to_num(nan=-torch.inf)
         factors = scores
     else:
-        lengths = (x.float() * inverse[:, None]).square().sum(1)
-        value = lengths * weight * weight
-        owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(total, device=x.device, dtype=torch.int32), right=True)
+        value = torch.where(inverse > 0, weight * weight, 0.0)  # a unit row's similarity to itself is 1, not nearly 1
+        owner = torch.searchsorted(
+            cu_seqlens[1:].contiguous(), torch.arange(total, device=x.device, dtype=torch.int32), right=True
+        )
         largest = torch.zeros(cu_seqlens.shape[0], device=x.device)
         largest = largest.scatter_reduce(0, owner, torch.where(unusable, 0.0, value), "amax")
         value = torch.where(value <= FLOOR * largest[owner], 0.0, value)

@@ -1,11 +1,16 @@
-"""Attention backward: one pass over keys for dQ and delta, one over rows for dK, dV and the key bias.
+"""Attention backward: one pass over keys for dQ and delta, one over rows for dK, dV and key bias.
 
 With P = exp(S - lse) and delta_i = out_i . dout_i - dlse_i::
 
     dP = dropout(dout V^T)    dS = P * (dP - delta)    dV = dropout(P)^T dout
     dQ = scale * dC K         dK = scale * dC^T Q      dC = dS * (1 - tanh^2) under a soft cap, else dS
 
-Every program owns what it writes, so results are bitwise repeatable. The gradient of a padded bias, which may be broadcast over any axis, is a third pass
+A rounded lse scales a whole row of P: invisible in 16 bits,
+but in float32 it would be the largest error there is. There
+``p_norm`` (heads, rows) holds what a row of P adds up to, by which it is divided.
+
+Every program owns what it writes, so results are bitwise repeatable. The gradient of a padded bias,
+which may be broadcast over any axis, is a third pass
 that walks everything a block of the bias was broadcast to.
 """
 
@@ -41,8 +46,14 @@ def load_statistic(p_x, o_row, o_head, rows_q, m_row):
 
 
 @triton.jit
+def load_norm(p_norm, o_row, o_head, rows_q, m_row):
+    """What the weights of these rows add up to, 1 where nothing is there."""
+    return tl.load(p_norm + o_head.to(tl.int64) * rows_q + o_row, mask=m_row, other=1.0)
+
+
+@triton.jit
 def attention_backward_query(
-    p_q, p_k, p_v, p_out, p_dout, p_lse, p_dlse, p_delta, p_dq, p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q,
+    p_q, p_k, p_v, p_out, p_dout, p_lse, p_dlse, p_delta, p_norm, p_dq, p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q,
     p_index_k, p_range, p_key_bias, p_bias, p_seed, rows_q, rows_k, slots_q, slots_k, batch, kv_heads, stride_qr,
     stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, stride_or, stride_oh, stride_key_bias, stride_bias_b,
     stride_bias_h, stride_bias_q, stride_bias_k, scale, softcap, dropout_p,
@@ -81,7 +92,7 @@ def attention_backward_query(
     if i_split == 0:
         tl.store(p_delta + o_head.to(tl.int64) * rows_q + o_row, b_delta, mask=m_m)
 
-    if NEED_DQ:
+    if NEED_DQ or p_norm is not None:
         b_lse = load_statistic(p_lse, o_row, o_head, rows_q, m_m) * UNIT
         p_q_rows = p_q + o_head.to(tl.int64)[:, None] * stride_qh
         b_q = load_rows(p_q_rows, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)
@@ -101,6 +112,7 @@ def attention_backward_query(
         p_k += i_kv.to(tl.int64) * stride_kh
         p_v += i_kv.to(tl.int64) * stride_vh
         b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        b_total = tl.zeros((BLOCK_M,), tl.float32)
         for i_first in range(i_low, i_high, BLOCK_N):
             o_n = i_first + tl.arange(0, BLOCK_N)
             m_n = o_n < length_k
@@ -117,6 +129,8 @@ def attention_backward_query(
             if p_range is not None:
                 m_seen = (o_n[None, :] >= b_start[:, None]) & (o_n[None, :] < b_end[:, None])
             b_p = tl.where(m_seen, power(b_s - b_lse[:, None], UNIT), 0.0)
+            if p_norm is not None:
+                b_total += tl.sum(b_p, 1)
             b_dp = dot(b_do, tl.trans(b_v), None, PRECISION)
             if p_seed is not None:
                 b_keep = keep_mask(p_seed, o_row, i_first, o_head, dropout_p, BLOCK_N)
@@ -125,16 +139,24 @@ def attention_backward_query(
             if SOFTCAP:
                 b_ds = tl.where(m_seen, b_ds * (1.0 - b_tanh * b_tanh), 0.0)
             b_dq = dot_seen(b_ds, b_k, b_dq, m_seen, p_range is not None, PRECISION)
+        if p_norm is not None:
+            b_total = tl.where(b_total == 0.0, 1.0 if SPLITS == 1 else 0.0, b_total)
+            p_totals = p_norm + (i_split.to(tl.int64) * heads + o_head) * rows_q + o_row
+            tl.store(p_totals, b_total, mask=m_m)
+            if SPLITS == 1:
+                b_dq = b_dq / b_total[:, None]
         o_d = tl.arange(0, BLOCK_D)
         o_plane = i_split.to(tl.int64) * rows_q + o_row
         p_dq_rows = p_dq + (o_plane * heads + o_head)[:, None] * HEAD_DIM + o_d[None, :]
         b_dq = narrow(b_dq * scale, p_dq.dtype.element_ty)
-        tl.store(p_dq_rows, b_dq, mask=m_m[:, None] & (o_d < HEAD_DIM)[None, :])
+        if NEED_DQ:
+            tl.store(p_dq_rows, b_dq, mask=m_m[:, None] & (o_d < HEAD_DIM)[None, :])
 
 
 @triton.jit
 def attention_backward_key(
-    p_q, p_k, p_v, p_dout, p_lse, p_delta, p_dk, p_dv, p_dkey_bias, p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q,
+    p_q, p_k, p_v, p_dout, p_lse, p_delta, p_norm, p_dk, p_dv, p_dkey_bias, p_cu_q, p_cu_k, p_used_q, p_used_k,
+    p_index_q,
     p_index_k, p_range, p_key_bias, p_bias, p_seed, rows_q, rows_k, slots_q, slots_k, batch, kv_heads, stride_qr,
     stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, stride_or, stride_oh, stride_key_bias, stride_bias_b,
     stride_bias_h, stride_bias_q, stride_bias_k, scale, softcap, dropout_p,
@@ -196,6 +218,8 @@ def attention_backward_key(
                 stride_bias_q, stride_bias_k, stride_bias_h, scale, softcap, UNIT, SOFTCAP, KEY_BIAS_HEADS,
             )  # fmt: skip
             b_p = tl.where(m_seen, power(b_s - b_lse[None, :], UNIT), 0.0)
+            if p_norm is not None:
+                b_p = b_p / load_norm(p_norm, o_row, o_head, rows_q, m_m)[None, :]
             b_dp = dot(b_v, tl.trans(b_do), None, PRECISION)
             b_dropped = b_p
             if p_seed is not None:
@@ -247,7 +271,8 @@ def find_places(p_cu, p_used, p_slot, slots, rows, i_b, o_place):
 
 @triton.jit
 def attention_backward_bias(
-    p_q, p_k, p_v, p_dout, p_lse, p_delta, p_dbias, p_cu_q, p_cu_k, p_used_q, p_used_k, p_slot_q, p_slot_k, p_range,
+    p_q, p_k, p_v, p_dout, p_lse, p_delta, p_norm, p_dbias, p_cu_q, p_cu_k, p_used_q, p_used_k, p_slot_q, p_slot_k,
+    p_range,
     p_key_bias, p_bias, p_seed, rows_q, rows_k, slots_q, slots_k, batch, heads, stride_qr, stride_qh, stride_kr,
     stride_kh, stride_vr, stride_vh, stride_or, stride_oh, stride_key_bias, stride_bias_b, stride_bias_h,
     stride_bias_q, stride_bias_k, bias_heads, bias_rows, bias_columns, places_q, places_k, scale, softcap, dropout_p,
@@ -301,6 +326,8 @@ def attention_backward_bias(
                         b_start, b_end = load_ranges(p_range, o_row, m_m, slots_k)
                         m_seen &= (o_slot[None, :] >= b_start[:, None]) & (o_slot[None, :] < b_end[:, None])
                     b_p = power(b_s - b_lse[:, None], UNIT)
+                    if p_norm is not None:
+                        b_p = b_p / load_norm(p_norm, o_row, o_head, rows_q, m_m)[:, None]
                     b_dp = dot(b_do, tl.trans(b_v), None, PRECISION)
                     if p_seed is not None:
                         b_keep = keep_mask_scattered(p_seed, o_row, o_slot, o_head, dropout_p)

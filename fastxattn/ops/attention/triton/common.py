@@ -41,7 +41,7 @@ def power(b_x, UNIT: tl.constexpr):
 @triton.jit
 def narrow(b_x, DTYPE: tl.constexpr):
     """Float32 to a narrower type, to nearest even; the interpreter truncates to bfloat16, so it is led there."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         b_bits = b_x.to(tl.uint32, bitcast=True)
         b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
         b_x = tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)

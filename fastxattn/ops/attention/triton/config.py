@@ -1,8 +1,8 @@
 """Tile sizes of the Triton attention kernels, from the problem and the architecture alone.
 
 A shipped configuration is one that tests/offline compiles for every architecture without a spill. The tables are short
-on purpose: three head-dim classes x three kinds of problem. ``fastxattn.runtime.tuning`` may put better ones, measured on a
-machine that has the GPU, in front of them.
+on purpose: three head-dim classes x three kinds of problem. ``fastxattn.runtime.tuning`` may put better
+ones, measured on a machine that has the GPU, in front of them.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ class Tile:
 Table = dict[str, dict[int, Tile]]  # kernel -> widest padded head dim -> tile
 
 _PLAIN: Table = {
-    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
     "split": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
-    "backward_query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
-    "backward_key": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
+    "backward_query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_key": {64: Tile(32, 64, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
 }
 _RICH: Table = {
-    "forward": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
-    "split": {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
-    "backward_query": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
-    "backward_key": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
-    "backward_bias": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+    "forward": {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
+    "split": {64: Tile(16, 64, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_query": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_key": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_bias": {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
 }
 # Exact float32 runs on the ordinary arithmetic units, whose operands live in registers.
 _SINGLE: Table = {
-    "forward": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 8, 1)},
-    "split": {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "backward_query": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "backward_key": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "backward_bias": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "forward": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(32, 16, 8, 1)},
+    "split": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_key": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_bias": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 _TABLES = {"plain": _PLAIN, "rich": _RICH, "single": _SINGLE}
 
@@ -61,7 +61,7 @@ SPLIT_LENGTH = 1024
 
 
 def kind_of(itemsize: int, rich: bool) -> str:
-    """Which table a problem is in: ``single`` (float32), ``rich`` (16-bit with a range, a bias or dropout), ``plain``."""
+    """Which table: ``single`` (float32), ``rich`` (16-bit with a range, a bias or dropout) or ``plain``."""
     return "single" if itemsize == 4 else "rich" if rich else "plain"
 
 

@@ -31,6 +31,7 @@ class Launch:
 
     @staticmethod
     def of(*arguments: Any) -> Launch:
+        """From the operator's arguments, last axes made contiguous."""
         problem = Problem(*arguments)
         dense = {name: dense_rows(getattr(problem, name)) for name in ("query", "key", "value")}
         seed = problem.dropout_seed if problem.dropout_p else None
@@ -38,25 +39,31 @@ class Launch:
 
     @property
     def batch(self) -> int:
+        """Sequences."""
         return self.problem.cu_seqlens_q.numel() - 1
 
     @property
     def group(self) -> int:
+        """Query heads per key head."""
         return self.problem.query.shape[1] // self.problem.key.shape[1]
 
     @property
     def slots_q(self) -> int:
+        """Query slots."""
         return self.problem.query.shape[0] if self.problem.query_index is None else self.problem.query_index.numel()
 
     @property
     def slots_k(self) -> int:
+        """Key slots."""
         return self.problem.key.shape[0] if self.problem.key_index is None else self.problem.key_index.numel()
 
     @property
     def dims(self) -> tuple[int, int]:
+        """Head dim and value dim as the kernels pad them."""
         return padded_dim(self.problem.query.shape[2]), padded_dim(self.problem.value.shape[2])
 
     def tile(self, kernel: str) -> Tile:
+        """The tuned tile, or the shipped one."""
         p = self.problem
         rich = any(t is not None for t in (p.kv_range, p.key_bias, p.bias, p.dropout_seed))
         kind, dim = config.kind_of(p.query.element_size(), rich), max(*self.dims)
@@ -76,7 +83,8 @@ class Launch:
             "stride_qr": p.query.stride(0), "stride_qh": p.query.stride(1), "stride_kr": p.key.stride(0),
             "stride_kh": p.key.stride(1), "stride_vr": p.value.stride(0), "stride_vh": p.value.stride(1),
             "stride_key_bias": 0 if p.key_bias is None else p.key_bias.stride(0),
-            "stride_bias_b": strides[0], "stride_bias_h": strides[1], "stride_bias_q": strides[2], "stride_bias_k": strides[3],
+            "stride_bias_b": strides[0], "stride_bias_h": strides[1], "stride_bias_q": strides[2],
+            "stride_bias_k": strides[3],
             "scale": p.scale, "softcap": p.softcap, "dropout_p": p.dropout_p,
         }  # fmt: skip
 
@@ -161,27 +169,32 @@ def _launch_backward(
 ) -> None:  # fmt: skip
     p = launch.problem
     rows, heads, head_dim = p.query.shape
-    kv_heads, group = p.key.shape[1], launch.group
-    delta = torch.empty_like(lse)
-    shared = launch.runtime() | {
-        "p_dout": grad_out,
-        "p_lse": lse,
-        "p_delta": delta,
-        "stride_or": grad_out.stride(0),
-        "stride_oh": grad_out.stride(1),
-    }
-    splits = config.splits_for(launch.slots_q, launch.slots_k, launch.batch, group) if "query" in wanted else 1
-    tile = launch.tile("backward_query")
+    need_query, exact = "query" in wanted, p.query.dtype == torch.float32
+    splits = 1
+    if need_query or exact:
+        splits = config.splits_for(launch.slots_q, launch.slots_k, launch.batch, launch.group)
+    norm = lse.new_zeros(splits, heads, rows) if exact else None
     grad_query = grads["query"]
     if splits > 1:
         grad_query = p.query.new_zeros(splits, rows, heads, head_dim, dtype=torch.float32)
-    programs = tiles(launch.slots_q, launch.batch, group, tile.block_m) * kv_heads
+    shared = launch.runtime() | {
+        "p_dout": grad_out, "p_lse": lse, "p_delta": torch.empty_like(lse), "p_norm": norm,
+        "stride_or": grad_out.stride(0), "stride_oh": grad_out.stride(1),
+    }  # fmt: skip
+    tile = launch.tile("backward_query")
+    programs = tiles(launch.slots_q, launch.batch, launch.group, tile.block_m) * p.key.shape[1]
     backward.attention_backward_query[(programs * splits,)](
         **shared, p_out=out, p_dlse=None if grad_lse is None else grad_lse.contiguous(), p_dq=grad_query,
-        NEED_DQ="query" in wanted, SPLITS=splits, SPLIT_KEYS=config.SPLIT_KEYS, **launch.constants(tile),
+        NEED_DQ=need_query, SPLITS=splits, SPLIT_KEYS=config.SPLIT_KEYS, **launch.constants(tile),
     )  # fmt: skip
     if splits > 1:
-        grads["query"].copy_(grad_query.sum(0))
+        total = grad_query.sum(0)
+        if norm is not None:
+            norm = norm.sum(0)
+            shared["p_norm"] = norm = torch.where(norm == 0, 1.0, norm)
+            total = total / norm.T[:, :, None]
+        if need_query:
+            grads["query"].copy_(total)
     if wanted & {"key", "value", "key_bias"}:
         _launch_backward_key(launch, shared, grads, wanted)
     if "bias" in wanted and p.bias is not None:
@@ -228,7 +241,8 @@ def _launch_backward_bias(launch: Launch, shared: dict[str, Any], grads: dict[st
         p_slot_q=_slot_of_row(p.query_index, p.cu_seqlens_q, p.seqused_q, p.query.shape[0]),
         p_slot_k=_slot_of_row(p.key_index, p.cu_seqlens_k, p.seqused_k, p.key.shape[0]),
         heads=p.query.shape[1], bias_heads=heads, bias_rows=rows, bias_columns=columns, places_q=places_q,
-        places_k=places_k, BATCH_SHARED=batch == 1 and launch.batch > 1, HEADS_SHARED=heads == 1 and p.query.shape[1] > 1,
+        places_k=places_k, BATCH_SHARED=batch == 1 and launch.batch > 1,
+        HEADS_SHARED=heads == 1 and p.query.shape[1] > 1,
         ROWS_SHARED=rows == 1 and places_q > 1, COLUMNS_SHARED=columns == 1 and places_k > 1, **launch.constants(tile),
     )  # fmt: skip
     grads["bias"] = grad.to(bias.dtype)

@@ -1,0 +1,325 @@
+"""Pruning against what people write by hand, and what it does to whole models.
+
+    python benchmarks/bench_pruning.py [--match TEXT] [--models WHICH] [--rounds N] [--cpu-time]
+
+Kernels: each against its eager formulation on the same data. Models: a ViT-L-size encoder and a LLaVA-shaped prefill
+(every width that of LLaVA-1.5-7B, one eighth of its layers) unpruned and pruned. Rows go to
+benchmarks/results/pruning.csv. On a machine that others use, ``--cpu-time`` counts the process's own processor time on
+one thread instead of the clock; its rows say so in their device column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastxattn.bench import Case, Record, Workload, run_cases, timing, write_csv
+from fastxattn.integrations.pruning import encoder_scores, prune
+from fastxattn.ops.pruning import STRATEGIES, Budget, bipartite, prune_tokens, select
+from fastxattn.ops.pruning.ops import run
+from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
+
+RESULTS = Path(__file__).resolve().parent / "results/pruning.csv"
+SHARES = (0.5, 0.25, 0.11)
+
+
+def offsets(batch: int, length: int) -> Tensor:
+    return torch.arange(batch + 1, dtype=torch.int32) * length
+
+
+def verdict(same: bool, words: str) -> str:
+    return "ok" if same else words
+
+
+def select_and_gather(dtype: torch.dtype, share: float) -> Workload:
+    batch, length, width = 64, 1024, 1024
+    keep = int(length * share)
+    torch.manual_seed(0)
+    x, scores = torch.randn(batch, length, width, dtype=dtype), torch.randn(batch, length)
+    cu = offsets(batch, length)
+
+    def eager() -> Tensor:
+        rows = []
+        for image, score in zip(x, scores, strict=True):
+            index = score.topk(keep).indices.sort().values
+            rows.append(image.index_select(0, index))
+        return torch.cat(rows)
+
+    def batched() -> Tensor:
+        index = scores.topk(keep, dim=1).indices.sort(dim=1).values
+        return x.gather(1, index[..., None].expand(-1, -1, width)).flatten(0, 1)
+
+    def ours() -> Tensor:
+        return prune_tokens(x.view(-1, width), scores.view(-1), cu, Budget.count(keep), max_seqlen=length)[0]
+
+    return Workload(
+        {"fastxattn": ours, "eager loop": eager, "eager gather": batched},
+        "eager loop",
+        lambda: verdict(torch.equal(ours(), eager()), "other tokens than eager"),
+    )
+
+
+def indices_only() -> Workload:
+    batch, length, keep = 64, 1024, 512
+    torch.manual_seed(0)
+    scores, cu = torch.randn(batch, length), offsets(64, 1024)
+
+    def eager() -> Tensor:
+        return torch.cat([s.topk(keep).indices.sort().values + i * length for i, s in enumerate(scores)])
+
+    def ours() -> Tensor:
+        return select(scores.view(-1), cu, Budget.count(keep), max_seqlen=length).keep_index
+
+    return Workload(
+        {"fastxattn": ours, "eager loop": eager},
+        "eager loop",
+        lambda: verdict(torch.equal(ours().long(), eager()), "other tokens"),
+    )
+
+
+def tome_step(width: int, metric_width: int) -> Workload:
+    batch, length, merges = 16, 576, 144
+    torch.manual_seed(0)
+    x, sizes = torch.randn(batch, length, width), torch.ones(batch, length, 1)
+    metric = torch.randn(batch, length, metric_width)
+    cu = offsets(batch, length)
+
+    def eager() -> Tensor:
+        unit = metric / metric.norm(dim=-1, keepdim=True)
+        node_max, node_idx = (unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)).max(-1)
+        edge = node_max.argsort(dim=-1, descending=True)[..., None]
+        stay, source = edge[:, merges:].sort(1).values, edge[:, :merges]
+        target = node_idx[..., None].gather(-2, source)
+
+        def merge(t: Tensor) -> Tensor:
+            a, b, c = t[:, ::2], t[:, 1::2], t.shape[-1]
+            kept = a.gather(-2, stay.expand(-1, -1, c))
+            moved = a.gather(-2, source.expand(-1, -1, c))
+            return torch.cat([kept, b.scatter_reduce(-2, target.expand(-1, -1, c), moved, "sum")], 1)
+
+        return merge(x * sizes) / merge(sizes)
+
+    def ours() -> Tensor:
+        merged = bipartite(metric.view(-1, metric_width), cu, merges, sizes=sizes.view(-1))
+        return merged.reduce(x.view(-1, width))
+
+    def check() -> str:
+        # The same multiset of rows: eager puts A's rows before B's, ours keeps the order of tokens.
+        a, b = eager().double(), ours().view(batch, length - merges, width).double()
+        near = torch.allclose(a.sort(1).values, b.sort(1).values, atol=1e-4)
+        return verdict(near, "other rows than eager")
+
+    return Workload({"fastxattn": ours, "eager": eager}, "eager", check)
+
+
+def greedy(mode: int, length: int, keep: int) -> Workload:
+    width = 1024
+    torch.manual_seed(0)
+    x, cu, counts = torch.randn(length, width), offsets(1, length), torch.tensor([keep], dtype=torch.int32)
+
+    def eager() -> Tensor:
+        unit = x / x.norm(dim=1, keepdim=True)
+        similarity = unit @ unit.T
+        picked = torch.empty(keep, dtype=torch.long)
+        if mode == MAX_MIN:  # the formulation of DivPrune's own code
+            distance = 1 - similarity
+            for step in range(keep):
+                if step == 0:
+                    value = distance.topk(2, dim=0, largest=False).values[1]
+                else:
+                    value = distance.index_select(0, picked[:step]).min(0).values
+                    value[picked[:step]] = -torch.inf
+                picked[step] = value.argmax()
+        else:  # greedy MAP of a determinantal process, as CDPruner's code does it
+            factors = torch.zeros(keep, length)
+            residual = similarity.diagonal().clone()
+            for step in range(keep):
+                best = residual.argmax()
+                picked[step] = best
+                factor = (similarity[best] - factors[:step, best] @ factors[:step]) / residual[best].sqrt()
+                factors[step] = factor
+                residual -= factor**2
+                residual[best] = -torch.inf
+        return picked
+
+    def ours() -> Tensor:
+        scores = run("greedy", x, "auto", x, None, cu, counts, None, mode, keep)
+        return scores.topk(keep).indices
+
+    def check() -> str:
+        return verdict(set(ours().tolist()) == set(eager().tolist()), "other tokens than eager")
+
+    return Workload({"fastxattn": ours, "eager loop": eager}, "eager loop", check)
+
+
+def cases() -> list[Case]:
+    f32, bf16 = torch.float32, torch.bfloat16
+    table: list[tuple[str, str, torch.dtype, Callable[[], Workload]]] = [
+        ("select", "select 64x1024, keep 512", f32, indices_only),
+        ("select_gather", "select + gather 64x1024x1024, keep 50 %", f32, lambda: select_and_gather(f32, 0.5)),
+        ("select_gather", "select + gather 64x1024x1024, keep 25 %", f32, lambda: select_and_gather(f32, 0.25)),
+        ("select_gather", "select + gather 64x1024x1024, keep 50 %", bf16, lambda: select_and_gather(bf16, 0.5)),
+        ("merge", "ToMe step 16x576x1024, metric 64, merge 144", f32, lambda: tome_step(1024, 64)),
+        ("merge", "ToMe step 16x576x1024, metric 1024, merge 144", f32, lambda: tome_step(1024, 1024)),
+        ("max_min", "max-min 576x1024, keep 64", f32, lambda: greedy(MAX_MIN, 576, 64)),
+        ("max_min", "max-min 576x1024, keep 144", f32, lambda: greedy(MAX_MIN, 576, 144)),
+        ("determinant", "determinant 576x1024, keep 64", f32, lambda: greedy(DETERMINANT, 576, 64)),
+    ]
+    return [Case(op, name, "forward", dtype, build) for op, name, dtype, build in table]
+
+
+# Whole models ----------------------------------------------------------------------------------------------------
+
+
+def model_records(op: str, case: str, dtype: torch.dtype, times: dict[str, float]) -> list[Record]:
+    base = times["unpruned"]
+    return [
+        Record(
+            op, case, "forward", name, "unpruned", str(dtype).removeprefix("torch."), torch.get_num_threads(),
+            seconds * 1e3, base / seconds, 0.0, "rival" if name == "unpruned" else "ok",
+        )
+        for name, seconds in times.items()
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def encoder(rounds: int) -> list[Record]:
+    """CLIP ViT-L/14 at 336 pixels: 24 layers, 577 tokens; pruned before layer 8."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    model, pixels = CLIPVisionModel(config).eval(), torch.randn(1, 3, 336, 336)
+
+    def pruned(share: float) -> Callable[[], None]:
+        def call() -> None:
+            with prune(model, keep=share, at=8):
+                model(pixels)
+
+        return call
+
+    calls: dict[str, Callable[[], object]] = {"unpruned": lambda: model(pixels)}
+    calls |= {f"fastxattn keep {share:.0%} from layer 8": pruned(share) for share in SHARES}
+    times = {name: timing.median for name, timing in timing.interleaved(calls, rounds=rounds).items()}
+    # The pruning alone: scores, selection and gathering on tensors of that size.
+    query, key, hidden = torch.randn(1, 577, 16, 64), torch.randn(1, 577, 16, 64), torch.randn(577, 1024)
+    special = torch.arange(577) < 1
+
+    def step() -> None:
+        attention, cu = encoder_scores(query, key, 0.125, True)
+        kept = STRATEGIES["attention"](
+            hidden, cu, Budget.count(289), attention=attention, protected=special, max_seqlen=577
+        )
+        kept.reduce(hidden)
+
+    step()
+    spent = []
+    for _ in range(20):
+        start = time.perf_counter()
+        step()
+        spent.append(time.perf_counter() - start)
+    times["pruning step alone"] = sorted(spent)[10]
+    one = sorted(
+        _layer_seconds(
+            model.vision_model.encoder.layers[0] if hasattr(model, "vision_model") else model.encoder.layers[0]
+        )
+    )
+    times["one encoder layer, 64x1024 tokens"] = one[0]
+    return model_records("encoder", "ViT-L/14-336, one image", torch.float32, times)
+
+
+def _layer_seconds(layer: torch.nn.Module) -> list[float]:
+    """One encoder layer on 4 x 1024 tokens, scaled to the 64 x 1024 of the selection benchmark."""
+    x = torch.randn(4, 1024, 1024)
+    spent = []
+    for _ in range(2):
+        start = time.perf_counter()
+        layer(x, None)
+        spent.append((time.perf_counter() - start) * 16)
+    return spent
+
+
+@torch.no_grad()
+def prefill(rounds: int) -> list[Record]:
+    """LLaVA-1.5-7B's widths with 3 of 24 vision and 4 of 32 language layers: 576 image and 64 text tokens, bfloat16."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=3,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=32,
+        vocab_size=32064,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000, vision_feature_layer=-2)
+        model = LlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ids = torch.cat([torch.full((1, 576), 32000), torch.randint(5, 30000, (1, 64))], 1)
+    pixels = torch.randn(1, 3, 336, 336, dtype=torch.bfloat16)
+
+    def whole() -> object:
+        return model(input_ids=ids, pixel_values=pixels, logits_to_keep=1)
+
+    def pruned(share: float, strategy: str, at: int) -> Callable[[], object]:
+        def call() -> object:
+            with prune(model, keep=share, strategy=strategy, at=at):
+                return whole()
+
+        return call
+
+    calls: dict[str, Callable[[], object]] = {"unpruned": whole}
+    calls |= {
+        f"fastxattn attention {share:.0%} before the language model": pruned(share, "attention", 0) for share in SHARES
+    }
+    calls["fastxattn divprune 25% before the language model"] = pruned(0.25, "divprune", 0)
+    calls["fastxattn FastV 25% from language layer 1"] = pruned(0.25, "attention", 1)
+    times = {name: timing.median for name, timing in timing.interleaved(calls, rounds=rounds).items()}
+    return model_records("prefill", "LLaVA-1.5-7B widths, 1/8 of its layers, 576 + 64 tokens", torch.bfloat16, times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--match", default="", help="only kernel cases whose title contains this")
+    parser.add_argument("--models", choices=("no", "encoder", "prefill", "both"), default="no")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time on one thread")
+    options = parser.parse_args()
+    if options.cpu_time:
+        torch.set_num_threads(1)
+        time.perf_counter = time.process_time
+    records = run_cases(cases(), rounds=options.rounds, match=options.match) if options.match != "none" else []
+    if options.models in ("encoder", "both"):
+        records += encoder(options.rounds)
+    if options.models in ("prefill", "both"):
+        records += prefill(options.rounds)
+    if options.cpu_time:
+        records = [replace(r, device=f"{r.device}, shared; processor time") for r in records]
+    write_csv(RESULTS, records)
+    for record in records:
+        print(
+            f"{record.case:55s} {record.provider:45s} {record.median_ms:10.3f} ms  {record.ratio:6.2f}x  {record.gate}"
+        )
+
+
+if __name__ == "__main__":
+    main()

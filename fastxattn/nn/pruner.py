@@ -1,0 +1,97 @@
+"""TokenPruner: fewer tokens between any two layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastxattn.nn.packing import Tokens
+from fastxattn.ops.pruning import Budget, Selection
+from fastxattn.ops.pruning.strategies import STRATEGIES
+from fastxattn.packed import PackedTokens
+
+
+class TokenPruner(nn.Module):
+    """Keeps a budget of tokens of each sequence, for any strategy. Place it between two layers.
+
+    Gradients flow through gathered and merged rows. With ``learned=True`` a linear layer scores the tokens, the best
+    are kept, and the straight-through trick lets the kept rows train it: forward multiplies them by exactly 1,
+    backward as
+    if by ``sigmoid(score)``.
+
+    Args:
+        budget: a :class:`fastxattn.Budget`, or a float for ``Budget.ratio``.
+        strategy: a name of ``fastxattn.ops.pruning.STRATEGIES``, or a function ``(values, cu_seqlens, budget,
+            **options) -> Selection``.
+        protected: the first so many tokens of each sequence (CLS, registers) are always kept.
+        learned: score with a trained linear layer instead of the strategy; needs ``width``.
+        width: channels of the tokens, for ``learned``.
+
+    Raises:
+        ValueError: an unknown strategy, a negative ``protected``, or ``learned`` without ``width``.
+
+    Example:
+        >>> pruner = TokenPruner(0.25, strategy="divprune", protected=1)
+        >>> fewer, kept = pruner(torch.randn(2, 197, 768))
+        >>> fewer.cu_seqlens.tolist()
+        [0, 50, 100]
+    """
+
+    def __init__(
+        self,
+        budget: Budget | float,
+        strategy: str | Callable[..., Selection] = "norm",
+        *,
+        protected: int = 0,
+        learned: bool = False,
+        width: int | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(strategy, str) and strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+        if protected < 0:
+            raise ValueError(f"protected must not be negative; got {protected}")
+        if learned and width is None:
+            raise ValueError("width must be given for learned=True; got None")
+        self.budget = budget if isinstance(budget, Budget) else Budget.ratio(budget)
+        self.strategy = strategy
+        self.protected = protected
+        self.scorer = nn.Linear(width, 1) if learned and width is not None else None
+
+    def forward(self, tokens: Tokens, **needs: Tensor) -> tuple[PackedTokens, Selection]:
+        """Prune.
+
+        Args:
+            tokens: (batch, length, channels), or PackedTokens with values (total, channels).
+            **needs: what the strategy needs, in packed rows: ``attention`` (total,), ``relevance``, ``sizes``.
+
+        Returns:
+            The kept tokens, packed, and the selection (for positions, sizes and the way back).
+        """
+        packed = tokens if isinstance(tokens, PackedTokens) else PackedTokens.from_padded(tokens)
+        values, offsets = packed.values, packed.cu_seqlens
+        protected = None
+        if self.protected:
+            protected = packed.positions() < self.protected
+        if self.scorer is not None:
+            scores = self.scorer(values).squeeze(-1)
+            selection = STRATEGIES["attention"](
+                values, offsets, self.budget, attention=scores, protected=protected, max_seqlen=packed.max_seqlen
+            )
+            gate = torch.sigmoid(scores)
+            rows = selection.gather(values * (gate - gate.detach() + 1).unsqueeze(-1))
+        else:
+            strategy = STRATEGIES[self.strategy] if isinstance(self.strategy, str) else self.strategy
+            selection = strategy(
+                values, offsets, self.budget, protected=protected, max_seqlen=packed.max_seqlen, **needs
+            )
+            rows = selection.reduce(values)
+        return PackedTokens(rows, selection.cu_seqlens, selection.max_seqlen), selection
+
+    def extra_repr(self) -> str:
+        """What the module does."""
+        name = self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "custom")
+        name = "learned" if self.scorer is not None else name
+        return f"{self.budget.kind}={self.budget.value}, strategy={name}, protected={self.protected}"

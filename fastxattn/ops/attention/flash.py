@@ -1,0 +1,71 @@
+"""The flash-attn package as a backend, when it is installed and the problem is one it knows."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.attention.problem import Problem
+
+_UNKNOWN = ("seqused_q", "seqused_k", "query_index", "key_index", "kv_range", "key_bias", "bias")
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed; install it with `pip install fastxattn[flash-attn]`"
+    return None
+
+
+def supports(problem: Problem) -> str | None:
+    """None when flash-attn runs this problem, else the reason why not."""
+    if (reason := _missing()) is not None:
+        return reason
+    query, value = problem.query, problem.value
+    if query.device.type != "cuda":
+        return f"the tensors are on {query.device.type}"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"it knows float16 and bfloat16, and the tensors are {query.dtype}"
+    for name in _UNKNOWN:
+        if getattr(problem, name) is not None:
+            return f"it has no {name}"
+    if problem.dropout_p:
+        return "its dropout mask is not the one of the other backends"
+    if query.shape[2] != value.shape[2]:
+        return f"it needs value_dim equal to head_dim, got {value.shape[2]} and {query.shape[2]}"
+    if query.shape[2] > 256 or query.shape[2] % 8:
+        return f"it needs a head_dim up to 256 and divisible by 8, got {query.shape[2]}"
+    return None
+
+
+def attend(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Out and lse. The gradient of out is flash-attn's own; lse has none, and asking for it raises."""
+    from flash_attn import flash_attn_varlen_func
+
+    p = problem
+    # The longest sequence is not known here without waiting for the device; the number of rows bounds it.
+    out, lse, *_ = flash_attn_varlen_func(
+        p.query, p.key, p.value, p.cu_seqlens_q, p.cu_seqlens_k, max(p.query.shape[0], 1), max(p.key.shape[0], 1),
+        softmax_scale=p.scale, softcap=p.softcap, return_attn_probs=True,
+    )  # fmt: skip
+    # Rows without keys come back with lse = +inf or garbage, depending on the version.
+    lse = torch.where(lse == torch.inf, -torch.inf, lse)
+    return out, _Constant.apply(lse, p.query)
+
+
+class _Constant(torch.autograd.Function):
+    """A result whose gradient nobody computed: silence would be a wrong gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, lse: Tensor, query: Tensor) -> Tensor:
+        """Lse itself, tied to query."""
+        return lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Refuse."""
+        raise RuntimeError("attention: backend='flash' has no gradient of lse; use another backend")

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def build(out: Path, sanitize: bool) -> Path:
+    sys.path.insert(0, str(ROOT))
+    import build_native
+
+    try:
+        return build_native.build_test_module(out, build_native.Toolchain.find(), sanitize)
+    except build_native.NativeBuildError as error:
+        if "no C++ compiler" in str(error) or "needs pybind11" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.fixture(scope="session")
+def native() -> ModuleType:
+    """The native test module, built once."""
+    path = build(ROOT / "build/test-module", sanitize=False)
+    spec = importlib.util.spec_from_file_location("_fastxattn_native", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def sanitized_module_dir() -> Path:
+    """Where the module built with AddressSanitizer and UBSan lies."""
+    return build(ROOT / "build/test-module-asan", sanitize=True).parent

@@ -1,0 +1,115 @@
+"""The CUDA path without a device: fake CUDA tensors for dispatch, shapes and export; a fake flash_attn package."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastxattn
+from fastxattn.ops.attention import dispatch, flash
+from fastxattn.ops.attention.autograd import BACKWARD
+from fastxattn.ops.attention.problem import Problem
+from fastxattn.ops.attention.schema import NEEDS
+from fastxattn.runtime.backend import explain
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a device runs the real thing")
+
+
+def fake_problem(dtype=torch.float16, **options):
+    q, kv = torch.empty(20, 4, 64, device="cuda", dtype=dtype), torch.empty(30, 2, 64, device="cuda", dtype=dtype)
+    offsets = torch.empty(3, dtype=torch.int32, device="cuda")
+    return Problem(q, kv, kv, offsets, offsets, **{"scale": 0.125} | options)
+
+
+def test_fake_cuda_tensors_go_to_triton_and_back():
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        p = fake_problem()
+        out, lse = fastxattn.varlen_cross_attention(
+            p.query, p.key, p.value, p.cu_seqlens_q, p.cu_seqlens_k, return_lse=True
+        )
+        assert out.shape == (20, 4, 64) and out.dtype == torch.float16 and out.device.type == "cuda"  # noqa: PT018
+        assert lse.shape == (4, 20) and lse.dtype == torch.float32  # noqa: PT018
+        # Autograd aborts the process over a CUDA tensor without a device, so the operator is asked directly.
+        grads = BACKWARD["triton"](out, None, out, lse, *p, NEEDS["query"] + NEEDS["value"])
+        assert [tuple(g.shape) for g in grads] == [(20, 4, 64), (0,), (30, 2, 64), (0,), (0,)]
+        score = fastxattn.key_importance(p.query, p.key, lse, p.cu_seqlens_q, p.cu_seqlens_k)
+        assert score.shape == (30,)
+        found = explain("attention", dispatch.BACKENDS, p)
+        assert found.chosen == "triton"
+        assert {v.backend: v.reason for v in found.verdicts}["cpu"] == "the tensors are on cuda"
+
+
+def test_the_cuda_path_exports():
+    pytest.importorskip("triton")
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k, cu_q, cu_k):
+            return fastxattn.varlen_cross_attention(q, k, k, cu_q, cu_k)
+
+    with FakeTensorMode():
+        p = fake_problem()
+        program = torch.export.export(Module(), (p.query, p.key, p.cu_seqlens_q, p.cu_seqlens_k), strict=False)
+    assert "fastxattn.attention_triton" in str(program.graph)
+
+
+def test_triton_says_why_not():
+    p = fake_problem_on_cpu()
+    reason = {v.backend: v.reason for v in explain("attention", dispatch.BACKENDS, p).verdicts}["flash"]
+    assert reason is not None
+    assert "flash-attn is not installed" in reason or "on cpu" in reason
+
+
+def fake_problem_on_cpu():
+    q, kv = torch.randn(20, 4, 64).half(), torch.randn(30, 2, 64).half()
+    return Problem(q, kv, kv, torch.tensor([0, 8, 20]).int(), torch.tensor([0, 30, 30]).int(), scale=0.125)
+
+
+@pytest.fixture
+def flash_package(monkeypatch):
+    """A flash_attn that computes with the reference."""
+    calls = []
+
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, softcap, return_attn_probs):
+        calls.append((max_q, max_k))
+        out, lse = dispatch.attention_reference(*Problem(q, k, v, cu_q, cu_k, scale=softmax_scale, softcap=softcap))
+        return out, torch.where(lse.detach() == -torch.inf, torch.inf, lse.detach()), None
+
+    package = types.ModuleType("flash_attn")
+    package.__spec__ = types.SimpleNamespace()
+    package.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    flash._missing.cache_clear()
+    yield calls
+    flash._missing.cache_clear()
+
+
+def test_flash_supports_what_it_knows(flash_package):
+    with FakeTensorMode():
+        assert flash.supports(fake_problem()) is None
+        offsets = torch.empty(2, dtype=torch.int32, device="cuda")
+        for options, reason in (
+            ({"kv_range": offsets}, "it has no kv_range"),
+            ({"key_bias": offsets}, "it has no key_bias"),
+            ({"query_index": offsets}, "it has no query_index"),
+            ({"dropout_p": 0.1}, "dropout mask"),
+            ({"dtype": torch.float32}, "float16 and bfloat16"),
+        ):
+            assert reason in flash.supports(fake_problem(**options))
+    assert flash.supports(fake_problem_on_cpu()) == "the tensors are on cpu"
+
+
+def test_flash_runs_and_refuses_the_gradient_of_lse(flash_package):
+    p = fake_problem_on_cpu()
+    leaf = p.query.clone().requires_grad_()
+    out, lse = flash.attend(p._replace(query=leaf))
+    wanted, wanted_lse = dispatch.run("reference", p)
+    assert torch.equal(out, wanted)
+    assert torch.equal(lse, wanted_lse), "rows without keys must get -inf"
+    assert flash_package == [(20, 30)]
+    out.sum().backward(retain_graph=True)
+    assert leaf.grad is not None
+    with pytest.raises(RuntimeError, match="no gradient of lse"):
+        lse[:, :8].sum().backward()

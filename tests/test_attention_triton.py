@@ -1,0 +1,124 @@
+"""The Triton kernels against the attention contract: on the device where there is one, else in Triton's interpreter."""
+
+import dataclasses
+import functools
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+pytest.importorskip("triton")
+
+from fastxattn.ops.attention import dispatch
+from fastxattn.ops.attention.triton import config, launch
+from fastxattn.ops.attention.triton.config import Tile
+from fastxattn.testing import attention as contract
+from fastxattn.testing.attention import ATTENTION_CASES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BY_NAME = {case.name: case for case in ATTENTION_CASES}
+# The interpreter runs a program at a time: shorter sequences, the same features.
+SHORT_Q, SHORT_K = (5, 0, 37, 1, 16), (40, 33, 0, 70, 7)
+run = functools.partial(dispatch.run, "triton")
+
+
+def short(case):
+    """The case with few enough tiles for the interpreter."""
+    if case.lengths_q == (5, 0, 77, 1, 33, 16):
+        return dataclasses.replace(case, lengths_q=SHORT_Q, lengths_k=SHORT_K)
+    return case
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles each way even for short sequences."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """The split-KV schedule for every problem."""
+    monkeypatch.setattr(config, "SPLIT_QUERIES", 10**6)
+    monkeypatch.setattr(config, "SPLIT_LENGTH", 0)
+    monkeypatch.setattr(config, "SPLIT_KEYS", 32)
+    monkeypatch.setattr(config, "MAX_SPLITS", 2)
+
+
+@pytest.mark.parametrize("case", [c for c in ATTENTION_CASES if c.name != "split_keys"], ids=str)
+def test_budget_float32(case):
+    contract.check_budget(run, short(case).problem(torch.float32, DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["dense", "gqa", "range", "padded", "dropout", "everything"])
+def test_budget_half(name, dtype):
+    contract.check_budget(run, short(BY_NAME[name]).problem(dtype, DEVICE))
+
+
+@pytest.mark.parametrize("name", ["decode", "mqa_decode", "range_gqa", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_budget_with_split_keys(split, name, dtype):
+    contract.check_budget(run, short(BY_NAME[name]).problem(dtype, DEVICE))
+
+
+@pytest.mark.parametrize("name", ["ragged", "range", "key_index", "everything"])
+def test_unseen_rows_may_hold_nan(name):
+    contract.check_unseen(run, short(BY_NAME[name]).problem(torch.float32, DEVICE))
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_junk_in_a_valid_row_stays_in_rows_that_see_it(where, junk):
+    problem = short(BY_NAME["range"]).problem(torch.float32)
+    t = getattr(problem, where).clone()
+    t[40 if where != "query" else 20, 1, 2] = junk
+    problem = problem._replace(**{where: t})
+    found = contract.results(run, problem._replace(**{k: v.to(DEVICE) for k, v in problem._asdict().items()
+                                                      if isinstance(v, torch.Tensor)}))  # fmt: skip
+    wanted = contract.results(contract.run_reference, contract.in_float64(problem))
+    for name, value in found.items():
+        assert torch.equal(value.isfinite().cpu(), wanted[name].isfinite()), name
+
+
+def test_repeatable_and_blind_to_neighbours():
+    problem = short(BY_NAME["ragged"]).problem(torch.float32, DEVICE)
+    contract.check_repeatable(run, problem)
+    contract.check_neighbours(run, problem)
+
+
+def test_split_keys_are_blind_to_neighbours(split):
+    contract.check_neighbours(run, BY_NAME["mqa_decode"].problem(torch.float32, DEVICE))
+
+
+def test_many_sequences():
+    """Tile numbers beyond any 16-bit grid: most sequences here are empty."""
+    lengths = torch.zeros(70_000, dtype=torch.int32)
+    lengths[[0, 35_000, 69_999]] = torch.tensor([3, 40, 5], dtype=torch.int32)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()]).to(DEVICE)
+    assert launch.tiles(48, 70_000, 1, 32) == 70_001
+    few = offsets[[0, 1, 35_001, 70_000]]  # the same tokens without the empty sequences
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(48, 1, 16, generator=g).to(DEVICE) for _ in range(3))
+    problem = contract.Problem(q, k, v, few, few, scale=0.25)
+    wanted, _ = run(problem)
+    starts = offsets[:-1].long() // 32 + torch.arange(70_000, device=DEVICE)
+    assert bool((starts.diff() > 0).all()), "tile numbers of two sequences overlap"
+    if DEVICE == "cuda":  # 70 001 programs: hours in the interpreter
+        found, _ = run(problem._replace(cu_seqlens_q=offsets, cu_seqlens_k=offsets))
+        assert torch.equal(found, wanted)
+
+
+def test_refusals():
+    problem = BY_NAME["dense"].problem(torch.float64)
+    with pytest.raises(RuntimeError, match="float64"):
+        run(problem)
+
+
+def test_schedule_depends_on_shapes_alone():
+    assert config.splits_for(32 * 8, 4096 * 8, 8, 1) == 32  # Q-Former
+    assert config.splits_for(1024, 1024, 1, 1) == 1
+    assert config.splits_for(32 * 8, 256 * 8, 8, 1) == 1
+    assert config.splits_for(16, 16 * 2048, 16, 4) == 32  # decode, grouped heads

@@ -1,0 +1,29 @@
+"""The search example learns: recall before and after, compositions, and the files it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastxattn.runtime import native
+
+pytest.importorskip("skimage")
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.skipif(native.cpu_library().library is None, reason="needs the CPU kernels")
+
+
+def test_alignment_is_learned(tmp_path):
+    from fastxattn.search import run
+
+    report = run(tmp_path, steps=100)
+    before, after = report.recall["scenes, before training"], report.recall["scenes, after training"]
+    for direction in ("a->b@5", "b->a@5"):
+        assert before[direction] <= 0.2
+        assert after[direction] >= 0.6
+    assert sum(report.compositional.values()) >= 2
+    photos = [name for name in report.recall if "photographs" in name]
+    assert report.recall[photos[1]]["a->b@5"] > report.recall[photos[0]]["a->b@5"]
+    assert (tmp_path / "similarity.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "search.json").read_text())["recall"] == report.recall
+    assert "told apart" in str(report)

@@ -1,0 +1,61 @@
+"""The tuning cache and the tile tables, without a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from fastxattn.ops.attention.triton import config
+from fastxattn.runtime import tuning
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    path = tmp_path / "deep/tuning.json"
+    monkeypatch.setenv("FASTXATTN_TUNING", str(path))
+    tuning._cache.cache_clear()
+    yield path
+    tuning._cache.cache_clear()
+
+
+def test_the_fastest_candidate_is_kept_and_read_back(cache):
+    seconds = {(64, 64, 4, 2): 3.0, (32, 32, 4, 1): 1.0}
+
+    def measure(tile):
+        if tile == (128, 128, 8, 2):
+            raise RuntimeError("out of shared memory")
+        return seconds[tile]
+
+    best = tuning.tune("attention.forward.plain.64", [(128, 128, 8, 2), *seconds], measure, "cpu")
+    assert best == (32, 32, 4, 1)
+    device = torch.device("cpu")
+    assert tuning.tuned("attention", "forward", "plain", 64, device) == config.Tile(32, 32, 4, 1)
+    assert tuning.tuned("attention", "forward", "plain", 128, device) is None
+    tuning.tune("attention.forward.plain.128", seconds, measure, "another card")
+    assert set(json.loads(cache.read_text())) == {"cpu", "another card"}
+
+
+def test_no_candidate_that_runs_is_an_error(cache):
+    def measure(tile):
+        raise RuntimeError("too big")
+
+    with pytest.raises(RuntimeError, match="too big"):
+        tuning.tune("attention.forward.plain.64", [(1, 1, 1, 1)], measure, "cpu")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("content", ["not json", "[1]", '{"cpu": {"x": [1, 2]}}', '{"cpu": {"x": ["a", 1, 1, 1]}}'])
+def test_a_broken_cache_is_ignored_with_a_warning(cache, content):
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content)
+    with pytest.warns(UserWarning, match="ignoring the tuning cache"):
+        assert tuning.tuned("attention", "forward", "plain", 64, torch.device("cpu")) is None
+
+
+def test_every_problem_has_a_tile():
+    for itemsize, rich in ((2, False), (2, True), (4, False), (4, True)):
+        for dim in (16, 32, 64, 128, 256):
+            for kernel in config.KERNELS:
+                tile = config.pick(kernel, config.kind_of(itemsize, rich), dim)
+                assert min(tile.block_m, tile.block_n) >= 16 and tile.block_n % 4 == 0, (kernel, tile)  # noqa: PT018
+    assert config.SPLIT_KEYS % max(t.block_n for kernel, _, _, t in config.shipped() if kernel == "split") == 0
