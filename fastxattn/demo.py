@@ -64,7 +64,7 @@ class Batch:
 
 def photographs() -> list[Tensor]:
     """The photographs as (3, height, width) in [0, 1], sides multiples of the patch size."""
-    from skimage import color, data, transform, util
+    from skimage import color, data, transform, util  # type: ignore[attr-defined]
 
     images = []
     for name, longest, _ in PHOTOS:

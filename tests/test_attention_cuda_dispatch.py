@@ -30,8 +30,8 @@ def test_fake_cuda_tensors_go_to_triton_and_back():
         out, lse = fastxattn.varlen_cross_attention(
             p.query, p.key, p.value, p.cu_seqlens_q, p.cu_seqlens_k, return_lse=True
         )
-        assert out.shape == (20, 4, 64) and out.dtype == torch.float16 and out.device.type == "cuda"  # noqa: PT018
-        assert lse.shape == (4, 20) and lse.dtype == torch.float32  # noqa: PT018
+        assert out.shape == (20, 4, 64) and out.dtype == torch.float16 and out.device.type == "cuda"
+        assert lse.shape == (4, 20) and lse.dtype == torch.float32
         # Autograd aborts the process over a CUDA tensor without a device, so the operator is asked directly.
         grads = BACKWARD["triton"](out, None, out, lse, *p, NEEDS["query"] + NEEDS["value"])
         assert [tuple(g.shape) for g in grads] == [(20, 4, 64), (0,), (30, 2, 64), (0,), (0,)]

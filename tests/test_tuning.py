@@ -57,5 +57,5 @@ def test_every_problem_has_a_tile():
         for dim in (16, 32, 64, 128, 256):
             for kernel in config.KERNELS:
                 tile = config.pick(kernel, config.kind_of(itemsize, rich), dim)
-                assert min(tile.block_m, tile.block_n) >= 16 and tile.block_n % 4 == 0, (kernel, tile)  # noqa: PT018
+                assert min(tile.block_m, tile.block_n) >= 16 and tile.block_n % 4 == 0, (kernel, tile)
     assert config.SPLIT_KEYS % max(t.block_n for kernel, _, _, t in config.shipped() if kernel == "split") == 0

@@ -115,7 +115,8 @@ class MultiheadCrossAttention(nn.Module):
         """Weights and biases of the key and value projections."""
         size = self.embed_dim
         if self.in_proj_weight is None:
-            key, value = self.k_proj_weight, self.v_proj_weight
+            key: Tensor = self.k_proj_weight
+            value: Tensor = self.v_proj_weight
         else:
             key, value = self.in_proj_weight[size : 2 * size], self.in_proj_weight[2 * size :]
         bias = self.in_proj_bias

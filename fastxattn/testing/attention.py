@@ -60,7 +60,7 @@ class AttentionCase:
         value = torch.randn(side_k.rows, self.kv_heads, self.value_dim, generator=g)
         key_bias = bias = None
         if self.key_bias:
-            shape = (side_k.rows,) if self.key_bias == "row" else (side_k.rows, self.heads)
+            shape: tuple[int, ...] = (side_k.rows,) if self.key_bias == "row" else (side_k.rows, self.heads)
             key_bias = torch.randn(shape, generator=g).to(device, wide)
         if self.bias is not None:
             full = (batch, self.heads, side_q.place, side_k.place)
@@ -277,7 +277,7 @@ def check_unseen(run: Run, problem: Problem, junk: float = float("nan"), *, back
         t = getattr(problem, name)
         if t is not None:
             dirty[name] = torch.where(seen.reshape(-1, *(1,) * (t.ndim - 1)), t, junk)
-    soiled = results(run, problem._replace(**dirty), backward=backward)
+    soiled = results(run, problem._replace(**dirty), backward=backward)  # type: ignore[arg-type]
     for name, t in soiled.items():
         assert torch.equal(t, clean[name]), f"{name} depends on rows that nobody sees"
     assert not clean["out"][~seen_q].any()
@@ -316,7 +316,7 @@ def check_neighbours(run: Run, problem: Problem, *, backward: bool = True) -> No
             "cu_seqlens_q": torch.tensor([0, q1 - q0], dtype=torch.int32, device=problem.query.device),
             "cu_seqlens_k": torch.tensor([0, k1 - k0], dtype=torch.int32, device=problem.query.device),
         }
-        out, lse = run(problem._replace(**parts, **offsets))
+        out, lse = run(problem._replace(**parts, **offsets))  # type: ignore[arg-type]
         assert torch.equal(out, whole["out"][q0:q1]), f"out of sequence {b} depends on its neighbours"
         assert torch.equal(lse, whole["lse"][:, q0:q1]), f"lse of sequence {b} depends on its neighbours"
         if backward:

@@ -13,7 +13,8 @@ Arguments common to all of them:
   indexed by the row's place in its sequence (row - cu_seqlens[b]);
 * ``dropout_seed`` (1,) int64 or None.
 
-Forward returns ``out`` (rows_q, heads, value_dim) in the query's dtype and ``lse`` (heads, rows_q) float32 (cpu: float64, unrounded for its backward), with 0 and
+Forward returns ``out`` (rows_q, heads, value_dim) in the query's dtype and ``lse`` (heads, rows_q) float32
+(cpu: float64, unrounded for its backward), with 0 and
 -inf in rows that no slot stands for or that see no key. Backward returns gradients for query, key, value, key_bias and
 bias; those not asked for in ``needs`` (a bit mask, see :data:`NEEDS`) are empty tensors of shape (0,). All results are
 contiguous.

@@ -16,7 +16,7 @@ def check_sides(query_a: object, query_b: object, value_a: object, value_b: obje
         assert isinstance(query_a, Tensor)
         if t.shape[1] != query_a.shape[1]:
             raise ValueError(f"{name} must have the heads of query_a, {query_a.shape[1]}; got {t.shape[1]}")
-    assert isinstance(query_a, Tensor) and isinstance(query_b, Tensor)  # noqa: PT018
+    assert isinstance(query_a, Tensor) and isinstance(query_b, Tensor)
     if query_b.shape[2] != query_a.shape[2]:
         raise ValueError(f"query_b must have the head_dim of query_a, {query_a.shape[2]}; got {query_b.shape[2]}")
     for side, query, value in (("a", query_a, value_a), ("b", query_b, value_b)):

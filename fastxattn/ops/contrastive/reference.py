@@ -145,6 +145,6 @@ def sigmoid_reference(p: Problem) -> torch.Tensor:
     assert p.bias is not None
     _, _, products = similarities(p)
     logits = wide(p.scale).to(products.dtype) * products + wide(p.bias).to(products.dtype)
-    positive, visible = masks(p, *logits.shape, logits.device)
+    positive, visible = masks(p, logits.shape[0], logits.shape[1], logits.device)
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))
     return torch.where(visible, losses, 0.0).sum(1)

@@ -16,7 +16,7 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("fastxattn::topk_similarity_cpu")
+@torch.library.register_fake("fastxattn::topk_similarity_cpu")  # type: ignore[untyped-decorator]
 def _topk_fake(
     queries: torch.Tensor, corpus: torch.Tensor, factor: torch.Tensor | None, k: int, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
