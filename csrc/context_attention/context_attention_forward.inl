@@ -46,7 +46,7 @@ static void write_result(const ContextAttentionParams& p, const ContextPanel& pa
     for (; c + W <= p.width; c += W) store_from_f32(out + c, load(from + c) / splat(divisor));
     for (; c < p.width; ++c) out[c] = from_f32<T>(from[c] / divisor);
     const int64_t at = row % p.heads * p.rows_q + row / p.heads;
-    p.lse[at] = empty ? -__builtin_inff() : top[i] + __builtin_logf(total[i]);
+    p.lse[at] = empty ? -__builtin_inff() : static_cast<float>(top[i] + __builtin_log(static_cast<double>(total[i])));
     p.softmax[at] = empty ? 0.0f : top[i];
     p.softmax[p.heads * p.rows_q + at] = total[i];
   }
