@@ -202,7 +202,7 @@ class IdeficsStep(nn.Module):
         cache = self.past[1]
         out = self.model(input_ids=ids, perceiver_embeddings=embeddings, image_attention_mask=seen, use_cache=True,
                          past_key_values=cache, attention_mask=torch.ones(1, 65, dtype=torch.long))  # fmt: skip
-        cache.crop(64)
+        cache.crop(-1)
         return out.logits  # type: ignore[no-any-return]
 
 
@@ -231,7 +231,7 @@ class WhisperStep(nn.Module):
             self.past[name] = cache
         cache = self.past[name]
         out = self.decoder(ids[:, -1:], encoder_hidden_states=audio, past_key_values=cache, use_cache=True)
-        cache.self_attention_cache.crop(ids.shape[1] - 1)
+        cache.self_attention_cache.crop(-1)
         return out.last_hidden_state  # type: ignore[no-any-return]
 
 
