@@ -13,10 +13,10 @@
 namespace fastxattn {
 
 struct AttentionParams {
-  DType dtype = DType::f32;     // of query, key, value, out and their gradients
-  const void* query = nullptr;  // (rows_q, heads, head_dim)
-  const void* key = nullptr;    // (rows_k, kv_heads, head_dim)
-  const void* value = nullptr;  // (rows_k, kv_heads, value_dim)
+  DType dtype = DType::f32;               // of query, key, value, out and their gradients
+  const void* query = nullptr;            // (rows_q, heads, head_dim)
+  const void* key = nullptr;              // (rows_k, kv_heads, head_dim)
+  const void* value = nullptr;            // (rows_k, kv_heads, value_dim)
   int64_t query_row = 0, query_head = 0;  // strides of query
   int64_t key_row = 0, key_head = 0;      // strides of key
   int64_t value_row = 0, value_head = 0;  // strides of value
@@ -33,8 +33,8 @@ struct AttentionParams {
   const int32_t* index_k = nullptr;  // (slots,) row of each key slot, null: the slot itself
   int64_t slots_q = 0, slots_k = 0;  // length of the index, or rows without one
 
-  const int32_t* kv_range = nullptr;  // (rows_q, 2) visible key slots [start, end) by query row, null: all
-  const float* key_bias = nullptr;    // added to the scaled, capped score by key row, null: none
+  const int32_t* kv_range = nullptr;            // (rows_q, 2) visible key slots [start, end) by query row, null: all
+  const float* key_bias = nullptr;              // added to the scaled, capped score by key row, null: none
   int64_t key_bias_row = 0, key_bias_head = 0;  // its strides; head stride 0 when it has no head axis
   const void* bias = nullptr;                   // added to the score of (sequence, head, query, key), null: none
   DType bias_dtype = DType::f32;                // element type of bias and of its gradient
@@ -46,7 +46,7 @@ struct AttentionParams {
   float dropout_p = 0.0f;  // probability of dropping a weight; 0: off
   uint64_t seed = 0;       // key of the dropout generator
 
-  void* out = nullptr;   // (rows_q, heads, value_dim) contiguous
+  void* out = nullptr;  // (rows_q, heads, value_dim) contiguous
   // Log-sum-exp, (heads, rows_q) contiguous; either may be null. Backward reads the exact one: weights recomputed from
   // an lse rounded to float32 would all be off by the rounding, a relative 2e-7 at an lse of 4 to 8.
   float* lse = nullptr;
@@ -56,10 +56,10 @@ struct AttentionParams {
 };
 
 struct AttentionGradients {
-  const void* grad_out = nullptr;                   // (rows_q, heads, value_dim)
-  int64_t grad_out_row = 0, grad_out_head = 0;      // its strides
-  const float* grad_lse = nullptr;                  // (heads, rows_q), null: zero
-  int64_t grad_lse_head = 0, grad_lse_row = 0;      // its strides
+  const void* grad_out = nullptr;               // (rows_q, heads, value_dim)
+  int64_t grad_out_row = 0, grad_out_head = 0;  // its strides
+  const float* grad_lse = nullptr;              // (heads, rows_q), null: zero
+  int64_t grad_lse_head = 0, grad_lse_row = 0;  // its strides
   // Results, contiguous; null: not asked for.
   void* grad_query = nullptr;      // (rows_q, heads, head_dim)
   void* grad_key = nullptr;        // (rows_k, kv_heads, head_dim)

@@ -11,18 +11,19 @@ namespace fastxattn::FXA_ISA {
 template <class T>
 struct BackwardScratch {
   using E = Element<T>;
-  int64_t depth, value_depth;      // elements of a query/key row, of a value/grad_out row
-  int64_t key_ld, value_ld;        // the same, rounded up to W
-  int64_t wide_key, wide_value;    // head_dim and value_dim rounded up to W
-  E *keys, *key_pairs, *values;    // [key][key_ld]; [key / kPair][wide_key]; [key][value_ld]
-  E *queries, *query_rows;         // per block: [depth][width]; [width / kPair][wide_key]
-  E *grads, *grad_rows;            // per block: [value_depth][width]; [width / kPair][wide_value]
-  float* acc_query;                // per block: [head_dim][width]
-  float *acc_key, *acc_value;      // [key][wide_key], [key][wide_value]: of a panel, or of all keys of the item
-  float *lse, *unrounded, *delta, *factor;  // per lane: lse; e to what rounding it took away; delta - grad_lse
+  int64_t depth, value_depth;     // elements of a query/key row, of a value/grad_out row
+  int64_t key_ld, value_ld;       // the same, rounded up to W
+  int64_t wide_key, wide_value;   // head_dim and value_dim rounded up to W
+  E *keys, *key_pairs, *values;   // [key][key_ld]; [key / kPair][wide_key]; [key][value_ld]
+  E *queries, *query_rows;        // per block: [depth][width]; [width / kPair][wide_key]
+  E *grads, *grad_rows;           // per block: [value_depth][width]; [width / kPair][wide_value]
+  float* acc_query;               // per block: [head_dim][width]
+  float *acc_key, *acc_value;     // [key][wide_key], [key][wide_value]: of a panel, or of all keys of the item
+  float *lse, *rest, *unrounded;  // per lane: lse, what rounding took from it, and e to minus that where it is small
+  float *delta, *factor;          // per lane: delta - grad_lse
   float *scores, *dscores, *slope, *extra;  // [kKeyBlock][kLaneBlock]
-  E *rows_weights, *rows_dscores;  // the same with pairs along lanes (floats: scores and dscores themselves)
-  E* pairs_dscores;                // the same with pairs along keys
+  E *rows_weights, *rows_dscores;           // the same with pairs along lanes (floats: scores and dscores themselves)
+  E* pairs_dscores;                         // the same with pairs along keys
   const T **query_at, **grad_at, **out_at, **key_at, **value_at;
   T** to;
   float** partial_to;
@@ -46,6 +47,7 @@ struct BackwardScratch {
     acc_key = arena.take<float>(keys_held * wide_key);
     acc_value = arena.take<float>(keys_held * wide_value);
     lse = arena.take<float>(lanes);
+    rest = arena.take<float>(lanes);
     unrounded = arena.take<float>(lanes);
     delta = arena.take<float>(lanes);
     factor = arena.take<float>(kLaneBlock);
@@ -87,7 +89,11 @@ static void load_lanes(const AttentionParams& p, const AttentionGradients& g, in
     const float lse = static_cast<float>(exact);
     // Lanes that saw nothing, and lanes beyond the last, get weights exp(-inf) = 0.
     s.lse[i] = !used || lse == -__builtin_inff() ? __builtin_inff() : lse;
-    s.unrounded[i] = exact - exact == 0.0 ? 1.0f - static_cast<float>(exact - lse) : 1.0f;
+    // A rest of 1e-7 would vanish in a sum but not as a factor; that of an lse of 1e10 (additive masks) is hundreds.
+    const float rest = exact - exact == 0.0 ? static_cast<float>(exact - lse) : 0.0f;
+    const bool small = rest < 1e-4f && rest > -1e-4f;
+    s.rest[i] = small ? 0.0f : rest;
+    s.unrounded[i] = small ? 1.0f - rest : 1.0f;
     s.delta[i] = 0.0f;
     if (!used) continue;
     vf sum = zero();
@@ -140,7 +146,8 @@ static void tile_weights(const AttentionParams& p, int64_t b, const Sequence& se
     float* row = s.scores + j * ld;
     for (int64_t i = 0; i < ld; i += W) {
       const vf x = load(row + i);
-      vf w = exp(fma(x, scale, zero() - load(s.lse + at + i))) * load(s.unrounded + at + i);
+      const vf difference = fma(x, scale, zero() - load(s.lse + at + i)) - load(s.rest + at + i);
+      vf w = exp(difference) * load(s.unrounded + at + i);
       // An unseen key has weight 0 even where the lane's lse is NaN.
       if (masked) w = x == hidden ? zero() : w;
       store(row + i, w);
@@ -177,9 +184,8 @@ static void tile_dscores(const AttentionParams& p, int64_t kv_head, const Lanes&
 
 // A float tile as the operands of the bf16 products: pairs along lanes, and (unless null) pairs along keys.
 template <class T>
-static void pair_tile([[maybe_unused]] const float* tile, [[maybe_unused]] int64_t keys,
-                      [[maybe_unused]] int64_t width, [[maybe_unused]] Element<T>* rows,
-                      [[maybe_unused]] Element<T>* pairs) {
+static void pair_tile([[maybe_unused]] const float* tile, [[maybe_unused]] int64_t keys, [[maybe_unused]] int64_t width,
+                      [[maybe_unused]] Element<T>* rows, [[maybe_unused]] Element<T>* pairs) {
 #if defined(FXA_HAS_BF16_DOT)
   if constexpr (Operand<T>::kPair == 2) {
     bf16_t* along_lanes = reinterpret_cast<bf16_t*>(rows);
@@ -284,8 +290,8 @@ static void backward_tile(const AttentionParams& p, const AttentionGradients& g,
       if (masked && !all_finite(s.key_pairs, elements<T>(keys) * s.wide_key)) {
         accumulate_seen_keys<T>(s.dscores, s.key_pairs, s.wide_key, acc, p.head_dim, keys, key_begin, lanes);
       } else {
-        gemm<E, AOrder::columns, Init::add>(p.head_dim, ld, elements<T>(keys), s.key_pairs, s.wide_key,
-                                            s.pairs_dscores, ld, acc, ld);
+        gemm<E, AOrder::columns, Init::add>(p.head_dim, ld, elements<T>(keys), s.key_pairs, s.wide_key, s.pairs_dscores,
+                                            ld, acc, ld);
       }
     }
   }
@@ -315,7 +321,8 @@ static void write_keys(const AttentionParams& p, const AttentionGradients& g, co
       continue;
     }
     const int64_t at = key_row_of(p, sequence.first_k + key_begin + j) * p.kv_heads + kv_head;
-    if (g.grad_key) write_row(acc_key + j * s.wide_key, p.scale, static_cast<T*>(g.grad_key) + at * p.head_dim, p.head_dim);
+    if (g.grad_key)
+      write_row(acc_key + j * s.wide_key, p.scale, static_cast<T*>(g.grad_key) + at * p.head_dim, p.head_dim);
     if (g.grad_value) {
       write_row(acc_value + j * s.wide_value, keep, static_cast<T*>(g.grad_value) + at * p.value_dim, p.value_dim);
     }

@@ -38,13 +38,13 @@ auto select_backward_item(Isa isa)
     -> void (*)(const AttentionParams&, const AttentionGradients&, const BackwardItem&, float*, void*) {
   FXA_SELECT(isa, attention_backward_item)
 }
-auto select_bias_item(Isa isa)
-    -> void (*)(const AttentionParams&, const AttentionGradients&, const BiasItem&, float*, void*) {
-  FXA_SELECT(isa, attention_bias_item)
-}
+auto select_bias_item(Isa isa) -> void (*)(const AttentionParams&, const AttentionGradients&, const BiasItem&, float*,
+                                           void*){FXA_SELECT(isa, attention_bias_item)}
 
 // Uninitialised floats: every one is written before it is read.
-std::unique_ptr<float[]> floats(int64_t n) { return std::unique_ptr<float[]>(n > 0 ? new float[n] : nullptr); }
+std::unique_ptr<float[]> floats(int64_t n) {
+  return std::unique_ptr<float[]>(n > 0 ? new float[n] : nullptr);
+}
 
 }  // namespace
 

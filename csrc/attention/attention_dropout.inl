@@ -59,7 +59,8 @@ static void drop_weights(const AttentionParams& p, int64_t kv_head, const Lanes&
   for_each_kept(p, kv_head, lanes, key_begin, keys, [&](int64_t key, int64_t lane, vi keep) {
     float* at = weights + key / Operand<T>::kPair * ld + lane;
     vi mask = keep;
-    if constexpr (Operand<T>::kPair == 2) mask |= key % 2 ? vi{} + 0x0000ffff : vi{} + static_cast<int32_t>(0xffff0000u);
+    if constexpr (Operand<T>::kPair == 2)
+      mask |= key % 2 ? vi{} + 0x0000ffff : vi{} + static_cast<int32_t>(0xffff0000u);
     store(at, reinterpret_cast<vf>(reinterpret_cast<vi>(load(at)) & mask));
   });
 }

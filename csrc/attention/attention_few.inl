@@ -67,7 +67,8 @@ static void add_rows(const float* weights, int64_t ld, const T* const* rows, int
       if constexpr (P == 2) {
 #if defined(FXA_HAS_BF16_DOT)
         vf first, second;
-        interleave_bf16(a ? load_elements(a + c, left) : zero(), b ? load_elements(b + c, left) : zero(), first, second);
+        interleave_bf16(a ? load_elements(a + c, left) : zero(), b ? load_elements(b + c, left) : zero(), first,
+                        second);
         const vf w = splat(weights[j / 2 * ld]);
         low = multiply_elements(static_cast<const bf16x2*>(nullptr), w, first, low);
         high = multiply_elements(static_cast<const bf16x2*>(nullptr), w, second, high);
@@ -152,7 +153,8 @@ static void forward_few(const AttentionParams& p, const ForwardItem& item, float
     for (int64_t i = 0; i < lanes.count; ++i) {
       const int64_t head = s.head[i] / group;
       if (i % per_head == 0) {
-        prefetch_rows(p, static_cast<const T*>(p.value) + head * p.value_head, p.value_row, p.value_dim, next, next_end);
+        prefetch_rows(p, static_cast<const T*>(p.value) + head * p.value_head, p.value_row, p.value_dim, next,
+                      next_end);
       }
       for (int64_t j = 0; j < keys; ++j) {
         // A row that a lane does not see may hold NaN: it is skipped, not weighted by zero.

@@ -24,12 +24,12 @@ struct Arena {
 template <class T>
 struct ForwardScratch {
   using E = Element<T>;
-  int64_t depth, key_ld, value_ld;  // elements of a query or key row; leading dimensions of the panels
-  E *keys, *values;                 // [kKeyBlock][key_ld]; [kKeyBlock / kPair][value_ld]
-  E* queries;                       // per block of lanes [depth][block width]
-  float* acc;                       // per block of lanes [value_dim][block width]
-  float *m, *l, *alpha, *factor;    // per lane: running maximum, sum, correction; final factor
-  float *scores, *weights, *extra;  // [kKeyBlock][kLaneBlock]
+  int64_t depth, key_ld, value_ld;           // elements of a query or key row; leading dimensions of the panels
+  E *keys, *values;                          // [kKeyBlock][key_ld]; [kKeyBlock / kPair][value_ld]
+  E* queries;                                // per block of lanes [depth][block width]
+  float* acc;                                // per block of lanes [value_dim][block width]
+  float *m, *l, *alpha, *factor;             // per lane: running maximum, sum, correction; final factor
+  float *scores, *weights, *extra;           // [kKeyBlock][kLaneBlock]
   const T **query_at, **key_at, **value_at;  // row addresses
   T** out_at;
   float** partial_at;
@@ -94,20 +94,19 @@ static void close_softmax(const AttentionParams& p, int64_t width, const float* 
                           bool transformed, float* factor, double* lse) {
   const vf keep = splat(p.dropout_p < 1.0f ? 1.0f / (1.0f - p.dropout_p) : 0.0f);
   const vf none = splat(-__builtin_inff());
-  const vf c = splat(transformed ? kLog2e : p.scale * kLog2e), scale = splat(transformed ? 1.0f : p.scale);
+  const vf scale = splat(transformed ? 1.0f : p.scale);
   for (int64_t i = 0; i < width; i += W) {
     const vf sum = load(l + i), top = load(m + i);
     const vi blank = touched ? sum == zero() : vi{} - 1;
     store(factor + i, blank ? zero() : keep / sum);
-    // The weights were 2^(c s - r) with r = c m rounded; what that rounding added to the sum is taken out again.
-    const vf rounding = fma(top, c, zero() - top * c);
-    const vf rough = blank ? none : fma(top, scale, (log2(sum) - rounding) * splat(kLn2));
+    const vf rough = blank ? none : fma(top, scale, log2(sum) * splat(kLn2));
     // The same in double, the sum's exponent kept apart from the logarithm of its mantissa.
     const vi bits = reinterpret_cast<vi>(sum);
     const vi exponent = (bits >> 23) - 127;
-    const vf fraction = log2(reinterpret_cast<vf>((bits & 0x7fffff) | 0x3f800000)) - rounding;
+    const vf fraction = log2(reinterpret_cast<vf>((bits & 0x7fffff) | 0x3f800000));
     for (int k = 0; k < W; ++k) {
-      const double fine = static_cast<double>(top[k]) * scale[k] + (exponent[k] + static_cast<double>(fraction[k])) * kLn2Double;
+      const double fine =
+          static_cast<double>(top[k]) * scale[k] + (exponent[k] + static_cast<double>(fraction[k])) * kLn2Double;
       lse[i + k] = rough[k] - rough[k] == 0.0f ? fine : rough[k];  // NaN and infinity as they are
     }
   }
@@ -115,8 +114,8 @@ static void close_softmax(const AttentionParams& p, int64_t width, const float* 
 
 // Writes one block's results: output rows in T, or float partial rows when the keys are split.
 template <class T>
-static void finish_block(const AttentionParams& p, int64_t kv_head, const Lanes& lanes, int64_t lane_begin, bool touched,
-                         bool transformed, const ForwardScratch<T>& s, int64_t offset, float* partial,
+static void finish_block(const AttentionParams& p, int64_t kv_head, const Lanes& lanes, int64_t lane_begin,
+                         bool touched, bool transformed, const ForwardScratch<T>& s, int64_t offset, float* partial,
                          int64_t sequence_lanes) {
   double lse[kLaneBlock];
   float* acc = s.acc + offset * p.value_dim;
@@ -240,7 +239,8 @@ static void forward_tiled(const AttentionParams& p, const ForwardItem& item, flo
         if (!lanes.sees_any(k, k + keys)) continue;
         const int64_t offset = b * kLaneBlock, ld = lanes.width;
         const bool masked = !lanes.sees_all(k, k + keys);
-        if (!touched[b]) pack_columns<T>(s.query_at + offset, lanes.count, p.head_dim, s.queries + offset * s.depth, ld);
+        if (!touched[b])
+          pack_columns<T>(s.query_at + offset, lanes.count, p.head_dim, s.queries + offset * s.depth, ld);
         gemm<E, AOrder::rows, Init::zero>(keys, ld, s.depth, s.keys, s.key_ld, s.queries + offset * s.depth, ld,
                                           s.scores, ld, nullptr, prefetch);
         prefetch.slot = prefetch.end;

@@ -82,8 +82,8 @@ static void pack_columns(const T* const* rows, int64_t n, int64_t depth, Element
 #if defined(FXA_HAS_BF16_DOT)
 // Pairs (a[i], b[i]) of 2 W bf16 values each, as two vectors of pairs.
 FXA_INLINE void interleave_bf16(vf a, vf b, vf& low, vf& high) {
-  alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                    8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i index = _mm512_load_si512(kLow);
   const __m512i x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
   low = reinterpret_cast<vf>(_mm512_permutex2var_epi16(x, index, y));

@@ -9,14 +9,14 @@
 namespace fastxattn {
 namespace {
 
-constexpr double kGrain = 1 << 20;        // multiply-adds worth handing to another thread
-constexpr int64_t kFewLanes = 4;          // up to so many query rows per key/value head, streaming beats tiling
-constexpr int64_t kFewSplitKeys = 512;    // fewest keys in a split of a streamed sequence
-constexpr int64_t kFewCost = 8;           // a streamed row of keys costs as much as so many query rows
-constexpr int64_t kUnitsPerSequence = 16; // pieces below which a long sequence's keys are split
-constexpr int64_t kSplitKeys = 1024;      // fewest keys in a split
-constexpr int64_t kBackwardCuts = 8;      // pieces that keys, and query rows, are cut into at most, backward
-constexpr int64_t kCutSize = 1024;        // fewest keys, or query rows, in such a piece
+constexpr double kGrain = 1 << 20;         // multiply-adds worth handing to another thread
+constexpr int64_t kFewLanes = 4;           // up to so many query rows per key/value head, streaming beats tiling
+constexpr int64_t kFewSplitKeys = 512;     // fewest keys in a split of a streamed sequence
+constexpr int64_t kFewCost = 8;            // a streamed row of keys costs as much as so many query rows
+constexpr int64_t kUnitsPerSequence = 16;  // pieces below which a long sequence's keys are split
+constexpr int64_t kSplitKeys = 1024;       // fewest keys in a split
+constexpr int64_t kBackwardCuts = 8;       // pieces that keys, and query rows, are cut into at most, backward
+constexpr int64_t kCutSize = 1024;         // fewest keys, or query rows, in such a piece
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -73,7 +73,8 @@ ForwardPlan plan_forward(const AttentionParams& p) {
     const int64_t chunks = ceil_div(lanes, kLaneChunk);
     const int64_t chunk = round_up(ceil_div(lanes, chunks), std::min(lanes, kLaneBlock));
     const int64_t wanted = few ? kMaxSplits : kUnitsPerSequence / (chunks * p.kv_heads);
-    const int64_t splits = std::max<int64_t>(1, std::min({wanted, s.keys / (few ? kFewSplitKeys : kSplitKeys), kMaxSplits}));
+    const int64_t splits =
+        std::max<int64_t>(1, std::min({wanted, s.keys / (few ? kFewSplitKeys : kSplitKeys), kMaxSplits}));
     const int64_t keys = round_up(ceil_div(s.keys, splits), splits > 1 ? kKeyBlock : 1);
     const double head_cost = static_cast<double>(few ? kFewCost : round_up(std::min(chunk, lanes), 16)) * keys * depth;
     // Streaming wants whole rows of keys, all heads of them, as they lie in memory.
@@ -86,9 +87,8 @@ ForwardPlan plan_forward(const AttentionParams& p) {
       for (int64_t lane = 0; lane < lanes; lane += chunk) {
         for (int64_t head = 0; head < p.kv_heads; head += grouped) {
           const int64_t head_end = std::min(head + grouped, p.kv_heads);
-          plan.items.push_back({b, head, head_end, lane, std::min(lane + chunk, lanes),
-                                std::min(split * keys, s.keys), std::min((split + 1) * keys, s.keys), split, partial,
-                                few});
+          plan.items.push_back({b, head, head_end, lane, std::min(lane + chunk, lanes), std::min(split * keys, s.keys),
+                                std::min((split + 1) * keys, s.keys), split, partial, few});
           costs.push_back(head_cost * static_cast<double>(head_end - head) + 1000);
         }
       }
@@ -142,12 +142,11 @@ BackwardPlan plan_backward(const AttentionParams& p, const AttentionGradients& g
       for (int64_t qi = 0; qi < lane_chunks; ++qi) {
         for (int64_t head = 0; head < p.kv_heads; head += grouped) {
           const int64_t head_end = std::min(head + grouped, p.kv_heads);
-          plan.items.push_back({b, head, head_end, std::min(qi * lane_chunk, lanes),
-                                std::min((qi + 1) * lane_chunk, lanes), std::min(ki * key_chunk, s.keys),
-                                std::min((ki + 1) * key_chunk, s.keys),
-                                part(merge.query_partial, merge.query_stride, ki),
-                                part(merge.key_partial, merge.key_stride, qi),
-                                part(merge.key_bias_partial, merge.key_bias_stride, qi)});
+          plan.items.push_back(
+              {b, head, head_end, std::min(qi * lane_chunk, lanes), std::min((qi + 1) * lane_chunk, lanes),
+               std::min(ki * key_chunk, s.keys), std::min((ki + 1) * key_chunk, s.keys),
+               part(merge.query_partial, merge.query_stride, ki), part(merge.key_partial, merge.key_stride, qi),
+               part(merge.key_bias_partial, merge.key_bias_stride, qi)});
           costs.push_back(head_cost * static_cast<double>(head_end - head) + 2000);
         }
       }

@@ -10,11 +10,11 @@
 
 namespace fastxattn {
 
-inline constexpr int64_t kKeyBlock = 96;     // keys per panel: a multiple of every tile height in core/gemm.h
-inline constexpr int64_t kLaneBlock = 64;    // query rows per score tile
-inline constexpr int64_t kLaneChunk = 256;   // query rows that share one packed panel
+inline constexpr int64_t kKeyBlock = 96;        // keys per panel: a multiple of every tile height in core/gemm.h
+inline constexpr int64_t kLaneBlock = 64;       // query rows per score tile
+inline constexpr int64_t kLaneChunk = 256;      // query rows that share one packed panel
 inline constexpr int64_t kBackwardLanes = 512;  // the same in the backward pass
-inline constexpr int64_t kMaxSplits = 16;    // pieces a sequence's keys are cut into at most
+inline constexpr int64_t kMaxSplits = 16;       // pieces a sequence's keys are cut into at most
 
 // A piece of the forward pass: some heads of one sequence, a run of lanes, a run of keys.
 // A lane is one (query, head of the group) pair: lane = query * group + head_in_group.
@@ -74,7 +74,7 @@ struct BackwardPlan {
   std::vector<BackwardItem> items;
   std::vector<TaskRange> tasks;
   std::vector<BackwardMerge> merges;
-  int64_t workspace = 0;         // floats
+  int64_t workspace = 0;          // floats
   bool queries_left_out = false;  // some query row in use belongs to no item: its gradient is zero
   bool keys_left_out = false;     // the same for key rows
 };

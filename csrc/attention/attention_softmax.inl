@@ -9,12 +9,12 @@ namespace fastxattn::FXA_ISA {
 
 // The lanes of one tile, and what of their rows the options need.
 struct Lanes {
-  int64_t count;          // lanes in use
-  int64_t width;          // rounded up to W; the surplus repeats the last lane's entries
-  int64_t* row;           // query row of each lane
-  int32_t* head;          // head within its group
-  int32_t *begin, *end;   // visible key slots, clamped to the sequence; null without kv_range
-  int32_t first, last;    // union of the ranges
+  int64_t count;                   // lanes in use
+  int64_t width;                   // rounded up to W; the surplus repeats the last lane's entries
+  int64_t* row;                    // query row of each lane
+  int32_t* head;                   // head within its group
+  int32_t *begin, *end;            // visible key slots, clamped to the sequence; null without kv_range
+  int32_t first, last;             // union of the ranges
   int32_t inner_begin, inner_end;  // slots that every lane sees
 
   Lanes slice(int64_t from, int64_t n) const {
@@ -149,7 +149,7 @@ static void adjust_scores(const AttentionParams& p, float* scores, int64_t keys,
 template <class T, int N>
 static void softmax_step(float* scores, int64_t keys, int64_t ld, float c, float* m, float* l, float* alpha,
                          float* weights) {
-  vf top[N], shift[N], sum0[N], sum1[N];
+  vf top[N], anchor[N], sum0[N], sum1[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) top[n] = load(m + n * W);
   int64_t j = 0;
@@ -175,17 +175,17 @@ static void softmax_step(float* scores, int64_t keys, int64_t ld, float c, float
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     // A lane that has seen nothing yet has maximum -inf: any finite stand-in keeps its weights at 2^-inf = 0.
-    const vf anchor = top[n] == lowest ? zero() : top[n];
-    shift[n] = zero() - anchor * vc;
-    store(alpha + n * W, exp2(fma(load(m + n * W), vc, shift[n])));
+    // The difference comes before the factor: scores of -1e10, as additive masks make them, would not survive after it.
+    anchor[n] = top[n] == lowest ? zero() : top[n];
+    store(alpha + n * W, exp2((load(m + n * W) - anchor[n]) * vc));
     store(m + n * W, top[n]);
     sum0[n] = sum1[n] = zero();
   }
   for (j = 0; j + 2 <= keys; j += 2) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const vf w0 = exp2(fma(load(scores + j * ld + n * W), vc, shift[n]));
-      const vf w1 = exp2(fma(load(scores + (j + 1) * ld + n * W), vc, shift[n]));
+      const vf w0 = exp2((load(scores + j * ld + n * W) - anchor[n]) * vc);
+      const vf w1 = exp2((load(scores + (j + 1) * ld + n * W) - anchor[n]) * vc);
       sum0[n] = sum0[n] + w0;
       sum1[n] = sum1[n] + w1;
       if constexpr (Operand<T>::kPair == 2) {
@@ -201,7 +201,7 @@ static void softmax_step(float* scores, int64_t keys, int64_t ld, float c, float
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     if (j < keys) {
-      const vf w = exp2(fma(load(scores + j * ld + n * W), vc, shift[n]));
+      const vf w = exp2((load(scores + j * ld + n * W) - anchor[n]) * vc);
       sum0[n] = sum0[n] + w;
 #if defined(FXA_HAS_BF16_DOT)
       if constexpr (Operand<T>::kPair == 2) {

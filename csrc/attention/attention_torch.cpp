@@ -73,7 +73,8 @@ AttentionParams make_params(const Tensor& query, const Tensor& key, const Tensor
   p.kv_range = ints(kv_range, "kv_range", p.rows_q, 2);
   FXA_CHECK(!kv_range.has_value() || kv_range->size(1) == 2, "kv_range must have 2 columns");
   if (key_bias.has_value()) {
-    FXA_CHECK(key_bias->is_cpu() && key_bias->scalar_type() == ScalarType::Float, "key_bias must be float32 on the CPU");
+    FXA_CHECK(key_bias->is_cpu() && key_bias->scalar_type() == ScalarType::Float,
+              "key_bias must be float32 on the CPU");
     FXA_CHECK(key_bias->dim() == 1 || (key_bias->dim() == 2 && key_bias->size(1) == p.heads),
               "key_bias must be (rows_k,) or (rows_k, heads)");
     FXA_CHECK(key_bias->size(0) == p.rows_k, "key_bias must have a row for each key row");
@@ -140,8 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op(
   }
   FXA_CHECK(out.is_contiguous(), "out must be contiguous");
   auto is_lse = [&](const Tensor& t, ScalarType type) {
-    return t.is_cpu() && t.scalar_type() == type && t.dim() == 2 && t.size(0) == p.heads &&
-           t.size(1) == p.rows_q;
+    return t.is_cpu() && t.scalar_type() == type && t.dim() == 2 && t.size(0) == p.heads && t.size(1) == p.rows_q;
   };
   FXA_CHECK(is_lse(lse, ScalarType::Double) && lse.is_contiguous(), "lse must be (heads, rows_q) float64, contiguous");
   FXA_CHECK(!grad_lse.has_value() || is_lse(*grad_lse, ScalarType::Float), "grad_lse must be (heads, rows_q) float32");

@@ -72,7 +72,7 @@ struct Api {
   }
   Status* output(KernelContext* context, size_t index, const int64_t* sizes, size_t rank, Value** out) const {
     return entry<Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, sizes, rank,
-                                                                                      out);
+                                                                                       out);
   }
   void release_status(Status* status) const { entry<void(Status*)>(93)(status); }
   void release_shape(ShapeInfo* info) const { entry<void(ShapeInfo*)>(99)(info); }

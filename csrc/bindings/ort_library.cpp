@@ -64,8 +64,8 @@ Status* compute(void* kernel, KernelContext* context) {
   const Spec& spec = *node.entry->spec;
   const auto who = [&spec] { return std::string("fastxattn::") + spec.name + ": "; };
   try {
-    Call call{node.api, node.entry->shape_references, context, &spec, node.entry->dtype, node.floats.data(),
-              node.integers.data()};
+    Call call{node.api,           node.entry->shape_references, context, &spec, node.entry->dtype,
+              node.floats.data(), node.integers.data()};
     check(node.api, node.api->input_count(context, &call.inputs));
     check(node.api, node.api->output_count(context, &call.outputs));
     spec.compute(call);
@@ -136,8 +136,8 @@ extern "C" __attribute__((visibility("default"))) fastxattn::ort::Status* Regist
   using namespace fastxattn::ort;
   const Api* api = base->get_api(kApiVersion);
   if (api == nullptr) {
-    const std::string message = std::string("fastxattn's operators need ONNX Runtime 1.17 or newer; this is ") +
-                                base->version_string();
+    const std::string message =
+        std::string("fastxattn's operators need ONNX Runtime 1.17 or newer; this is ") + base->version_string();
     return base->get_api(1)->create_status(ErrorCode::not_implemented, message.c_str());
   }
   // Asking for a version that the runtime lacks makes it print an error, so the version string decides.

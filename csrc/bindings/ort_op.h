@@ -60,7 +60,7 @@ struct Spec {
   const char* name;
   std::vector<Argument> inputs;
   std::vector<Argument> outputs;
-  std::vector<std::pair<const char*, float>> floats;    // attributes and what they are when absent
+  std::vector<std::pair<const char*, float>> floats;  // attributes and what they are when absent
   std::vector<std::pair<const char*, int64_t>> integers;
   void (*compute)(Call&);
 };
@@ -72,7 +72,7 @@ struct Call {
   KernelContext* context;
   const Spec* spec;
   DType dtype;
-  const float* floats;      // attributes in the order of the spec
+  const float* floats;  // attributes in the order of the spec
   const int64_t* integers;
   size_t inputs = 0, outputs = 0;  // how many the node has, absent ones in the middle included
 

@@ -18,17 +18,17 @@ inline constexpr int64_t kContextKeys = 96;   // keys of a block: whole register
 inline constexpr int64_t kContextSpan = 4 * kContextKeys;  // keys whose weights the backward pass keeps at a time
 
 struct ContextAttentionParams {
-  DType dtype;           // of query, context, out, grad_out, grad_query, grad_context
-  int64_t batch;         // sequences
-  int64_t rows_q;        // queries
-  int64_t rows_k;        // context rows
-  int64_t heads;         // heads per query
-  int64_t width;         // features: the width of query and context rows
-  float scale;           // multiplies the products before the bias
-  const void* query;     // (rows_q, heads, width); width is contiguous
-  int64_t query_stride;  // elements from one query to the next
-  int64_t head_stride;   // elements from one head to the next
-  const void* context;   // (rows_k, width), contiguous
+  DType dtype;                  // of query, context, out, grad_out, grad_query, grad_context
+  int64_t batch;                // sequences
+  int64_t rows_q;               // queries
+  int64_t rows_k;               // context rows
+  int64_t heads;                // heads per query
+  int64_t width;                // features: the width of query and context rows
+  float scale;                  // multiplies the products before the bias
+  const void* query;            // (rows_q, heads, width); width is contiguous
+  int64_t query_stride;         // elements from one query to the next
+  int64_t head_stride;          // elements from one head to the next
+  const void* context;          // (rows_k, width), contiguous
   const int32_t* cu_seqlens_q;  // (batch + 1): sequence b has queries [cu_q[b], cu_q[b + 1])
   const int32_t* cu_seqlens_k;  // (batch + 1): and context rows [cu_k[b], cu_k[b + 1])
   const int32_t* kv_range;      // (rows_q, 2) or null: the places [start, end) a query sees in its sequence
@@ -40,11 +40,11 @@ struct ContextAttentionParams {
 };
 
 struct ContextAttentionGrads {
-  const void* grad_out;    // (rows_q, heads, width), contiguous
-  const float* grad_lse;   // (heads, rows_q) or null
-  void* grad_query;        // (rows_q, heads, width), contiguous; null when not needed
-  void* grad_context;      // (rows_k, width), contiguous; null when not needed
-  float* grad_key_bias;    // (rows_k) or null
+  const void* grad_out;   // (rows_q, heads, width), contiguous
+  const float* grad_lse;  // (heads, rows_q) or null
+  void* grad_query;       // (rows_q, heads, width), contiguous; null when not needed
+  void* grad_context;     // (rows_k, width), contiguous; null when not needed
+  float* grad_key_bias;   // (rows_k) or null
 };
 
 // Up to 64 (query, head) rows of one sequence, and the part of its keys that one task takes.
@@ -74,10 +74,10 @@ inline int64_t context_part_words(int64_t width) { return kContextLanes * (conte
 // What the backward pass keeps of one panel for a span of keys: both weight matrices as [key][lane], of the
 // compute type's elements, which of the span's key blocks hold anything, and the bias gradient by key.
 struct ContextSpan {
-  uint32_t* weights;    // [kContextSpan][lanes]: exp(s - lse)
-  uint32_t* grad;       // [kContextSpan][lanes]: gradient of the products (scale included)
-  float* bias;          // [kContextSpan] gradient of the key bias from this panel
-  uint8_t* live;        // [kContextSpan / kContextKeys]
+  uint32_t* weights;  // [kContextSpan][lanes]: exp(s - lse)
+  uint32_t* grad;     // [kContextSpan][lanes]: gradient of the products (scale included)
+  float* bias;        // [kContextSpan] gradient of the key bias from this panel
+  uint8_t* live;      // [kContextSpan / kContextKeys]
 };
 
 void context_attention_forward(const ContextAttentionParams& params, const Parallel& parallel);

@@ -22,7 +22,8 @@ static void row_deltas(const ContextAttentionParams& p, const ContextAttentionGr
     int64_t c = 0;
     while (c + W <= p.width) {
       vf sum = zero();
-      for (int piece = 0; piece < 4 && c + W <= p.width; ++piece, c += W) sum = fma(load_as_f32(a + c), load_as_f32(b + c), sum);
+      for (int piece = 0; piece < 4 && c + W <= p.width; ++piece, c += W)
+        sum = fma(load_as_f32(a + c), load_as_f32(b + c), sum);
       total += static_cast<double>(reduce_add(sum));
     }
     for (; c < p.width; ++c) total += static_cast<double>(to_f32(a[c])) * static_cast<double>(to_f32(b[c]));
@@ -34,7 +35,8 @@ static void row_deltas(const ContextAttentionParams& p, const ContextAttentionGr
 // One panel, keys [first, first + kContextSpan) of its sequence. grad_query: float sums [rows][padded].
 template <class T>
 static void backward_panel(const ContextAttentionParams& p, const ContextAttentionGrads& g, const ContextPanel& panel,
-                           int64_t first, const float* delta, const ContextSpan& span, float* grad_query, uint32_t* scratch) {
+                           int64_t first, const float* delta, const ContextSpan& span, float* grad_query,
+                           uint32_t* scratch) {
   using E = typename ComputeOf<T>::E;
   const int64_t padded = context_padded(p.width), depth = (p.width + kPer<E> - 1) / kPer<E>;
   const Rows<T> rows(p, panel);
@@ -109,16 +111,17 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
     }
     const int64_t steps = (count + kPer<E> - 1) / kPer<E>;
     if (zeroed) {
-      gemm<E, AOrder::columns, Init::add>(rows.n, padded, steps, left, rows.lanes, keys.right, keys.right_stride, grad_query,
-                                          padded);
+      gemm<E, AOrder::columns, Init::add>(rows.n, padded, steps, left, rows.lanes, keys.right, keys.right_stride,
+                                          grad_query, padded);
     } else {
-      gemm<E, AOrder::columns, Init::zero>(rows.n, padded, steps, left, rows.lanes, keys.right, keys.right_stride, grad_query,
-                                           padded);
+      gemm<E, AOrder::columns, Init::zero>(rows.n, padded, steps, left, rows.lanes, keys.right, keys.right_stride,
+                                           grad_query, padded);
       zeroed = true;
     }
     for (int64_t j = 0; keys.any_bad && j < count; ++j)
       for (int64_t i = 0; keys.bad[j] && i < rows.n; ++i)
-        if (rows.sees(i, place + j)) add_row(grad_query + i * padded, products[j * rows.lanes + i], keys.rows[j], p.width);
+        if (rows.sees(i, place + j))
+          add_row(grad_query + i * padded, products[j * rows.lanes + i], keys.rows[j], p.width);
   }
   if (!zeroed && grad_query != nullptr)
     for (int64_t i = 0; i < rows.n * padded; ++i) grad_query[i] = 0.0f;
@@ -126,8 +129,8 @@ static void backward_panel(const ContextAttentionParams& p, const ContextAttenti
 
 // acc[key][feature] += weights[key][lane] * rows[lane][feature], rows of NaN left to those keys that are seen.
 template <class T>
-static void add_outer(const ContextAttentionParams& p, const Rows<T>& rows, const T* const* at, bool contiguous, bool masked,
-                      int64_t place, int64_t count, const uint32_t* kept, uint32_t* scratch, float* acc) {
+static void add_outer(const ContextAttentionParams& p, const Rows<T>& rows, const T* const* at, bool contiguous,
+                      bool masked, int64_t place, int64_t count, const uint32_t* kept, uint32_t* scratch, float* acc) {
   using E = typename ComputeOf<T>::E;
   const int64_t padded = context_padded(p.width);
   const E* weights = reinterpret_cast<const E*>(kept);
@@ -139,8 +142,8 @@ static void add_outer(const ContextAttentionParams& p, const Rows<T>& rows, cons
   } else {
     pack_rows(at, rows.n, p.width, padded, any_bad ? bad : nullptr, reinterpret_cast<E*>(scratch));
   }
-  gemm<E, AOrder::rows, Init::add>(count, padded, (rows.n + kPer<E> - 1) / kPer<E>, weights, rows.lanes / kPer<E>, right,
-                                   padded, acc, padded);
+  gemm<E, AOrder::rows, Init::add>(count, padded, (rows.n + kPer<E> - 1) / kPer<E>, weights, rows.lanes / kPer<E>,
+                                   right, padded, acc, padded);
   if (!any_bad) return;
   for (int64_t i = 0; i < rows.n; ++i)
     for (int64_t j = 0; bad[i] && j < count; ++j) {
@@ -187,8 +190,8 @@ static void backward_keys(const ContextAttentionParams& p, const ContextAttentio
 }
 
 template <class T>
-static void store_grad_query(const ContextAttentionParams& p, const ContextAttentionGrads& g, int64_t row, int64_t count,
-                             const float* sums) {
+static void store_grad_query(const ContextAttentionParams& p, const ContextAttentionGrads& g, int64_t row,
+                             int64_t count, const float* sums) {
   for (int64_t i = 0; i < count; ++i, sums += context_padded(p.width)) {
     T* out = static_cast<T*>(g.grad_query) + (row + i) * p.width;
     int64_t c = 0;
@@ -206,7 +209,8 @@ void context_row_deltas(const ContextAttentionParams& p, const ContextAttentionG
   }
 }
 void context_backward_panel(const ContextAttentionParams& p, const ContextAttentionGrads& g, const ContextPanel& panel,
-                            int64_t first, const float* delta, const ContextSpan& span, float* sums, uint32_t* scratch) {
+                            int64_t first, const float* delta, const ContextSpan& span, float* sums,
+                            uint32_t* scratch) {
   switch (p.dtype) {
     case DType::f32: return backward_panel<float>(p, g, panel, first, delta, span, sums, scratch);
     case DType::bf16: return backward_panel<bf16_t>(p, g, panel, first, delta, span, sums, scratch);
@@ -225,8 +229,8 @@ void context_backward_keys(const ContextAttentionParams& p, const ContextAttenti
       return backward_keys<f16_t>(p, g, panels, spans, panel_count, key_row, place, count, offset, scratch);
   }
 }
-void context_store_grad_query(const ContextAttentionParams& p, const ContextAttentionGrads& g, int64_t row, int64_t count,
-                              const float* sums) {
+void context_store_grad_query(const ContextAttentionParams& p, const ContextAttentionGrads& g, int64_t row,
+                              int64_t count, const float* sums) {
   switch (p.dtype) {
     case DType::f32: return store_grad_query<float>(p, g, row, count, sums);
     case DType::bf16: return store_grad_query<bf16_t>(p, g, row, count, sums);

@@ -73,7 +73,8 @@ static void pack_rows(const T* const* rows, int64_t n, int64_t width, int64_t pa
       }
     }
     for (; c < width; ++c) {
-      dst[c].bits = (low == nullptr ? 0u : low[c].bits) | (high == nullptr ? 0u : static_cast<uint32_t>(high[c].bits) << 16);
+      dst[c].bits =
+          (low == nullptr ? 0u : low[c].bits) | (high == nullptr ? 0u : static_cast<uint32_t>(high[c].bits) << 16);
     }
     for (; c < padded; ++c) dst[c].bits = 0;
   }
@@ -195,11 +196,11 @@ template <class T, class E>
 static void products_with_rows(const KeyBlock<T, E>& keys, int64_t count, int64_t lanes, int64_t depth, const E* rows,
                                float* out) {
   constexpr int64_t kPiece = kPer<E> == 2 ? 256 : 32;
-  gemm<E, AOrder::rows, Init::zero>(count, lanes, depth < kPiece ? depth : kPiece, keys.left, keys.left_stride, rows, lanes,
-                                    out, lanes);
+  gemm<E, AOrder::rows, Init::zero>(count, lanes, depth < kPiece ? depth : kPiece, keys.left, keys.left_stride, rows,
+                                    lanes, out, lanes);
   for (int64_t k = kPiece; k < depth; k += kPiece) {
-    gemm<E, AOrder::rows, Init::add>(count, lanes, depth - k < kPiece ? depth - k : kPiece, keys.left + k, keys.left_stride,
-                                     rows + k * lanes, lanes, out, lanes);
+    gemm<E, AOrder::rows, Init::add>(count, lanes, depth - k < kPiece ? depth - k : kPiece, keys.left + k,
+                                     keys.left_stride, rows + k * lanes, lanes, out, lanes);
   }
 }
 

@@ -9,13 +9,14 @@
 #define FXA_FORWARD_PANEL (const ContextAttentionParams&, const ContextPanel&, uint32_t*, float*)
 #define FXA_MERGE_PARTS (const ContextAttentionParams&, const ContextPanel&, float*, int64_t)
 #define FXA_ROW_DELTAS (const ContextAttentionParams&, const ContextAttentionGrads&, int64_t, int64_t, float*)
-#define FXA_BACKWARD_PANEL                                                                                       \
-  (const ContextAttentionParams&, const ContextAttentionGrads&, const ContextPanel&, int64_t, const float*,      \
+#define FXA_BACKWARD_PANEL                                                                                  \
+  (const ContextAttentionParams&, const ContextAttentionGrads&, const ContextPanel&, int64_t, const float*, \
    const ContextSpan&, float*, uint32_t*)
-#define FXA_BACKWARD_KEYS                                                                                        \
+#define FXA_BACKWARD_KEYS                                                                                         \
   (const ContextAttentionParams&, const ContextAttentionGrads&, const ContextPanel*, const ContextSpan*, int64_t, \
    int64_t, int64_t, int64_t, int64_t, uint32_t*)
-#define FXA_STORE_GRAD_QUERY (const ContextAttentionParams&, const ContextAttentionGrads&, int64_t, int64_t, const float*)
+#define FXA_STORE_GRAD_QUERY \
+  (const ContextAttentionParams&, const ContextAttentionGrads&, int64_t, int64_t, const float*)
 FXA_DECLARE(void, context_forward_panel, FXA_FORWARD_PANEL)
 FXA_DECLARE(void, context_merge_parts, FXA_MERGE_PARTS)
 FXA_DECLARE(void, context_row_deltas, FXA_ROW_DELTAS)
@@ -26,10 +27,8 @@ FXA_DECLARE(void, context_store_grad_query, FXA_STORE_GRAD_QUERY)
 namespace fastxattn {
 namespace {
 
-#define FXA_SELECTOR(name, args)            \
-  auto select_##name()->void(*) args {      \
-    FXA_SELECT(active_isa(), name)          \
-  }
+#define FXA_SELECTOR(name, args) \
+  auto select_##name() -> void(*) args { FXA_SELECT(active_isa(), name) }
 FXA_SELECTOR(context_forward_panel, FXA_FORWARD_PANEL)
 FXA_SELECTOR(context_merge_parts, FXA_MERGE_PARTS)
 FXA_SELECTOR(context_row_deltas, FXA_ROW_DELTAS)
@@ -127,7 +126,8 @@ void context_attention_forward(const ContextAttentionParams& p, const Parallel& 
   });
 }
 
-void context_attention_backward(const ContextAttentionParams& p, const ContextAttentionGrads& g, const Parallel& parallel) {
+void context_attention_backward(const ContextAttentionParams& p, const ContextAttentionGrads& g,
+                                const Parallel& parallel) {
   std::vector<int64_t> first;
   const std::vector<ContextPanel> panels = panels_of(p, first);
   const int64_t count = static_cast<int64_t>(panels.size());
@@ -201,8 +201,9 @@ void context_attention_backward(const ContextAttentionParams& p, const ContextAt
       const Block& block = blocks[static_cast<size_t>(t)];
       const int64_t start = first[static_cast<size_t>(block.sequence)];
       const int64_t panel_count = first[static_cast<size_t>(block.sequence) + 1] - start;
-      run_keys(p, g, panels.data() + start, spans.data() + start, panel_count, p.cu_seqlens_k[block.sequence] + block.place,
-               block.place, block.keys, block.place - from, scratch_words + worker * words);
+      run_keys(p, g, panels.data() + start, spans.data() + start, panel_count,
+               p.cu_seqlens_k[block.sequence] + block.place, block.place, block.keys, block.place - from,
+               scratch_words + worker * words);
     });
   }
   if (g.grad_query != nullptr && !in_place) {

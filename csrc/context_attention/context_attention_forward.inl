@@ -7,7 +7,8 @@ namespace fastxattn::FXA_ISA {
 
 // Turns scores into weights exp(s - top), raising `top` first; alpha is what earlier sums must be multiplied by.
 template <class E>
-static bool online_softmax(int64_t lanes, int64_t count, float* scores, E* weights, float* top, float* total, float* alpha) {
+static bool online_softmax(int64_t lanes, int64_t count, float* scores, E* weights, float* top, float* total,
+                           float* alpha) {
   bool rescale = false;
   for (int64_t i = 0; i < lanes; i += W) {
     const vf before = load(top + i);
@@ -33,8 +34,8 @@ static bool online_softmax(int64_t lanes, int64_t count, float* scores, E* weigh
 }
 
 template <class T>
-static void write_result(const ContextAttentionParams& p, const ContextPanel& panel, const float* sums, const float* top,
-                         const float* total) {
+static void write_result(const ContextAttentionParams& p, const ContextPanel& panel, const float* sums,
+                         const float* top, const float* total) {
   const int64_t padded = context_padded(p.width);
   for (int64_t i = 0; i < panel.rows; ++i) {
     const int64_t row = panel.row + i;
@@ -83,16 +84,17 @@ static void forward_panel(const ContextAttentionParams& p, const ContextPanel& p
     const bool rescale = online_softmax(rows.lanes, count, scores, weights, top, total, alpha);
     if (rescale && !first) {
       for (int64_t i = 0; i < rows.n; ++i)
-        for (int64_t c = 0; c < padded; c += W) store(sums + i * padded + c, load(sums + i * padded + c) * splat(alpha[i]));
+        for (int64_t c = 0; c < padded; c += W)
+          store(sums + i * padded + c, load(sums + i * padded + c) * splat(alpha[i]));
     }
     const int64_t pairs = (count + kPer<E> - 1) / kPer<E>;
     const float* exact = kPer<E> == 2 ? scores : reinterpret_cast<const float*>(weights);
     if (first) {
-      gemm<E, AOrder::columns, Init::zero>(rows.n, padded, pairs, weights, rows.lanes, keys.right, keys.right_stride, sums,
-                                           padded);
+      gemm<E, AOrder::columns, Init::zero>(rows.n, padded, pairs, weights, rows.lanes, keys.right, keys.right_stride,
+                                           sums, padded);
     } else {
-      gemm<E, AOrder::columns, Init::add>(rows.n, padded, pairs, weights, rows.lanes, keys.right, keys.right_stride, sums,
-                                          padded);
+      gemm<E, AOrder::columns, Init::add>(rows.n, padded, pairs, weights, rows.lanes, keys.right, keys.right_stride,
+                                          sums, padded);
     }
     first = false;
     if (keys.any_bad) {

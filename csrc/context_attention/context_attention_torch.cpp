@@ -6,8 +6,9 @@ namespace fastxattn {
 namespace {
 
 void check_offsets(const Tensor& offsets, int64_t rows, const char* name) {
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) >= 1 && offsets.is_contiguous(),
-                  "fastxattn: ", name, " must be a contiguous int32 tensor of shape (batch + 1,)");
+  STD_TORCH_CHECK(
+      offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) >= 1 && offsets.is_contiguous(),
+      "fastxattn: ", name, " must be a contiguous int32 tensor of shape (batch + 1,)");
   const auto* at = static_cast<const int32_t*>(offsets.const_data_ptr());
   bool sound = at[0] == 0 && at[offsets.size(0) - 1] <= rows;
   for (int64_t b = 1; b < offsets.size(0); ++b) sound &= at[b - 1] <= at[b];
@@ -37,10 +38,12 @@ ContextAttentionParams problem(const Tensor& query, const Tensor& context, const
   }
   STD_TORCH_CHECK(out.scalar_type() == query.scalar_type() && out.is_contiguous() && out.numel() == query.numel(),
                   "fastxattn: out must be contiguous, of query's shape and dtype");
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == query.size(0) * query.size(1),
-                  "fastxattn: lse must be contiguous float32 (heads, rows of query)");
-  STD_TORCH_CHECK(softmax.scalar_type() == ScalarType::Float && softmax.is_contiguous() && softmax.numel() == 2 * lse.numel(),
-                  "fastxattn: softmax must be contiguous float32 (2, heads, rows of query)");
+  STD_TORCH_CHECK(
+      lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == query.size(0) * query.size(1),
+      "fastxattn: lse must be contiguous float32 (heads, rows of query)");
+  STD_TORCH_CHECK(
+      softmax.scalar_type() == ScalarType::Float && softmax.is_contiguous() && softmax.numel() == 2 * lse.numel(),
+      "fastxattn: softmax must be contiguous float32 (2, heads, rows of query)");
   ContextAttentionParams p{};
   p.dtype = dtype_of(query, "query");
   p.batch = cu_q.size(0) - 1;
@@ -63,21 +66,24 @@ ContextAttentionParams problem(const Tensor& query, const Tensor& context, const
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor> op_forward(Tensor query, Tensor context, Tensor cu_q, Tensor cu_k, OptionalTensor kv_range,
-                                      OptionalTensor key_bias, double scale) {
+std::tuple<Tensor, Tensor, Tensor> op_forward(Tensor query, Tensor context, Tensor cu_q, Tensor cu_k,
+                                              OptionalTensor kv_range, OptionalTensor key_bias, double scale) {
   Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
   Tensor lse = torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float);
   Tensor softmax = torch::stable::new_empty(query, {2, query.size(1), query.size(0)}, ScalarType::Float);
-  context_attention_forward(problem(query, context, cu_q, cu_k, kv_range, key_bias, scale, out, lse, softmax), torch_parallel());
+  context_attention_forward(problem(query, context, cu_q, cu_k, kv_range, key_bias, scale, out, lse, softmax),
+                            torch_parallel());
   return {out, lse, softmax};
 }
 
-std::tuple<Tensor, Tensor, Tensor> op_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor softmax, Tensor query,
-                                               Tensor context, Tensor cu_q, Tensor cu_k, OptionalTensor kv_range,
-                                               OptionalTensor key_bias, double scale, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor> op_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse,
+                                               Tensor softmax, Tensor query, Tensor context, Tensor cu_q, Tensor cu_k,
+                                               OptionalTensor kv_range, OptionalTensor key_bias, double scale,
+                                               int64_t needs) {
   const auto p = problem(query, context, cu_q, cu_k, kv_range, key_bias, scale, out, lse, softmax);
-  STD_TORCH_CHECK(grad_out.scalar_type() == query.scalar_type() && grad_out.is_contiguous() && grad_out.numel() == query.numel(),
-                  "fastxattn: grad_out must be contiguous, of query's shape and dtype");
+  STD_TORCH_CHECK(
+      grad_out.scalar_type() == query.scalar_type() && grad_out.is_contiguous() && grad_out.numel() == query.numel(),
+      "fastxattn: grad_out must be contiguous, of query's shape and dtype");
   STD_TORCH_CHECK(!grad_lse.has_value() || (grad_lse->scalar_type() == ScalarType::Float && grad_lse->is_contiguous() &&
                                             grad_lse->numel() == lse.numel()),
                   "fastxattn: grad_lse must be contiguous float32, of lse's shape");
@@ -87,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> op_backward(Tensor grad_out, OptionalTensor g
                                        : torch::stable::new_empty(query, {0});
   Tensor grad_context = by_key ? torch::stable::new_empty(context, {context.size(0), context.size(1)})
                                : torch::stable::new_empty(context, {0});
-  Tensor grad_bias = bias ? torch::stable::new_empty(*key_bias, {key_bias->size(0)}) : torch::stable::new_empty(lse, {0});
+  Tensor grad_bias =
+      bias ? torch::stable::new_empty(*key_bias, {key_bias->size(0)}) : torch::stable::new_empty(lse, {0});
   ContextAttentionGrads g{};
   g.grad_out = grad_out.const_data_ptr();
   g.grad_lse = data_or_null<float>(grad_lse);

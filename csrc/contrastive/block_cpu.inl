@@ -7,9 +7,7 @@
 namespace fastxattn::FXA_ISA {
 
 using Bits = vi;
-FXA_INLINE vi load_bits(const int32_t* p) {
-  return reinterpret_cast<vi>(load(reinterpret_cast<const float*>(p)));
-}
+FXA_INLINE vi load_bits(const int32_t* p) { return reinterpret_cast<vi>(load(reinterpret_cast<const float*>(p))); }
 FXA_INLINE bool any(vi mask) {
 #if defined(FXA_VEC512)
   return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
@@ -138,8 +136,8 @@ static void interleave_rows(const bf16_t* src, int64_t stride, int64_t rows, int
 // The gradient products on bf16 pairs: dz as its bf16 rounding, plus the remainder's where `low_a`/`low_b` say so.
 static void pair_gradients(const ContrastiveParams& p, Block& k, const Operands& op, bool low_a, bool low_b) {
   const int64_t depth = k.depth;
-  auto* interleaved = reinterpret_cast<bf16x2*>(k.strips);  // the packed columns are not needed any more
-  auto* parts = reinterpret_cast<bf16_t*>(k.halves);        // [rows][kMaxBlock]
+  auto* interleaved = reinterpret_cast<bf16x2*>(k.strips);                 // the packed columns are not needed any more
+  auto* parts = reinterpret_cast<bf16_t*>(k.halves);                       // [rows][kMaxBlock]
   auto* pairs = reinterpret_cast<bf16x2*>(parts + kMaxBlock * kMaxBlock);  // [rows / 2][kMaxBlock]
   const int64_t rows_even = round_up(k.rows, 2), columns_even = round_up(k.columns, 2);
   const bool low = low_a || low_b;
@@ -180,13 +178,14 @@ static void block_gradients(const ContrastiveParams& p, Block& k, const Operands
   }
   if (p.b.grad_data) {
     gemm<float, AOrder::columns, Init::add>(k.columns, lanes, k.rows, k.tile, kMaxBlock,
-                                            static_cast<const float*>(op.a), k.lda,
-                                            p.b.grad_data + k.j0 * p.depth, p.depth);
+                                            static_cast<const float*>(op.a), k.lda, p.b.grad_data + k.j0 * p.depth,
+                                            p.depth);
   }
 }
 
 // Whether rounding dz to bf16 would be seen beside the coefficient of the row (column): the energy of the block's
-// entries against this block's share of (coefficient / 4)^2: left out, the remainders cost at most 4e-4 of the gradient.
+// entries against this block's share of (coefficient / 4)^2: left out, the remainders cost at most 4e-4 of the
+// gradient.
 FXA_INLINE bool rounding_shows(float energy, float coefficient, int64_t part, int64_t whole) {
   return !(energy * static_cast<float>(whole) <= 0.0625f * coefficient * coefficient * static_cast<float>(part));
 }

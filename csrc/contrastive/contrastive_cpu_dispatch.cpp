@@ -34,9 +34,10 @@ void run_blocks(const ContrastiveParams& p, char* scratch, const Parallel& paral
   }
 }
 
-BlockFunction pick_stats() { FXA_SELECT(active_isa(), contrastive_stats_block) }
-BlockFunction pick_backward() { FXA_SELECT(active_isa(), contrastive_backward_block) }
-BlockFunction pick_sigmoid() { FXA_SELECT(active_isa(), sigmoid_block) }
+BlockFunction pick_stats(){FXA_SELECT(active_isa(), contrastive_stats_block)} BlockFunction
+    pick_backward(){FXA_SELECT(active_isa(), contrastive_backward_block)} BlockFunction pick_sigmoid() {
+  FXA_SELECT(active_isa(), sigmoid_block)
+}
 using PositiveFunction = void (*)(const ContrastiveParams&, const int32_t*, int64_t, float*, char*);
 PositiveFunction pick_positive() { FXA_SELECT(active_isa(), contrastive_positive_block) }
 
@@ -128,9 +129,8 @@ void positive_logits_as_blocked(const ContrastiveParams& p, const int32_t* targe
                                 const Parallel& parallel) {
   const PositiveFunction function = pick_positive();
   const int64_t bytes = contrastive_scratch(p);
-  for_each_task(parallel, (p.a.count + 63) / 64, [&](int64_t task, int64_t worker) {
-    function(p, target, task, out, scratch + worker * bytes);
-  });
+  for_each_task(parallel, (p.a.count + 63) / 64,
+                [&](int64_t task, int64_t worker) { function(p, target, task, out, scratch + worker * bytes); });
 }
 
 }  // namespace fastxattn

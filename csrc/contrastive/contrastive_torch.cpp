@@ -135,7 +135,7 @@ Tensor finish_gradient(const ContrastiveParams& p, const ContrastiveSide& side, 
     });
   };
   const bool in_place = p.depth == p.d && (keep_float || p.dtype == DType::f32);
-  Tensor out = in_place ? sums
+  Tensor out = in_place     ? sums
                : keep_float ? floats(like, {side.count, p.d}, false)
                             : torch::stable::new_empty(like, std::vector<int64_t>{side.count, p.d});
   void* to = in_place || keep_float ? nullptr : out.mutable_data_ptr();
@@ -152,7 +152,7 @@ Tensor finish_gradient(const ContrastiveParams& p, const ContrastiveSide& side, 
   return out;
 }
 
-#define FXA_PROBLEM                                                                                               \
+#define FXA_PROBLEM                                                                                                \
   const Tensor &a, const Tensor &b, const Tensor &scale, const OptionalTensor &bias, const OptionalTensor &norm_a, \
       const OptionalTensor &norm_b, const OptionalTensor &id_a, const OptionalTensor &id_b,                        \
       const OptionalTensor &skip_a, const OptionalTensor &skip_b, const OptionalTensor &exact, bool exclude_self

@@ -68,8 +68,9 @@ static void stats_tile(const ContrastiveParams& p, Block& k) {
     rows[s] = p.a.state + s * p.a.count + k.i0;
     columns[s] = k.halves + s * kMaxBlock;  // copied back below
     for (int64_t j = 0; j < lanes; ++j) {
-      columns[s][j] = j < k.columns ? p.b.state[s * p.b.count + k.j0 + j]
-                      : s == kMaxNeg || s == kMaxPos ? minus_infinity() : 0.0f;
+      columns[s][j] = j < k.columns                  ? p.b.state[s * p.b.count + k.j0 + j]
+                      : s == kMaxNeg || s == kMaxPos ? minus_infinity()
+                                                     : 0.0f;
     }
   }
   float* row_top = k.halves + kStatePlanes * kMaxBlock;
@@ -147,7 +148,8 @@ static void stats_tile(const ContrastiveParams& p, Block& k) {
       }
     }
     const float old = rows[kMaxNeg][r], kept = rows[kExpNeg][r];
-    rows[kExpNeg][r] = reduce_add(sum) + (row_top[r] > minus_infinity() ? kept * exp(splat(old - row_top[r]))[0] : kept);
+    rows[kExpNeg][r] =
+        reduce_add(sum) + (row_top[r] > minus_infinity() ? kept * exp(splat(old - row_top[r]))[0] : kept);
     rows[kMaxNeg][r] = row_top[r];
   }
   for (int s = 0; s < kStatePlanes; ++s) {
@@ -177,7 +179,7 @@ struct Slopes {
 static Slopes slopes(const ContrastiveSide& s, int64_t first) {
   const auto stat = [&](int plane) { return s.stats + plane * s.count + first; };
   const auto grad = [&](int plane) { return s.grad + plane * s.count + first; };
-  return {stat(kLseNeg), stat(kMeanPos), stat(kExcessPos), stat(kNumPos),  grad(kLseNeg),
+  return {stat(kLseNeg),  stat(kMeanPos), stat(kExcessPos), stat(kNumPos), grad(kLseNeg),
           grad(kMeanNeg), grad(kMeanPos), grad(kExcessPos), stat(kNumNeg)};
 }
 

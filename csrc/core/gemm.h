@@ -118,7 +118,8 @@ static void gemm(int64_t rows, int64_t columns, int64_t K, const E* a, int64_t l
                  int64_t ldc, const float* alpha = nullptr, Hook hook = {}) {
   int64_t n = 0;
   for (; n + kMaxN * W <= columns; n += kMaxN * W) {
-    gemm_columns<E, order, init, kMaxN>(rows, K, a, lda, b + n, ldb, c + n, ldc, init == Init::scale ? alpha + n : nullptr, hook);
+    gemm_columns<E, order, init, kMaxN>(rows, K, a, lda, b + n, ldb, c + n, ldc,
+                                        init == Init::scale ? alpha + n : nullptr, hook);
   }
   if constexpr (kMaxN > 1) {
     const int64_t left = (columns - n) / W;

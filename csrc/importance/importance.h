@@ -9,11 +9,11 @@
 namespace fastxattn {
 
 struct ImportanceParams {
-  AttentionParams attention;             // the problem; value, out, bias and dropout are not used, `lse` stays null
-  const float* lse = nullptr;            // (heads, rows_q) contiguous: the normaliser of each query row
-  const float* row_weight = nullptr;     // weight of each query row, null: 1
+  AttentionParams attention;                // the problem; value, out, bias and dropout are not used, `lse` stays null
+  const float* lse = nullptr;               // (heads, rows_q) contiguous: the normaliser of each query row
+  const float* row_weight = nullptr;        // weight of each query row, null: 1
   int64_t weight_head = 0, weight_row = 0;  // its strides; head stride 0 when heads share it
-  float* score = nullptr;                // (heads, slots_k) contiguous; slots out of use get 0
+  float* score = nullptr;                   // (heads, slots_k) contiguous; slots out of use get 0
 };
 
 // One head's share of one run of keys; everything it adds to is its own.

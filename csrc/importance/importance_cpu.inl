@@ -14,13 +14,13 @@ inline constexpr int64_t kImportanceKeys = 48;   // key rows per score tile: a m
 
 template <class T>
 struct ImportanceScratch {
-  int64_t key_ld;            // elements of a packed key row
-  Element<T>* keys;          // [keys of the item][key_ld]
-  Element<T>* queries;       // [elements of a row][kImportanceLanes]
-  float *scores, *extra;     // [kImportanceKeys][kImportanceLanes]
-  float* sums;               // [keys of the item][W]
-  float *lse, *weight;       // per lane: normaliser (infinite: none), weight
-  int64_t *row, *key_row;    // row of each lane, of each key of the item
+  int64_t key_ld;          // elements of a packed key row
+  Element<T>* keys;        // [keys of the item][key_ld]
+  Element<T>* queries;     // [elements of a row][kImportanceLanes]
+  float *scores, *extra;   // [kImportanceKeys][kImportanceLanes]
+  float* sums;             // [keys of the item][W]
+  float *lse, *weight;     // per lane: normaliser (infinite: none), weight
+  int64_t *row, *key_row;  // row of each lane, of each key of the item
   int32_t *head, *begin, *end;
   const T **query_at, **key_at;
   size_t bytes = 0;
@@ -68,7 +68,8 @@ static Lanes importance_lanes(const ImportanceParams& params, const Sequence& se
                       : params.row_weight[query_head * params.weight_head + row * params.weight_row];
     if (p.kv_range != nullptr) {
       s.begin[i] = p.kv_range[2 * row] < 0 ? 0 : p.kv_range[2 * row];
-      s.end[i] = p.kv_range[2 * row + 1] > sequence.keys ? static_cast<int32_t>(sequence.keys) : p.kv_range[2 * row + 1];
+      s.end[i] =
+          p.kv_range[2 * row + 1] > sequence.keys ? static_cast<int32_t>(sequence.keys) : p.kv_range[2 * row + 1];
     }
   }
   if (p.kv_range != nullptr) {
@@ -114,7 +115,8 @@ static void add_all_weights(const float* scores, int64_t keys, int64_t width, fl
 }
 
 template <class T>
-static void importance_item(const ImportanceParams& params, const ImportanceItem& item, int64_t most_keys, void* memory) {
+static void importance_item(const ImportanceParams& params, const ImportanceItem& item, int64_t most_keys,
+                            void* memory) {
   using E = Element<T>;
   constexpr bool exact = sizeof(T) == 4;
   const AttentionParams& p = params.attention;

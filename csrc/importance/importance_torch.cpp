@@ -79,8 +79,7 @@ Tensor importance(Tensor query, Tensor key, Tensor lse, Tensor cu_q, Tensor cu_k
   const std::string fault = check_attention_content(p, content);
   FXA_CHECK(fault.empty(), fault);
   const int64_t shape[] = {p.heads, p.slots_k};
-  Tensor score =
-      torch::stable::new_empty(query, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2), ScalarType::Float);
+  Tensor score = torch::stable::new_empty(query, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2), ScalarType::Float);
   params.score = static_cast<float*>(score.mutable_data_ptr());
   key_importance(params, torch_parallel(), active_isa());
   return score;

@@ -8,16 +8,16 @@
 namespace fastxattn {
 
 struct TokenSets {
-  const void* data = nullptr;         // (tokens, d) features, contiguous
-  const int32_t* cu = nullptr;        // (sets + 1) where each set's tokens start
+  const void* data = nullptr;   // (tokens, d) features, contiguous
+  const int32_t* cu = nullptr;  // (sets + 1) where each set's tokens start
   int64_t sets = 0;
   int64_t tokens = 0;
-  const int32_t* group = nullptr;     // (groups + 1) first set of each group: sets that share a block of the product
+  const int32_t* group = nullptr;  // (groups + 1) first set of each group: sets that share a block of the product
   int64_t groups = 0;
-  float* best_sum = nullptr;          // (N, M) sum over this side's tokens of their best match in each set of the other
-  int32_t* best = nullptr;            // (tokens, other sets) place of the best match in its set; -1: an empty set
-  const float* grad = nullptr;        // (N, M) gradient of best_sum (backward)
-  float* grad_data = nullptr;         // (tokens, d) float32 gradient, zeroed by the caller; null: not wanted
+  float* best_sum = nullptr;    // (N, M) sum over this side's tokens of their best match in each set of the other
+  int32_t* best = nullptr;      // (tokens, other sets) place of the best match in its set; -1: an empty set
+  const float* grad = nullptr;  // (N, M) gradient of best_sum (backward)
+  float* grad_data = nullptr;   // (tokens, d) float32 gradient, zeroed by the caller; null: not wanted
 };
 
 struct LateInteractionParams {

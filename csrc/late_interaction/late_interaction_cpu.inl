@@ -1,10 +1,10 @@
 // Best matches of one group of sets against another, and the sparse gradient along them.
 #pragma once
 
+#include <type_traits>
+
 #include "core/panels.h"
 #include "late_interaction/late_interaction.h"
-
-#include <type_traits>
 
 namespace fastxattn::FXA_ISA {
 

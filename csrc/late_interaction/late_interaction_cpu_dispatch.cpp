@@ -13,8 +13,9 @@ namespace {
 
 using BlockFunction = void (*)(const LateInteractionParams&, int64_t, int64_t, char*);
 using GradientFunction = void (*)(const LateInteractionParams&, bool, int64_t, int64_t);
-BlockFunction pick_block() { FXA_SELECT(active_isa(), late_interaction_block) }
-GradientFunction pick_gradient() { FXA_SELECT(active_isa(), late_interaction_gradient) }
+BlockFunction pick_block(){FXA_SELECT(active_isa(), late_interaction_block)} GradientFunction pick_gradient() {
+  FXA_SELECT(active_isa(), late_interaction_gradient)
+}
 
 }  // namespace
 

@@ -57,9 +57,7 @@ LateInteractionParams params(const Tensor& a, const Tensor& b, const Tensor& cu_
 std::tuple<Tensor, Tensor, Tensor, Tensor> maxsim_cpu(const Tensor& a, const Tensor& b, const Tensor& cu_a,
                                                       const Tensor& cu_b, bool from_a, bool from_b) {
   LateInteractionParams p = params(a, b, cu_a, cu_b, from_a, from_b);
-  const auto sum = [&](bool wanted) {
-    return make(a, wanted ? p.a.sets : 0, p.b.sets, ScalarType::Float, 0);
-  };
+  const auto sum = [&](bool wanted) { return make(a, wanted ? p.a.sets : 0, p.b.sets, ScalarType::Float, 0); };
   Tensor sum_a = sum(from_a), sum_b = sum(from_b);
   Tensor best_a = make(a, from_a ? p.a.tokens : 0, p.b.sets, ScalarType::Int, 0xff);
   Tensor best_b = make(a, from_b ? p.b.tokens : 0, p.a.sets, ScalarType::Int, 0xff);
@@ -77,9 +75,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> maxsim_cpu(const Tensor& a, const Ten
 }
 
 void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns, ScalarType type) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous() &&
-                      t.scalar_type() == type,
-                  "fastxattn: ", name, " must be contiguous, of the shape and type the forward pass left");
+  STD_TORCH_CHECK(
+      t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous() && t.scalar_type() == type,
+      "fastxattn: ", name, " must be contiguous, of the shape and type the forward pass left");
 }
 
 // The matches are read from memory that a caller could have changed; out-of-range ones are dropped.

@@ -10,15 +10,15 @@ namespace fastxattn {
 enum class CorpusType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
 
 struct RetrievalParams {
-  const float* queries = nullptr;     // (q, d) float32, contiguous
-  const void* corpus = nullptr;       // (rows, d), last stride 1
+  const float* queries = nullptr;  // (q, d) float32, contiguous
+  const void* corpus = nullptr;    // (rows, d), last stride 1
   CorpusType type = CorpusType::f32;
-  int64_t stride = 0;                 // elements from one corpus row to the next
-  const float* factor = nullptr;      // (rows) multiplies each row's scores (1 / |x|, int8 scales); null: 1
+  int64_t stride = 0;             // elements from one corpus row to the next
+  const float* factor = nullptr;  // (rows) multiplies each row's scores (1 / |x|, int8 scales); null: 1
   int64_t q = 0, rows = 0, d = 0, k = 0;
-  int64_t first = 0;                  // index of the first corpus row, for chunks of a larger corpus
-  float* scores = nullptr;            // (q, k) best scores, descending; -inf where there are fewer rows than k
-  int64_t* indices = nullptr;         // (q, k) their rows; -1 where there are none. Of equal scores the first row wins
+  int64_t first = 0;           // index of the first corpus row, for chunks of a larger corpus
+  float* scores = nullptr;     // (q, k) best scores, descending; -inf where there are fewer rows than k
+  int64_t* indices = nullptr;  // (q, k) their rows; -1 where there are none. Of equal scores the first row wins
 };
 
 // Rows of the corpus that one task scores, and queries it scores them against.

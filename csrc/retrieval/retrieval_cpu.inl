@@ -42,11 +42,11 @@ void retrieval_chunk(const RetrievalParams& p, int64_t chunk, int64_t query_bloc
                      char* scratch) {
   const int64_t depth = panel_depth<float>(p.d);
   const int64_t q0 = query_block * kQueryBlock, queries = p.q - q0 < kQueryBlock ? p.q - q0 : kQueryBlock;
-  float* strip = reinterpret_cast<float*>(scratch);       // [depth][kQueryBlock]
-  float* copy_q = strip + kQueryBlock * depth;            // padded queries
-  float* copy = copy_q + kQueryBlock * depth;             // widened corpus rows
-  float* tile = copy + kCorpusBlock * depth;              // [kCorpusBlock][kQueryBlock]
-  float* worst = tile + kCorpusBlock * kQueryBlock;       // each query's k-th best; NaN lanes are dead
+  float* strip = reinterpret_cast<float*>(scratch);  // [depth][kQueryBlock]
+  float* copy_q = strip + kQueryBlock * depth;       // padded queries
+  float* copy = copy_q + kQueryBlock * depth;        // widened corpus rows
+  float* tile = copy + kCorpusBlock * depth;         // [kCorpusBlock][kQueryBlock]
+  float* worst = tile + kCorpusBlock * kQueryBlock;  // each query's k-th best; NaN lanes are dead
   int64_t ldq = 0;
   const float* query = f32_panel(p.queries + q0 * p.d, p.d, queries, p.d, copy_q, &ldq);
   pack_strips(query, ldq, queries, depth, strip);
@@ -72,7 +72,8 @@ void retrieval_chunk(const RetrievalParams& p, int64_t chunk, int64_t query_bloc
       for (int64_t l = 0; l < lanes; l += W) {
         const vf x = load(tile + r * kQueryBlock + l) * splat(factor), least = load(worst + l);
         // Beaten, not yet full, or NaN where the list is not NaN throughout.
-        const vi better = (x > least) | ((x != x) & (least == least)) | ((least == splat(-__builtin_inff())) & (x == least));
+        const vi better =
+            (x > least) | ((x != x) & (least == least)) | ((least == splat(-__builtin_inff())) & (x == least));
         int32_t some = 0;
 #if defined(FXA_VEC512)
         some = _mm512_test_epi32_mask(reinterpret_cast<__m512i>(better), reinterpret_cast<__m512i>(better));

@@ -12,9 +12,9 @@ std::tuple<Tensor, Tensor> topk_similarity_cpu(const Tensor& queries, const Tens
                                                const OptionalTensor& factor, int64_t k, int64_t first) {
   STD_TORCH_CHECK(queries.dim() == 2 && queries.is_contiguous() && queries.scalar_type() == ScalarType::Float,
                   "fastxattn: queries must be a contiguous float32 matrix");
-  STD_TORCH_CHECK(corpus.dim() == 2 && corpus.size(1) == queries.size(1) &&
-                      (corpus.size(1) == 1 || corpus.stride(1) == 1),
-                  "fastxattn: corpus must be a matrix of the queries' features with stride 1 along them");
+  STD_TORCH_CHECK(
+      corpus.dim() == 2 && corpus.size(1) == queries.size(1) && (corpus.size(1) == 1 || corpus.stride(1) == 1),
+      "fastxattn: corpus must be a matrix of the queries' features with stride 1 along them");
   STD_TORCH_CHECK(k >= 1 && queries.size(1) >= 1, "fastxattn: k and the number of features must be at least 1");
   RetrievalParams p;
   switch (corpus.scalar_type()) {
@@ -24,9 +24,8 @@ std::tuple<Tensor, Tensor> topk_similarity_cpu(const Tensor& queries, const Tens
     case ScalarType::Float: p.type = CorpusType::f32; break;
     default: STD_TORCH_CHECK(false, "fastxattn: corpus must be float32, bfloat16, float16 or int8");
   }
-  STD_TORCH_CHECK(!factor.has_value() ||
-                      (factor->dim() == 1 && factor->size(0) == corpus.size(0) && factor->is_contiguous() &&
-                       factor->scalar_type() == ScalarType::Float),
+  STD_TORCH_CHECK(!factor.has_value() || (factor->dim() == 1 && factor->size(0) == corpus.size(0) &&
+                                          factor->is_contiguous() && factor->scalar_type() == ScalarType::Float),
                   "fastxattn: factor must be a contiguous float32 vector, one entry a corpus row");
   p.queries = static_cast<const float*>(queries.const_data_ptr());
   p.corpus = corpus.const_data_ptr();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastxattn.nn.packing import Tokens, pack
 from fastxattn.nn.projected import Absorb, ContextKV, KeyValueWeights, attend, cross_attend

@@ -48,12 +48,12 @@ def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query
         raise TypeError(f"{name}_mask must be boolean, True = the token is there; got {mask.dtype}")
     if mask.shape != (batch, length):
         raise ValueError(f"{name}_mask must have shape {(batch, length)}; got {tuple(mask.shape)}")
-    rows = mask.reshape(-1).nonzero().squeeze(1)
+    present = mask.reshape(-1).nonzero().squeeze(1)
     starts = torch.nn.functional.pad(mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    if rows.numel() != batch * length:
-        values = values.index_select(0, rows)
+    if present.numel() != batch * length:
+        values = values.index_select(0, present)
     packed = PackedTokens(values, starts, length)
-    return packed, Layout(packed, (batch, length), rows)
+    return packed, Layout(packed, (batch, length), present)
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,8 @@ def _side(lengths: tuple[int, ...], padded: bool, shuffled: bool, g: torch.Gener
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     total = int(offsets[-1])
     rows = total + 5  # rows that belong to nobody
-    index = torch.randperm(rows, generator=g)[:total].int() if shuffled else None
-    return _Side(offsets, None, index, rows, longest, lengths)
+    picked = torch.randperm(rows, generator=g)[:total].int() if shuffled else None
+    return _Side(offsets, None, picked, rows, longest, lengths)
 
 
 def _ranges(kind: str, side: _Side, lengths_k: tuple[int, ...], g: torch.Generator) -> Tensor | None:

@@ -147,8 +147,8 @@ def _weighted_rows(backend: str, problem: ImportanceProblem, grad: Tensor) -> Te
         value, own = _columns(problem._replace(row_weight=None), grad)
         out, total = forward(*problem.attention(value))
         return (out * own).sum(2).T * _ratio(total, lse)
-    bias = problem.key_bias
-    bias = 0.0 if bias is None else bias if bias.ndim == 2 else bias[:, None]
+    given = problem.key_bias
+    bias = torch.zeros(()) if given is None else given if given.ndim == 2 else given[:, None]
     value = problem.key[:, :, :1].contiguous()  # any will do
     received = torch.zeros_like(lse)
     for sign in (1, -1):
@@ -159,4 +159,4 @@ def _weighted_rows(backend: str, problem: ImportanceProblem, grad: Tensor) -> Te
 
 def _ratio(total: Tensor, lse: Tensor) -> Tensor:
     """Exp(total - lse), 0 where either is -inf."""
-    return torch.where((total == -torch.inf) | (lse == -torch.inf), 0.0, torch.exp(total - lse))
+    return torch.where((total == -torch.inf) | (lse == -torch.inf), 0.0, torch.exp(total - lse)).to(lse.dtype)
