@@ -68,7 +68,7 @@ class FlamingoBlock(torch.nn.Module):
             torch.nn.init.constant_(gate, 0.5)
 
     def forward(self, text: PackedTokens, image: PackedTokens) -> Tensor:
-        return self.block(text, image).values
+        return self.block(text, image).to_padded()[0]  # rows past the last offset are nobody's
 
 
 def padded_qformer(batch: int) -> tuple[Tensor, ...]:
@@ -85,11 +85,16 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[bool], Any]]] =
     ),
     "Flamingo block": (
         FlamingoBlock,
-        lambda big: [packed(*(n if big else m), width=w) for n, m, w in (((3, 0, 2), (5, 7), 64), ((4, 9, 1), (6, 5), 96))],
+        lambda big: [
+            packed(*(n if big else m), width=w) for n, m, w in (((3, 0, 2), (5, 7), 64), ((4, 9, 1), (6, 5), 96))
+        ],
     ),
     "decoder step": (
         FlamingoBlock,
-        lambda big: [packed(*((1, 1, 1) if big else (1, 1)), width=64), packed(*((4, 9, 1) if big else (6, 5)), width=96)],
+        lambda big: [
+            packed(*((1, 1, 1) if big else (1, 1)), width=64),
+            packed(*((4, 9, 1) if big else (6, 5)), width=96),
+        ],
     ),
     "projector and pruner": (ProjectAndPrune, lambda big: [packed(*((3, 0, 9) if big else (5, 7)), width=32)]),
 }
