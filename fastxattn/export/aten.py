@@ -55,7 +55,7 @@ def logsumexp(self, dim, keepdim=False):
 
 
 def sort_stable(self, stable=True, dim=-1, descending=False):
-    """TopK of everything: it puts the first of equal values first, either way; NaN is not ranked as torch does."""
+    """TopK of everything: the first of equal values comes first, either way. NaN is not ranked as torch does."""
     size = op.Shape(self, start=dim, end=None if dim == -1 else dim + 1)
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 

@@ -68,7 +68,7 @@ class FlamingoBlock(torch.nn.Module):
             torch.nn.init.constant_(gate, 0.5)
 
     def forward(self, text: PackedTokens, image: PackedTokens) -> Tensor:
-        return self.block(text, image).values
+        return self.block(text, image).to_padded()[0]  # rows past the last offset are nobody's
 
 
 def padded_qformer(batch: int) -> tuple[Tensor, ...]:

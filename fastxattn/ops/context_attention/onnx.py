@@ -100,7 +100,7 @@ def translate(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, sc
     return out, lse, lse  # the third result only serves a backward pass
 
 
-TRANSLATIONS = {f"context_attention_{backend}": translate for backend in ("cpu", "triton")}
+TRANSLATIONS = {"context_attention_cpu": translate}
 
 
 def bodies():
