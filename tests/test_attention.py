@@ -72,9 +72,9 @@ def test_unseen_rows_may_hold_infinity(run, name):
 def test_nan_in_a_valid_row_stays_in_rows_that_see_it(run, name, where):
     """Non-finite results in exactly the places where the reference has them, forward and backward."""
     problem = BY_NAME[name].problem(torch.float32)
-    rows = {"query": 40, "key": 70, "value": 70}
+    seen = contract.rows_in_use(problem)[where != "query"].nonzero()[:, 0]
     t = getattr(problem, where).clone()
-    t[rows[where], 1, 2] = float("nan")
+    t[seen[len(seen) // 2], min(1, t.shape[1] - 1), 2] = float("nan")
     problem = problem._replace(**{where: t})
     found = contract.results(run, problem)
     wanted = contract.results(contract.run_reference, contract.in_float64(problem))
@@ -172,7 +172,7 @@ def test_dropout_mask_is_the_same_on_every_backend(seed):
     plain = dispatch.run("reference", problem._replace(dropout_p=0.0, dropout_seed=None))
     for backend in BACKENDS:
         out, lse = runner(backend)(problem)
-        torch.testing.assert_close(lse, plain[1], msg="dropout must not change lse")
+        torch.testing.assert_close(lse.float(), plain[1], msg="dropout must not change lse")
         row = 0
         for n, m in zip(lengths_q, lengths_k, strict=True):
             mask = keep_mask(torch.arange(row, row + n), torch.arange(m), heads, p, torch.tensor([seed]))
