@@ -34,8 +34,11 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cuh' 'csrc/*.cu')
 	$(VENV)/bin/mypy
 
+# Triton decides at import whether its interpreter runs, so those tests have a process of their own.
+INTERPRETED := tests/test_attention_triton.py tests/test_importance.py tests/test_bidirectional.py
 test: lint native
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(INTERPRETED)) tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(INTERPRETED)
 
 bench: $(VENV)/.test native
 	$(PY) -m fastxattn bench

@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fastxattn"
 LAYERS = (
     ("fastxattn.runtime",),
     ("fastxattn.ops", "fastxattn.packed"),
-    ("fastxattn.testing",),
-    ("fastxattn.nn",),
+    ("fastxattn.testing", "fastxattn.bench"),
     ("fastxattn.distributed",),
+    ("fastxattn.nn",),
     ("fastxattn.integrations",),
     ("fastxattn.export",),
-    ("fastxattn.bench", "fastxattn.demo"),
+    ("fastxattn.demo", "fastxattn.search"),
     ("fastxattn.cli",),
 )
 

@@ -29,8 +29,8 @@ def test_the_fastest_candidate_is_kept_and_read_back(cache):
     best = tuning.tune("attention.forward.plain.64", [(128, 128, 8, 2), *seconds], measure, "cpu")
     assert best == (32, 32, 4, 1)
     device = torch.device("cpu")
-    assert tuning.tuned("attention", "forward", "plain", 64, device) == config.Tile(32, 32, 4, 1)
-    assert tuning.tuned("attention", "forward", "plain", 128, device) is None
+    assert tuning.tuned("attention", "forward", "plain", 64, device, config.Tile) == config.Tile(32, 32, 4, 1)
+    assert tuning.tuned("attention", "forward", "plain", 128, device, config.Tile) is None
     tuning.tune("attention.forward.plain.128", seconds, measure, "another card")
     assert set(json.loads(cache.read_text())) == {"cpu", "another card"}
 
@@ -49,7 +49,7 @@ def test_a_broken_cache_is_ignored_with_a_warning(cache, content):
     cache.parent.mkdir(parents=True)
     cache.write_text(content)
     with pytest.warns(UserWarning, match="ignoring the tuning cache"):
-        assert tuning.tuned("attention", "forward", "plain", 64, torch.device("cpu")) is None
+        assert tuning.tuned("attention", "forward", "plain", 64, torch.device("cpu"), config.Tile) is None
 
 
 def test_every_problem_has_a_tile():

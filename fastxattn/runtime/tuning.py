@@ -49,16 +49,12 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
 
 
-def tuned(op: str, kernel: str, kind: str, dim: int, device: torch.device) -> Any:
-    """The tile this machine was tuned to, or None."""
+def tuned(op: str, kernel: str, kind: str, dim: int, device: torch.device, tile: Callable[..., Any]) -> Any:
+    """The tile this machine was tuned to, made by ``tile(block_m, block_n, warps, stages)``, or None."""
     if not _cache():
         return None
     found = _cache().get(_device_name(device), {}).get(f"{op}.{kernel}.{kind}.{dim}")
-    if found is None:
-        return None
-    from fastxattn.ops.attention.triton.config import Tile
-
-    return Tile(*found)
+    return tile(*found) if found is not None else None
 
 
 def tune(

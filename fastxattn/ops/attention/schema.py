@@ -58,7 +58,8 @@ def _fake_forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     if (reason := native.cpu_library().reason) is not None:
         raise RuntimeError(f"attention: the cpu backend cannot be traced: {reason}")
     out, lse = _fake_forward(*arguments)
-    return out, lse.double()
+    # An ONNX graph holds our operator's node, which returns float32.
+    return out, lse if torch.onnx.is_in_onnx_export() else lse.double()
 
 
 def _fake_backward(

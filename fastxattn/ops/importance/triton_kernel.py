@@ -89,7 +89,7 @@ def importance(
 def tile_for(query: Tensor, dim: int) -> Tile:
     """The tuned tile, or the shipped one."""
     kind, table = ("half", _HALF) if query.element_size() == 2 else ("single", _SINGLE)
-    return tuning.tuned("importance", "importance", kind, dim, query.device) or table[dim]
+    return tuning.tuned("importance", "importance", kind, dim, query.device, Tile) or table[dim]
 
 
 def launch(problem: ImportanceProblem) -> Tensor:

@@ -67,7 +67,9 @@ class Launch:
         p = self.problem
         rich = any(t is not None for t in (p.kv_range, p.key_bias, p.bias, p.dropout_seed))
         kind, dim = config.kind_of(p.query.element_size(), rich), max(*self.dims)
-        return tuning.tuned("attention", kernel, kind, dim, p.query.device) or config.pick(kernel, kind, dim)
+        return tuning.tuned("attention", kernel, kind, dim, p.query.device, config.Tile) or config.pick(
+            kernel, kind, dim
+        )
 
     def runtime(self) -> dict[str, Any]:
         """Arguments of every kernel that reads queries and keys."""
