@@ -8,9 +8,9 @@ Measured against a float64 reference on the rounded inputs, with plain PyTorch i
 The second terms are what rounding the result alone costs in that dtype: without them a case in which eager happens
 to be exact (one key, all zeros) would ask for bitwise equality.
 
-The factor 2.0 is a known miss, not a preference: 1.25 is what is asked for. A fused backward forms dP - delta with delta
-from the rounded output, where eager's softmax gradient sums P dP itself and its error cancels; in float32, where nothing
-else is rounded, mean errors of 1.3 to 1.9 times eager's were measured (docs/performance/attention.md).
+The factor 2.0 is a known miss, not a preference: 1.25 is what is asked for. A fused backward forms dP - delta with
+delta from the rounded output, where eager's softmax gradient sums P dP itself and its error cancels; in float32, where
+nothing else is rounded, mean errors of 1.3 to 1.9 times eager's were measured (docs/performance/attention.md).
 """
 
 from __future__ import annotations
