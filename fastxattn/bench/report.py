@@ -44,7 +44,8 @@ def markdown_table(records: Sequence[Record], provider: str) -> str:
         theirs = [r for r in group if r.provider == r.rival]
         if ours and theirs:
             a, b = ours[0], theirs[0]
-            times = f"{b.provider} | {b.median_ms:.3g} | {a.median_ms:.3g} | {a.ratio:.2f}x"
+            ours_ms = f"{a.median_ms:.3g} | {a.ratio:.2f}x" if a.gate == "ok" else "- | outside its error budget"
+            times = f"{b.provider} | {b.median_ms:.3g} | {ours_ms}"
             lines.append(f"| {case} | {direction} | {dtype} | {times} |")
     return "\n".join(lines) + "\n"
 
