@@ -4,10 +4,11 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint native bench bench-full gpu clean
+.PHONY: help demo test test-interpreted lint native bench bench-full gpu clean
 help:
 	@echo "make demo         the main job on real input: BLIP-2's Q-Former, eager against fastxattn (build/demo/)"
 	@echo "make test         lint, types and every test"
+	@echo "make test-interpreted  the Triton kernels in Triton's interpreter"
 	@echo "make bench        CPU benchmarks to benchmarks/results/*.csv, tables and charts"
 	@echo "make gpu          everything a GPU proves, on a machine that has one"
 	@echo "make clean        remove build products and the virtual environment"
@@ -34,10 +35,13 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cuh' 'csrc/*.cu')
 	$(VENV)/bin/mypy
 
-# Triton decides at import whether its interpreter runs, so those tests have a process of their own.
+# Triton decides at import whether its interpreter runs, so those tests have a process, and being slow a target, of
+# their own.
 INTERPRETED := tests/test_attention_triton.py tests/test_importance.py tests/test_bidirectional.py
 test: lint native
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(INTERPRETED)) tests
+
+test-interpreted: native
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(INTERPRETED)
 
 bench: $(VENV)/.test native
