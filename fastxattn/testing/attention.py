@@ -271,7 +271,7 @@ def rows_in_use(problem: Problem) -> tuple[Tensor, Tensor]:
 def check_unseen(run: Run, problem: Problem, junk: float = float("nan"), *, backward: bool = True) -> None:
     """Rows nobody sees may hold anything: nothing of it reaches a result, and their gradients are 0.
 
-    Out and lse are bitwise those of other contents. Gradients may be summed in another order where a panel holds NaN.
+    Sums may be taken in another order where a panel holds NaN: equal up to a few units in the last place.
     """
     seen_q, seen_k = rows_in_use(problem)
     clean = results(run, problem, backward=backward)
@@ -282,12 +282,10 @@ def check_unseen(run: Run, problem: Problem, junk: float = float("nan"), *, back
             dirty[name] = torch.where(seen.reshape(-1, *(1,) * (t.ndim - 1)), t, junk)
     soiled = results(run, problem._replace(**dirty), backward=backward)  # type: ignore[arg-type]
     for name, t in soiled.items():
+        kept = clean[name][clean[name].isfinite()]
+        slack = 8 * torch.finfo(t.dtype).eps * float(kept.abs().max()) if kept.numel() else 0.0
         where = f"{name} depends on rows that nobody sees"
-        if name in ("out", "lse"):
-            assert torch.equal(t, clean[name]), where
-        else:
-            slack = 8 * torch.finfo(t.dtype).eps * float(clean[name].abs().max())
-            torch.testing.assert_close(t, clean[name], rtol=0, atol=slack, msg=where)
+        torch.testing.assert_close(t, clean[name], rtol=0, atol=slack, msg=where)
     assert not clean["out"][~seen_q].any()
     assert (clean["lse"][:, ~seen_q] == -torch.inf).all()
     for name, seen in (("query", seen_q), ("key", seen_k), ("value", seen_k), ("key_bias", seen_k)):
