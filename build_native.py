@@ -3,6 +3,7 @@
 A file's instruction set is read off its name (``*_avx512bf16.cpp`` gets the AVX-512-BF16 flags), files are
 compiled in parallel, and objects are kept in build/ with their dependency files, so that a second build only
 compiles what changed. New kernels need no entry here: every csrc/<op>/*.cpp is found by name.
+FASTXATTN_BUILD_ISAS=avx2 builds that instruction set and the generic one alone: quicker while working on a kernel.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Toolchain:
             isas = ("neon",)
         else:
             isas = ()
+        if chosen := os.environ.get("FASTXATTN_BUILD_ISAS"):
+            isas = tuple(isa for isa in isas if isa in chosen.split(","))
         return Toolchain(cxx, machine, isas)
 
     def have_macros(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 
 import pytest
@@ -134,7 +135,8 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     if scenario == "dying":
         dying(rank, world)
-        return
+        # gloo's threads sometimes abort the process at teardown once a peer has vanished; the error is what is tested.
+        os._exit(0)
     losses(rank, world)
     cached(rank, world)
     attention(rank, world)
