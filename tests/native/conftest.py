@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -39,3 +40,19 @@ def native() -> ModuleType:
 def sanitized_module_dir() -> Path:
     """Where the module built with AddressSanitizer and UBSan lies."""
     return build(ROOT / "build/test-module-asan", sanitize=True).parent
+
+
+@pytest.fixture(scope="session")
+def simt() -> Any:
+    """The CUDA kernels under the SIMT runner; see simt/README.md."""
+    sys.path.insert(0, str(ROOT))
+    from simt.build import load
+
+    import build_native
+
+    try:
+        return load()
+    except build_native.NativeBuildError as error:
+        if "no C++ compiler" in str(error):
+            pytest.skip(str(error))
+        raise
