@@ -113,6 +113,7 @@ inline bool all(bool v) { return detail::vote<2>("all", v) == 0xffffffffu; }
 inline int popcount(uint32_t v) { return std::popcount(v); }
 inline int count_leading_zeros(uint32_t v) { return std::countl_zero(v); }
 inline int find_first(uint32_t v) { return v == 0 ? 0 : std::countr_zero(v) + 1; }
+inline int find_first_64(uint64_t v) { return v == 0 ? 0 : std::countr_zero(v) + 1; }
 
 inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_of(uint32_t x) { return std::bit_cast<float>(x); }
@@ -376,6 +377,7 @@ inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::c
 inline float fast_exp2(float x) { return detail::flush(std::exp2(detail::flush(x))); }
 inline float fast_log2(float x) { return std::log2(detail::flush(x)); }
 inline float fast_reciprocal(float x) { return detail::flush(1.0f / detail::flush(x)); }
+inline float accurate_log(float x) { return std::log(x); }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 template <class V>
 V maximum(V a, V b) {
