@@ -24,7 +24,7 @@ constexpr int backward_shared_bytes() {
 }
 
 // delta = sum(grad_out * out) - grad_lse of every row and head, 0 in rows that see nothing: what grad_out holds there
-// must not matter. One warp each, blocks of 128 threads.
+// must not matter. One warp each, blocks of 128 threads. Not for float32.
 template <class T>
 FXA_KERNEL(128, 1)
 attention_delta_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS AttentionKernelGradients g) {
@@ -68,6 +68,7 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
   bool there[2];
   Range range[2];
   float lse[2], delta[2];
+  [[maybe_unused]] float grad_lse[2], norm[2] = {0.0f, 0.0f}, inverse[2] = {1.0f, 1.0f};
   FXA_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int i = warp_row + lane_index() / 4 + 8 * half;
@@ -78,7 +79,12 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
     const int64_t place = static_cast<int64_t>(my_head[half]) * p.rows_q + my_row[half];
     const float x = load_global(p.lse + place);
     lse[half] = x == -kInfinity ? kInfinity : x * kUnit<T>;  // no weight at all
-    delta[half] = load_global(g.delta + place);
+    if constexpr (kExact) {
+      delta[half] = 0.0f;
+      grad_lse[half] = g.grad_lse != nullptr ? load_global(g.grad_lse + place) : 0.0f;
+    } else {
+      delta[half] = load_global(g.delta + place);
+    }
   }
   Window window{0, theirs.count, 0, theirs.count};
   if constexpr (Rich) window = find_window(scratch, range, there, theirs.count);
@@ -110,10 +116,12 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
       return a;
     };
   };
-  float acc[D / 8][4] = {}, norm[2] = {0.0f, 0.0f};
-  int stage = 0;
+  float acc[D / 8][4] = {};
+  const int tiles = low < high ? (high - low + Keys - 1) / Keys : 0;
+  const int steps = kExact && g.grad_query != nullptr ? 2 * tiles : tiles;
   FXA_NO_UNROLL
-  for (int first = low; first < high; first += Keys, stage ^= 1) {
+  for (int step = 0; step < steps; ++step) {
+    const int stage = step & 1, first = low + step % tiles * Keys;
     const Shared<T> keys = key_tiles.at(stage * Keys * D);
     const bool whole = Rich ? first >= window.all_low && first + Keys <= window.all_high : first + Keys <= theirs.count;
     cp_async_wait<0>();
@@ -123,7 +131,7 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
     } else {
       sync_threads();
     }
-    if (first + Keys < high) load_keys(first + Keys, stage ^ 1);
+    if (step + 1 < steps) load_keys(low + (step + 1) % tiles * Keys, stage ^ 1);
     if (!active) continue;
     float s[Keys / 8][4] = {}, ds[Keys / 8][4] = {}, slope[Rich ? Keys / 8 : 1][4];
     multiply_rows<T, D, Keys>(s, operand_of(queries), keys);
@@ -136,12 +144,30 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
     for (int i = 0; i < Keys / 2; ++i) {
       const int n = i / 4, e = i % 4, half = e / 2, key = first + column_of(n, e);
       const float factor = Rich ? 1.0f : p.scale * kUnit<T>;
+      const bool seen = Rich ? range[half].sees(key) : key < theirs.count;
       float weight = power<T>(fused(s[n][e], factor, -lse[half]));
+      if constexpr (kExact) {
+        if (step < tiles) {
+          norm[half] += seen ? weight : 0.0f;
+          delta[half] += seen ? weight * ds[n][e] : 0.0f;
+          continue;
+        }
+        weight *= inverse[half];
+      }
       float grad = weight * (ds[n][e] - delta[half]);
       if constexpr (Rich) grad *= slope[n][e];
-      const bool seen = Rich ? range[half].sees(key) : key < theirs.count;
       ds[n][e] = seen ? grad : 0.0f;
-      if constexpr (kExact) norm[half] += seen ? weight : 0.0f;
+    }
+    if (kExact && step < tiles) {
+      if (step < tiles - 1) continue;
+      FXA_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float total = quad_sum(norm[half]), dot = quad_sum(delta[half]);
+        norm[half] = total == 0.0f ? 1.0f : total;
+        inverse[half] = 1.0f / norm[half];
+        delta[half] = total == 0.0f ? 0.0f : dot * inverse[half] - grad_lse[half];
+      }
+      continue;
     }
     if (Rich && bad) {
       multiply_depth_guarded<T, D, Keys, D>(acc, ds, keys, bad_rows<T, D, Keys>(keys),
@@ -153,18 +179,15 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
   if (!active) return;
   FXA_UNROLL
   for (int half = 0; half < 2; ++half) {
-    float total = 1.0f;
-    if constexpr (kExact) {
-      total = quad_sum(norm[half]);
-      if (total == 0.0f) total = 1.0f;
-    }
     if (!there[half]) continue;
+    const int64_t place = static_cast<int64_t>(my_head[half]) * p.rows_q + my_row[half];
     if (kExact && lane_index() % 4 == 0) {
-      store_global(g.norm + static_cast<int64_t>(my_head[half]) * p.rows_q + my_row[half], total);
+      store_global(g.norm + place, tiles == 0 ? 1.0f : norm[half]);
+      store_global(g.delta + place, delta[half]);
     }
     if (g.grad_query == nullptr) continue;
-    const int64_t place = (static_cast<int64_t>(my_row[half]) * heads + my_head[half]) * p.head_dim;
-    store_row(static_cast<T*>(g.grad_query) + place, acc, half, p.scale / total, p.head_dim);
+    const int64_t item = static_cast<int64_t>(my_row[half]) * heads + my_head[half];
+    store_row(static_cast<T*>(g.grad_query) + item * p.head_dim, acc, half, p.scale, p.head_dim);
   }
 }
 

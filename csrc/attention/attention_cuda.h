@@ -52,8 +52,8 @@ struct AttentionKernelGradients {
   const void* grad_out = nullptr;               // (rows_q, heads, value_dim)
   int64_t grad_out_row = 0, grad_out_head = 0;  // its strides
   const float* grad_lse = nullptr;              // (heads, rows_q) contiguous, null: zero
-  // Between the kernels, both (heads, rows_q): sum(grad_out * out) - grad_lse, and for float32 the sum of the weights
-  // as recomputed from the rounded lse, by which they are divided.
+  // Between the kernels, both (heads, rows_q): sum(P dP) - grad_lse, and for float32 the sum of the weights as
+  // recomputed from the rounded lse, by which they are divided.
   float* delta = nullptr;
   float* norm = nullptr;
   // Results, contiguous, null: not asked for. Those of keys are by slot: several slots may stand for one row.

@@ -49,7 +49,9 @@ void run_forward(const AttentionKernelParams& p, Launch launch) {
 
 template <class T, class Launch>
 void run_backward(const AttentionKernelParams& p, const AttentionKernelGradients& g, Launch launch) {
-  launch(attention_delta_kernel<T>, (static_cast<int64_t>(p.rows_q) * p.kv_heads * p.group + 3) / 4, 1, 128, 0, p, g);
+  if constexpr (sizeof(T) != 4) {
+    launch(attention_delta_kernel<T>, (static_cast<int64_t>(p.rows_q) * p.kv_heads * p.group + 3) / 4, 1, 128, 0, p, g);
+  }
   with_dim(widest(p), [&](auto dim) {
     with_flag(is_rich(p), [&](auto rich) {
       constexpr bool exact = sizeof(T) == 4;

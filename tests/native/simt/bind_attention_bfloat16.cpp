@@ -2,5 +2,4 @@
 
 namespace fastxattn::simt {
 FXA_SIMT_BIND(attention_bfloat16) { return attention_forward<bf16_t>(a); }
-FXA_SIMT_BIND(attention_backward_bfloat16) { return attention_backward<bf16_t>(a); }
 }  // namespace fastxattn::simt

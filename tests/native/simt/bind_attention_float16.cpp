@@ -2,5 +2,4 @@
 
 namespace fastxattn::simt {
 FXA_SIMT_BIND(attention_float16) { return attention_forward<f16_t>(a); }
-FXA_SIMT_BIND(attention_backward_float16) { return attention_backward<f16_t>(a); }
 }  // namespace fastxattn::simt

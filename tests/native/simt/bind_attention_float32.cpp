@@ -2,5 +2,4 @@
 
 namespace fastxattn::simt {
 FXA_SIMT_BIND(attention_float32) { return attention_forward<float>(a); }
-FXA_SIMT_BIND(attention_backward_float32) { return attention_backward<float>(a); }
 }  // namespace fastxattn::simt
