@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 import fastxattn
+from fastxattn.runtime import native
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 STATE = ROOT / "build/gpu-state.json"
 Provider = Callable[[], object]
-TESTS = ("tests/test_attention_triton.py", "tests/test_importance.py")
+TESTS = ("tests/test_attention_triton.py", "tests/test_attention_cuda.py", "tests/test_importance.py")
 
 
 def lengths(low: int, high: int, batch: int, seed: int) -> list[int]:
@@ -56,6 +57,8 @@ def providers(q: Tensor, k: Tensor, v: Tensor, of_q: list[int], of_k: list[int])
     ways: dict[str, Provider] = {
         "fastxattn triton": lambda: fastxattn.varlen_cross_attention(q, k, v, cu_q, cu_k, backend="triton")
     }
+    if native.cuda_library().reason is None:
+        ways["fastxattn cuda"] = lambda: fastxattn.varlen_cross_attention(q, k, v, cu_q, cu_k, backend="cuda")
     try:
         from torch.nn.attention.varlen import varlen_attn
 

@@ -15,10 +15,12 @@ from fastxattn.testing import attention as contract
 CASES = {case.name: case for case in contract.ATTENTION_CASES if case.bias is None and not case.dropout_p}
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)
+WIDE = ("dims_129_200", "dims_256_256")  # beyond what float32 is compiled for
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, d) for n in CASES for d in DTYPES if d != torch.float32 or n not in WIDE], ids=str
+)
 def test_results_are_inside_the_error_budget(simt: Simt, name: str, dtype: torch.dtype) -> None:
     contract.check_budget(runs_on(simt), CASES[name].problem(dtype))
 
@@ -90,8 +92,11 @@ def test_unaligned_rows_are_read_piecewise(simt: Simt) -> None:
         assert torch.equal(t, expected[name]), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(n, d) for n in (32, 64, 128, 256) for d in DTYPES if d != torch.float32 or n <= 128],
+    ids=str,
+)
 def test_shared_memory_has_no_bank_conflicts(simt: Simt, dtype: torch.dtype, head_dim: int) -> None:
     """Tiles are written and read without a conflict, by every kernel."""
     case = contract.AttentionCase("", (64,), (80,), heads=1, kv_heads=1, head_dim=head_dim, value_dim=head_dim)
