@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a device keep the attention contract. The runner of tests/native executes them without one."""
+"""The CUDA C++ kernels on a device keep the attention contract; tests/native executes them without one."""
 
 import pytest
 import torch
