@@ -39,7 +39,7 @@ def merge(b_best, b_at, b_new, b_new_at, smooth, SMOOTH: tl.constexpr):
         b_safe = tl.where(b_top == LOWEST, 0.0, b_top)
         b_sum = b_at * tl.exp((b_best - b_safe) / smooth) + b_new_at * tl.exp((b_new - b_safe) / smooth)
         return b_top, b_sum
-    else:  # noqa: RET505  (what follows a constant condition would be compiled too)
+    else:  # what follows a constant condition would be compiled too
         m_better = (b_new > b_best) | ((b_new != b_new) & (b_best == b_best)) | (b_at < 0)
         m_better = m_better & (b_new_at >= 0)
         return tl.where(m_better, b_new, b_best), tl.where(m_better, b_new_at, b_at)
@@ -52,7 +52,7 @@ def best_of(b_s, m_s, o_place, smooth, SMOOTH: tl.constexpr, AXIS: tl.constexpr)
         b_top = tl.max(tl.where(m_s, b_s, LOWEST), AXIS)
         b_safe = tl.where(b_top == LOWEST, 0.0, b_top)
         return b_top, tl.sum(tl.where(m_s, tl.exp((b_s - tl.expand_dims(b_safe, AXIS)) / smooth), 0.0), AXIS)
-    else:  # noqa: RET505
+    else:
         return best_along(b_s, m_s, o_place, AXIS)
 
 
@@ -62,7 +62,7 @@ def finished(b_best, b_at, smooth, SMOOTH: tl.constexpr):
     if SMOOTH:
         b_score = tl.where(b_at == 0.0, LOWEST, b_best + smooth * tl.log(b_at))
         return tl.where(b_score == LOWEST, 0.0, b_score), b_score
-    else:  # noqa: RET505
+    else:
         return tl.where(b_at < 0, 0.0, b_best), b_at
 
 
@@ -128,7 +128,7 @@ def weights_of(
     if SMOOTH:
         b_score = tl.load(p_best + o_best, mask=m_pair, other=0.0)
         return tl.where(m_pair, b_grad * tl.exp((b_s - b_score) / smooth), 0.0)
-    else:  # noqa: RET505
+    else:
         b_at = tl.load(p_best + o_best, mask=m_pair, other=-1)
         return tl.where(m_pair & (b_at == o_other - b_start_other), b_grad, 0.0)
 
