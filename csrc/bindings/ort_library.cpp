@@ -1,7 +1,7 @@
 // The operator library for ONNX Runtime: `session_options.register_custom_ops_library(libfastxattn_ort.so)`.
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <mutex>
 
 #include "bindings/ort_op.h"
 
@@ -13,14 +13,6 @@ struct Entry : CustomOp {
   const Spec* spec;
   DType dtype;
   bool shape_references;
-};
-
-// A node: its attributes, read once.
-struct Node {
-  const Api* api;
-  const Entry* entry;
-  std::array<float, 4> floats{};
-  std::array<int64_t, 4> integers{};
 };
 
 const Entry& entry_of(const CustomOp* op) { return *static_cast<const Entry*>(op); }
@@ -45,38 +37,61 @@ T attribute_or(const Api* api, const KernelInfo* info, const char* name, T fallb
   return fallback;
 }
 
-Status* create(const CustomOp* op, const Api* api, const KernelInfo* info, void** kernel) {
-  auto node = std::make_unique<Node>();
-  node->api = api;
-  node->entry = &entry_of(op);
-  const Spec& spec = *node->entry->spec;
-  for (size_t i = 0; i < spec.floats.size(); ++i)
-    node->floats[i] = attribute_or(api, info, spec.floats[i].first, spec.floats[i].second);
-  for (size_t i = 0; i < spec.integers.size(); ++i)
-    node->integers[i] = attribute_or(api, info, spec.integers[i].first, spec.integers[i].second);
-  *kernel = node.release();
-  return nullptr;
+// Whether an optional input is an empty constant, which is how a file says that it is absent.
+bool is_absent(const Node& node, const KernelInfo* info, size_t index) {
+  int constant = 0;
+  const Value* value = nullptr;
+  Status* status = node.api->constant_input(info, index, &constant, &value);
+  if (status != nullptr) node.api->release_status(status);
+  if (status != nullptr || !constant || value == nullptr) return false;
+  Tensor tensor;
+  tensor.name = node.spec->inputs[index].name;
+  describe(node, value, tensor);
+  return tensor.empty();
 }
 
 // Nothing may be thrown through the runtime's frames: every failure becomes a status.
-Status* compute(void* kernel, KernelContext* context) {
-  const Node& node = *static_cast<const Node*>(kernel);
-  const Spec& spec = *node.entry->spec;
-  const auto who = [&spec] { return std::string("fastxattn::") + spec.name + ": "; };
+template <class F>
+Status* guarded(const Api* api, const Spec& spec, F&& body) {
+  const auto status = [&](ErrorCode code, const char* what) {
+    return api->create_status(code, (std::string("fastxattn::") + spec.name + ": " + what).c_str());
+  };
   try {
-    Call call{node.api,           node.entry->shape_references, context, &spec, node.entry->dtype,
-              node.floats.data(), node.integers.data()};
-    check(node.api, node.api->input_count(context, &call.inputs));
-    check(node.api, node.api->output_count(context, &call.outputs));
-    spec.compute(call);
+    body();
     return nullptr;
   } catch (const BadInput& error) {
-    return node.api->create_status(ErrorCode::invalid_argument, (who() + error.what()).c_str());
+    return status(ErrorCode::invalid_argument, error.what());
   } catch (const std::exception& error) {
-    return node.api->create_status(ErrorCode::runtime_exception, (who() + error.what()).c_str());
+    return status(ErrorCode::runtime_exception, error.what());
   } catch (...) {
-    return node.api->create_status(ErrorCode::fail, (who() + "unknown failure").c_str());
+    return status(ErrorCode::fail, "unknown failure");
   }
+}
+
+Status* create(const CustomOp* op, const Api* api, const KernelInfo* info, void** kernel) {
+  const Entry& entry = entry_of(op);
+  const Spec& spec = *entry.spec;
+  return guarded(api, spec, [&] {
+    auto node = std::make_unique<Node>(Node{api, &spec, entry.dtype, entry.shape_references});
+    check(api, api->input_count(info, &node->inputs));
+    check(api, api->output_count(info, &node->outputs));
+    for (size_t i = 0; i < spec.floats.size(); ++i)
+      node->floats[i] = attribute_or(api, info, spec.floats[i].first, spec.floats[i].second);
+    for (size_t i = 0; i < spec.integers.size(); ++i)
+      node->integers[i] = attribute_or(api, info, spec.integers[i].first, spec.integers[i].second);
+    for (size_t i = 0; i < std::min(node->inputs, spec.inputs.size()); ++i) {
+      if (!spec.inputs[i].required && is_absent(*node, info, i)) node->absent |= uint32_t{1} << i;
+    }
+    *kernel = node.release();
+  });
+}
+
+Status* compute(void* kernel, KernelContext* context) {
+  const Node& node = *static_cast<const Node*>(kernel);
+  return guarded(node.api, *node.spec, [&] {
+    Call call{node, context};
+    node.spec->compute(call);
+  });
 }
 
 Entry make_entry(const Spec& spec, DType dtype, bool shape_references) {
