@@ -61,7 +61,7 @@ def sort_stable(self, stable=True, dim=-1, descending=False):
 
 
 def repeat_interleave(self, repeats, dim=None, output_size=None):
-    """Each entry along ``dim`` a number of times. onnxscript's own repeats the axis before it when the number is open."""
+    """Each entry along ``dim`` a number of times; onnxscript's own repeats another axis when the number is open."""
     if dim is None:
         self, dim = op.Reshape(self, op.Constant(value_ints=[-1])), 0
     rank = len(self.shape)
