@@ -133,9 +133,11 @@ class FlamingoBlock(nn.Module):
     def __init__(self, small: bool) -> None:
         super().__init__()
         width, vision = (64, 48) if small else (4096, 1280)
-        config = hf.IdeficsConfig(hidden_size=width, intermediate_size=128 if small else 11008, vocab_size=32,
-                                  num_attention_heads=4 if small else 32, alpha_initializer="ones",
-                                  vision_config={"embed_dim": vision}, qk_layer_norms=True, attn_implementation="sdpa")  # fmt: skip
+        config = hf.IdeficsConfig(
+            hidden_size=width, intermediate_size=128 if small else 11008, vocab_size=32,
+            num_attention_heads=4 if small else 32, alpha_initializer="ones", vision_config={"embed_dim": vision},
+            qk_layer_norms=True, attn_implementation="sdpa",
+        )  # fmt: skip
         self.layer = hf.models.idefics.modeling_idefics.IdeficsGatedCrossAttentionLayer(config, 0)
 
     def forward(self, text: Tensor, image: Tensor, sees: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 // fastxattn::Attention and fastxattn::KeyImportance for ONNX Runtime: the torch operators' arguments, without dropout.
-#include "attention/attention.h"
+#include "bindings/ort_attention.h"
+
 #include "attention/attention_check.h"
-#include "bindings/ort_op.h"
 #include "importance/importance.h"
 
 namespace fastxattn::ort {
@@ -94,13 +94,7 @@ AttentionContent check_content(const AttentionParams& p) {
 }
 
 void compute(Call& call) {
-  AttentionParams p;
-  p.dtype = call.node.dtype;
-  set_rows(p, call.input(0), call.input(1), call.input(2));
-  set_slots(p, call, 3);
-  set_key_bias(p, call.input(10));
-  set_bias(p, call.input(11));
-  set_numbers(p, call);
+  AttentionParams p = attention_problem(call);
   const AttentionContent content = check_content(p);
   p.out = call.output(0, {p.rows_q, p.heads, p.value_dim});
   p.lse = static_cast<float*>(call.output(1, {p.heads, p.rows_q}));
@@ -136,6 +130,17 @@ void compute_importance(Call& call) {
 }
 
 }  // namespace
+
+AttentionParams attention_problem(const Call& call) {
+  AttentionParams p;
+  p.dtype = call.node.dtype;
+  set_rows(p, call.input(0), call.input(1), call.input(2));
+  set_slots(p, call, 3);
+  set_key_bias(p, call.input(10));
+  set_bias(p, call.input(11));
+  set_numbers(p, call);
+  return p;
+}
 
 // The inputs that attention and importance share after their first three.
 static std::vector<Argument> with_slots(std::vector<Argument> first, std::vector<Argument> last) {

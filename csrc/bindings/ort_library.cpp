@@ -101,7 +101,7 @@ Entry make_entry(const Spec& spec, DType dtype, bool shape_references) {
   e.dtype = dtype;
   e.shape_references = shape_references;
   e.name = [](const CustomOp* op) { return entry_of(op).spec->name; };
-  e.execution_provider = [](const CustomOp*) -> const char* { return nullptr; };
+  e.execution_provider = [](const CustomOp* op) { return entry_of(op).spec->provider; };
   e.input_type = [](const CustomOp* op, size_t i) {
     return element_type(entry_of(op).spec->inputs[i].kind, entry_of(op).dtype);
   };
@@ -129,7 +129,11 @@ Entry make_entry(const Spec& spec, DType dtype, bool shape_references) {
 const std::vector<Entry>& entries(bool shape_references) {
   static const std::vector<Entry> all = [shape_references] {
     std::vector<Entry> list;
-    for (const Spec* spec : {&attention_spec(), &importance_spec(), &context_attention_spec(), &select_spec()}) {
+    std::vector<const Spec*> specs{&attention_spec(), &importance_spec(), &context_attention_spec(), &select_spec()};
+#ifdef FXA_ORT_CUDA
+    specs.push_back(&attention_cuda_spec());
+#endif
+    for (const Spec* spec : specs) {
       bool typed = false;
       for (const Argument& input : spec->inputs) typed = typed || input.kind == Kind::tensor;
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {

@@ -67,6 +67,7 @@ struct Spec {
   std::vector<std::pair<const char*, float>> floats;  // attributes and what they are when absent
   std::vector<std::pair<const char*, int64_t>> integers;
   void (*compute)(Call&);
+  const char* provider = nullptr;  // null: the CPU's
 };
 
 // What is known of a node before it runs, so that a run need not ask.
@@ -118,5 +119,6 @@ const Spec& attention_spec();
 const Spec& importance_spec();
 const Spec& context_attention_spec();
 const Spec& select_spec();
+const Spec& attention_cuda_spec();  // in the CUDA twin of the library only
 
 }  // namespace fastxattn::ort
