@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 import fastxattn
 from fastxattn.packed import PackedTokens
@@ -108,7 +111,7 @@ class ProjectAndPrune(nn.Module):
             for width, (part, kind) in zip(widths, kinds.items(), strict=True)
         }
         config = hf.LlavaConfig(**towers)
-        self.projector = hf.models.llava.modeling_llava.LlavaMultiModalProjector(config)
+        self.projector = LlavaMultiModalProjector(config)
         self.pruner = fastxattn.nn.TokenPruner(0.5, strategy="norm", protected=1)
 
     def forward(self, image: PackedTokens) -> dict[str, Tensor]:
@@ -134,17 +137,20 @@ class FlamingoBlock(nn.Module):
         super().__init__()
         width, vision = (64, 48) if small else (4096, 1280)
         config = hf.IdeficsConfig(
-            hidden_size=width, intermediate_size=128 if small else 11008, vocab_size=32,
-            num_attention_heads=4 if small else 32, alpha_initializer="ones", vision_config={"embed_dim": vision},
-            qk_layer_norms=True, attn_implementation="sdpa",
+            hidden_size=width, intermediate_size=128 if small else 11008, vocab_size=32, num_hidden_layers=1,
+            num_attention_heads=4 if small else 32, alpha_initializer="ones", cross_layer_interval=1,
+            vision_config={"embed_dim": vision, "num_hidden_layers": 1, "num_attention_heads": 4},
+            qk_layer_norms=True, additional_vocab_size=0,
         )  # fmt: skip
-        self.layer = hf.models.idefics.modeling_idefics.IdeficsGatedCrossAttentionLayer(config, 0)
+        # The attention implementation is a matter of the whole model, of which one layer is exported.
+        self.model = hf.IdeficsModel(config)
 
     def forward(self, text: Tensor, image: Tensor, sees: Tensor) -> Tensor:
         """text (batch, Lt, width), image (batch, Li, vision width), sees (batch, Lt, Li) boolean."""
         mask = (~sees[:, None]).to(text.dtype) * torch.finfo(text.dtype).min
         gate = sees.any(-1).to(text.dtype)
-        out: Tensor = self.layer(text, None, image, image_attention_mask=mask, cross_attention_gate=gate)
+        layer = self.model.gated_cross_attn_layers[0]
+        out: Tensor = layer(text, None, image, image_attention_mask=mask, cross_attention_gate=gate)
         return out
 
 
@@ -166,7 +172,7 @@ def perceiver(small: bool) -> tuple[nn.Module, Inputs]:
     """IDEFICS-1's resampler: 64 latents read 257 image features, 6 layers."""
     width, layers, heads, dim, latents = (32, 1, 4, 8, 5) if small else (1280, 6, 16, 96, 64)
     config = hf.IdeficsConfig(vision_config={"embed_dim": width})
-    module = hf.models.idefics.perceiver.IdeficsPerceiverResampler(config, width, layers, heads, dim, latents)
+    module = IdeficsPerceiverResampler(config, width, layers, heads, dim, latents)
 
     def inputs(batch: int) -> tuple[Tensor]:
         return (torch.randn(batch, 7 if small else 257, width),)
@@ -184,7 +190,7 @@ class WhisperStep(nn.Module):
         tiny |= {"eos_token_id": 2, "decoder_start_token_id": 1}
         base = {"d_model": 512, "decoder_layers": 6, "decoder_attention_heads": 8, "decoder_ffn_dim": 2048}
         self.config = hf.WhisperConfig(**(tiny if small else base))
-        self.decoder = hf.models.whisper.modeling_whisper.WhisperDecoder(self.config)
+        self.decoder = WhisperDecoder(self.config)
 
     def forward(self, token: Tensor, past: Tensor, audio: Tensor) -> dict[str, Tensor]:
         """token (batch, 1); past and audio (layers, 2, batch, heads, length, dim): keys and values.

@@ -1,6 +1,7 @@
 // The operator library for ONNX Runtime: `session_options.register_custom_ops_library(libfastxattn_ort.so)`.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 #include "bindings/ort_op.h"
@@ -153,19 +154,19 @@ const std::vector<Entry>& entries(bool shape_references) {
 extern "C" __attribute__((visibility("default"))) fastxattn::ort::Status* RegisterCustomOps(
     fastxattn::ort::SessionOptions* options, const fastxattn::ort::ApiBase* base) {
   using namespace fastxattn::ort;
-  const Api* api = base->get_api(kApiVersion);
-  if (api == nullptr) {
-    const std::string message =
-        std::string("fastxattn's operators need ONNX Runtime 1.17 or newer; this is ") + base->version_string();
-    return base->get_api(1)->create_status(ErrorCode::not_implemented, message.c_str());
-  }
   // Asking for a version that the runtime lacks makes it print an error, so the version string decides.
   const char* version = base->version_string();
   const int major = std::atoi(version);
-  const char* dot = version;
-  while (*dot != '\0' && *dot != '.') ++dot;
-  const int minor = *dot == '.' ? std::atoi(dot + 1) : 0;
-  const bool references = major > 1 || minor >= static_cast<int>(kShapeReferenceVersion);
+  const char* dot = std::strchr(version, '.');
+  const int minor = dot != nullptr ? std::atoi(dot + 1) : 0;
+  const auto has = [&](uint32_t wanted) { return major > 1 || minor >= static_cast<int>(wanted); };
+  if (!has(kApiVersion)) {
+    const std::string message =
+        std::string("fastxattn's operators need ONNX Runtime 1.17 or newer; this is ") + version;
+    return base->get_api(1)->create_status(ErrorCode::not_implemented, message.c_str());
+  }
+  const Api* api = base->get_api(kApiVersion);
+  const bool references = has(kShapeReferenceVersion);
   OpDomain* domain = nullptr;
   if (Status* status = api->create_custom_op_domain("fastxattn", &domain)) return status;
   for (const auto& entry : entries(references)) {

@@ -90,6 +90,10 @@ def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("fastxattn.export.session.LIBRARY_DIR", tmp_path)
     with pytest.raises(FileNotFoundError, match="pip install --no-build-isolation"):
         export.ort_library_path()
+    with pytest.raises(FileNotFoundError, match="csrc/bindings/cuda/build.py"):
+        export.ort_library_path("cuda")
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda; got 'tpu'"):
+        export.ort_library_path("tpu")
 
 
 def test_the_library_needs_neither_torch_nor_the_runtime() -> None:

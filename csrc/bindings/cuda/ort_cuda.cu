@@ -4,6 +4,15 @@
 #include "attention/attention_cuda.h"
 #include "bindings/ort_attention.h"
 
+namespace fastxattn {
+
+// In the attention_sm80_<dtype>.cu files: launch on a cudaStream_t; the message of what went wrong, or null.
+const char* attention_forward_f32(const AttentionKernelParams& p, void* stream);
+const char* attention_forward_f16(const AttentionKernelParams& p, void* stream);
+const char* attention_forward_bf16(const AttentionKernelParams& p, void* stream);
+
+}  // namespace fastxattn
+
 namespace fastxattn::ort {
 namespace {
 
@@ -81,7 +90,11 @@ void compute(Call& call) {
   fill<<<static_cast<unsigned>((rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p.lse, rows,
                                                                                          -__builtin_inff());
   check_cuda(cudaGetLastError());
-  if (const char* fault = attention_forward_cuda(p, a.dtype, stream)) throw std::runtime_error(fault);
+  if (a.batch == 0 || a.rows_k == 0) return;
+  const auto launch = a.dtype == DType::f32   ? attention_forward_f32
+                      : a.dtype == DType::f16 ? attention_forward_f16
+                                              : attention_forward_bf16;
+  if (const char* fault = launch(p, stream)) throw std::runtime_error(fault);
 }
 
 }  // namespace
