@@ -90,7 +90,7 @@ def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("fastxattn.export.session.LIBRARY_DIR", tmp_path)
     with pytest.raises(FileNotFoundError, match="pip install --no-build-isolation"):
         export.ort_library_path()
-    with pytest.raises(FileNotFoundError, match="csrc/bindings/cuda/build.py"):
+    with pytest.raises(FileNotFoundError, match=r"csrc/bindings/cuda/build\.py"):
         export.ort_library_path("cuda")
     with pytest.raises(ValueError, match="device must be one of cpu, cuda; got 'tpu'"):
         export.ort_library_path("tpu")

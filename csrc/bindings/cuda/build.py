@@ -17,7 +17,7 @@ import build_native as native  # noqa: E402
 
 
 def main(target: Path) -> None:
-    """Compile the kernels for the architectures in FASTXATTN_CUDA_ARCHS (all of ``build_native.CUDA_ARCHS`` by default) and link them with the bindings."""
+    """Compile the kernels for FASTXATTN_CUDA_ARCHS (by default all that the CUDA library has) and link them."""
     tool, nvcc, objects = native.Toolchain.find(), native.find_nvcc(), ROOT / "build/obj-ort-cuda"
     objects.mkdir(parents=True, exist_ok=True)
     archs = tuple(os.environ.get("FASTXATTN_CUDA_ARCHS", "").replace(",", " ").split()) or native.CUDA_ARCHS
