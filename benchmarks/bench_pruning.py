@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fastxattn.bench import Case, Record, Workload, run_cases, timing, write_csv
-from fastxattn.integrations.pruning import encoder_scores, prune
+from fastxattn.integrations.pruning import prune
+from fastxattn.integrations.pruning_encoder import encoder_scores
 from fastxattn.ops.pruning import STRATEGIES, Budget, bipartite, prune_tokens, select
 from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN

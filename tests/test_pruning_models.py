@@ -247,19 +247,3 @@ def test_unsuitable_models_and_settings_are_refused_and_left_alone() -> None:
     with pytest.raises(ValueError, match="model must be"):
         prune(torch.nn.Linear(2, 2), keep=0.5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_the_overlay_picture(tmp_path: Any) -> None:
-    skimage = pytest.importorskip("skimage.data")
-    image = pytest.importorskip("PIL.Image")
-    pytest.importorskip("matplotlib")
-    from fastxattn.ops.pruning.overlay import prune_photo
-
-    photo, out = tmp_path / "photo.png", tmp_path / "kept.png"
-    image.fromarray(skimage.astronaut()).save(photo)
-    assert prune_photo(photo, out, "divprune", 0.25) == (196, 784)
-    assert out.stat().st_size > 10_000
-    with pytest.raises(ValueError, match=r"keep must lie in \(0, 1\]"):
-        prune_photo(photo, out, "norm", 0.0)
-    with pytest.raises(ValueError, match="strategy must be one of"):
-        prune_photo(photo, out, "nope", 0.5)
