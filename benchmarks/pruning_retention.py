@@ -39,7 +39,7 @@ Batch = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 
 # Digits in noise -------------------------------------------------------------------------------------------------
 
-CANVAS, PATCH, AT, STEPS = 80, 8, 2, 1200
+CANVAS, PATCH, AT, STEPS = 80, 8, 2, 1500
 
 
 def digit_batches() -> tuple[Batch, Batch]:
@@ -56,7 +56,7 @@ def digit_batches() -> tuple[Batch, Batch]:
         def batch(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
             chosen = rows[torch.randint(len(rows), (n,), generator=generator)]
             canvas = torch.randn(n, CANVAS, CANVAS, generator=generator) * 0.25
-            corner = torch.randint(0, CANVAS - side + 1, (n, 2), generator=generator)
+            corner = torch.randint(0, (CANVAS - side) // PATCH + 1, (n, 2), generator=generator) * PATCH
             for i, (y, x) in enumerate(corner.tolist()):
                 canvas[i, y : y + side, x : x + side] += 1.5 * images[chosen[i]]
             return canvas[:, None], labels[chosen], chosen
@@ -67,19 +67,19 @@ def digit_batches() -> tuple[Batch, Batch]:
 
 
 def train(batch: Batch, steps: int) -> nn.Module:
-    """A ViT of 4 layers and 96 channels."""
+    """A ViT of 3 layers and 64 channels."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192, image_size=CANVAS,
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=CANVAS,
         patch_size=PATCH, num_channels=1, num_labels=10, hidden_dropout_prob=0.0,
     )  # fmt: skip
     model, generator = ViTForImageClassification(config), torch.Generator().manual_seed(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     for step in range(steps):
-        pixels, labels, _ = batch(64, generator)
+        pixels, labels, _ = batch(48, generator)
         loss = nn.functional.cross_entropy(model(pixels).logits, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -105,7 +105,7 @@ def digits(images: int, steps: int) -> list[Row]:
 
 # Photographs -----------------------------------------------------------------------------------------------------
 
-CROP, FIRST = 126, 4  # pixels; layers before the pruning
+CROP, FIRST = 112, 4  # pixels; layers before the pruning
 
 
 def photographs() -> list[Tensor]:
