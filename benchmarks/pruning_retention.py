@@ -272,7 +272,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set_title(f"{task}: {mine[0].images} images, {mine[0].clusters} sources; 95 % intervals", fontsize=9)
         axis.set_xticks(range(len(SHARES)), [f"{s:.0%}" for s in SHARES])
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7, ncols=2, loc="lower left")
+    axes[0][-1].legend(fontsize=7, ncols=2, loc="best")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
 
