@@ -35,7 +35,7 @@ def cases() -> Iterator[tuple[str, str, str, int, str, str]]:
             yield "late_interaction", kernel, dtype, 0, "plain", "64x64 w8 s2"
         for kernel in ("maxsim_gradient", "maxsim_gradient_smooth"):
             yield "late_interaction", kernel, dtype, 0, "plain", "32x32 w8 s1"
-    yield "retrieval", "topk", "fp32", 0, "plain", "32x64 w8 s1"
+    yield "retrieval", "topk", "fp32", 0, "plain", "16x64 w8 s1"
 
 
 def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
