@@ -1,4 +1,4 @@
-"""accelerate() on real models: ``python -m benchmarks.bench_models [--match text] [--rounds n]``.
+"""accelerate() on real models: ``python -m benchmarks.bench_models --missing --minutes 5``, again until nothing is left.
 
 Rows go to ``benchmarks/results/models.csv``; the table ``docs/models.md`` is written from them and from what
 ``accelerate`` reports (``--table`` alone rewrites it).
@@ -7,12 +7,13 @@ Rows go to ``benchmarks/results/models.csv``; the table ``docs/models.md`` is wr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from benchmarks.models_zoo import SYSTEMS, System
+from benchmarks import models_zoo, models_zoo_open_clip
+from benchmarks.models_zoo import System
 from fastxattn.bench import Case, Workload, read_csv, write_csv
 from fastxattn.bench.registry import run_case
 from fastxattn.integrations import accelerate
-from fastxattn.testing import measure_error
+from fastxattn.testing import ErrorReport, measure_error
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV, FACTS, DOC = (
@@ -32,6 +34,8 @@ CSV, FACTS, DOC = (
     ROOT / "benchmarks/results/models_facts.json",
     ROOT / "docs/models.md",
 )
+
+SYSTEMS = models_zoo.SYSTEMS + models_zoo_open_clip.SYSTEMS
 
 
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -74,13 +78,69 @@ def attention_share(model: nn.Module, run: Callable[[], object]) -> float:
     return inside[0] / total
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters: large models are held once."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+@contextlib.contextmanager
+def widened(model: nn.Module, lean: bool) -> Iterator[nn.Module]:
+    """``model`` in float64: a copy, or (``lean``) itself with one layer's weights at a time."""
+    if not lean:
+        yield copy.deepcopy(model).double()
+        return
+    dtype, handles = next(model.parameters()).dtype, []
+
+    def to(module: nn.Module, wanted: torch.dtype) -> None:
+        for p in module.parameters(recurse=False):
+            p.data = p.data.to(wanted)
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # the first of them is what a model calls its dtype
+            to(module, torch.float64)
+        else:
+            handles.append(module.register_forward_pre_hook(lambda m, _: to(m, torch.float64)))
+            handles.append(module.register_forward_hook(lambda m, _, out: to(m, dtype)))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in model.modules():
+            to(module, dtype)
+
+
+def gradients(system: System, model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """Of every parameter, each scaled to the size of its own largest entry."""
+    model.zero_grad(set_to_none=True)
+    loss(system, model, inputs).backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def loss(system: System, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    return torch.stack([x.float().square().mean() for x in outputs(system, model, inputs)]).sum()
+
+
+def compare(ours: list[Tensor], reference: list[Tensor], eager: list[Tensor], backward: bool) -> list[ErrorReport]:
+    """Error reports; gradients are compared relative to their largest entry, whatever the loss's scale."""
+    reports = []
+    for a, b, c in zip(ours, reference, eager, strict=True):
+        size = b.abs().max().item() if backward else 1.0
+        # A gradient that is zero in exact arithmetic (a key bias's) is rounding in all three.
+        size = size if size > 1e-9 else 1.0
+        reports.append(measure_error("output", a / size, b / size, c / size, backward=backward))
+    return reports
+
+
 def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, Any]) -> Workload:
     torch.manual_seed(0)
     model, inputs = system.build()
     inputs = cast(inputs, dtype)
     model = model.eval().to(dtype)
-    fast = copy.deepcopy(model)
-    report = accelerate(fast)
+    fast = twin(model)
+    report = accelerate(fast, loss=True)
 
     def run(m: nn.Module) -> Callable[[], object]:
         def forward() -> object:
@@ -88,23 +148,23 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
                 return m(**inputs)
 
         def step() -> None:
-            out = sum(x.float().square().mean() for x in outputs(system, m, inputs))
-            out.backward()  # type: ignore[union-attr]
+            loss(system, m, inputs).backward()
             m.zero_grad(set_to_none=True)
 
         return step if train else forward
 
     def check() -> str:
-        with torch.no_grad():
-            ours, eager = outputs(system, fast, inputs), outputs(system, model, inputs)
-            wide = copy.deepcopy(model).double()
-            reference = outputs(system, wide, cast(inputs, torch.float64))
-        reports = [measure_error("output", *three) for three in zip(ours, reference, eager, strict=True)]
+        with torch.set_grad_enabled(train):
+            results = gradients if train else outputs
+            ours, eager = results(system, fast, inputs), results(system, model, inputs)
+            with widened(model, system.lean) as wide:
+                reference = results(system, wide, cast(inputs, torch.float64))
+        reports = compare(ours, reference, eager, train)
         worst = max(reports, key=lambda r: r.max_error / max(r.max_budget, 1e-30))
-        name = str(dtype).removeprefix("torch.")
+        name = f"{str(dtype).removeprefix('torch.')} {'forward+backward' if train else 'forward'}"
         facts.setdefault(system.name, {})[name] = {
             "error": worst.max_error,
-            "original_error": max(r.max_budget for r in reports) / 2,
+            "budget": worst.max_budget,
             "share": attention_share(model, run(model)),
             "swapped": sorted({f"{s.module.rpartition('.')[2]}" for s in report.swapped}),
         }
@@ -114,23 +174,28 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
 
 
 def table(facts: dict[str, Any]) -> str:
-    records = [r for r in read_csv(CSV) if r.provider == "fastxattn"]
+    """The table, one row per measured system, dtype and pass, and where they were measured."""
+    records = read_csv(CSV) if CSV.exists() else []
+    sdpa = {(r.case, r.direction, r.dtype): r for r in records if r.provider == "sdpa"}
     lines = [
-        "| system | swapped classes | pass | dtype | sdpa ms | ms | speed-up | error | in attention | bound by |",
+        "| system | swapped classes | pass | dtype | original ms | ms | speed-up | error | in attention | bound by |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
-    by_name = {system.name: system for system in SYSTEMS}
-    for name, system in by_name.items():
-        for record in (r for r in records if r.case == name):
-            fact = facts[name][record.dtype]
-            sdpa = next(r for r in read_csv(CSV) if r.provider == "sdpa" and (r.case, r.direction, r.dtype) == (
-                record.case, record.direction, record.dtype))  # fmt: skip
-            speed = f"{record.ratio:.2f}x" if record.gate == "ok" else record.gate
+    places = set()
+    for system in SYSTEMS:
+        for r in (r for r in records if r.provider == "fastxattn" and r.case == system.name):
+            fact = facts[r.case][f"{r.dtype} {r.direction}"]
+            rival = sdpa[r.case, r.direction, r.dtype]
+            speed = f"{r.ratio:.2f}x" if r.gate == "ok" else "outside its error budget"
+            places.add((r.device, r.threads, r.versions))
             lines.append(
-                f"| {name} | {', '.join(fact['swapped'])} | {record.direction} | {record.dtype} | {sdpa.median_ms:.3g} "
-                f"| {record.median_ms:.3g} | {speed} | {fact['error']:.1e} | {fact['share']:.0%} | {system.note} |"
+                f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {rival.median_ms:.3g} "
+                f"| {r.median_ms:.3g} | {speed} | {fact['error']:.1e} | {fact['share']:.0%} | {system.note} |"
             )
-    return "\n".join(lines) + "\n"
+    measured = [
+        f"\nMeasured on {device}, {threads} threads; {versions}." for device, threads, versions in sorted(places)
+    ]
+    return "\n".join([*lines, *measured]) + "\n"
 
 
 def write_document(facts: dict[str, Any]) -> None:
@@ -140,34 +205,51 @@ def write_document(facts: dict[str, Any]) -> None:
     DOC.write_text(f"{before}<!-- table -->\n{table(facts)}<!-- /table -->{after}")
 
 
+def rows(match: str, dtypes: set[str], missing: bool) -> Iterator[tuple[System, torch.dtype, str]]:
+    """The rows to measure."""
+    threads = torch.get_num_threads()
+    done = {(r.case, r.direction, r.dtype, r.threads) for r in read_csv(CSV)} if missing and CSV.exists() else set()
+    for system in SYSTEMS:
+        for dtype in system.dtypes:
+            name = str(dtype).removeprefix("torch.")
+            for direction in ("forward", "forward+backward") if system.train else ("forward",):
+                wanted = match in f"{system.name} {direction} {name}" and name in dtypes
+                if wanted and (system.name, direction, name, threads) not in done:
+                    yield system, dtype, direction
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--match", default="", help="only systems whose name contains this")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--match", default="", help="only rows (system, pass, dtype) whose name contains this")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
+    parser.add_argument("--missing", action="store_true", help="only rows that the CSV does not have yet")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after this long")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--forward", action="store_true", help="no training passes")
+    parser.add_argument("--list", action="store_true", help="name the rows, and measure nothing")
     parser.add_argument("--table", action="store_true", help="only rewrite docs/models.md")
     options = parser.parse_args()
     torch.set_num_threads(2)
     facts = json.loads(FACTS.read_text()) if FACTS.exists() else {}
-    for system in [] if options.table else SYSTEMS:
-        if options.match not in system.name:
+    start = time.monotonic()
+    for system, dtype, direction in list(rows(options.match, set(options.dtypes.split(",")), options.missing)):
+        if options.table or time.monotonic() - start > 60 * options.minutes:
+            break
+        if options.list:
+            print(f"{system.name}; {direction}; {str(dtype).removeprefix('torch.')}")
             continue
-        for dtype in system.dtypes:
-            for direction in ("forward", "forward+backward"):
-                train = direction != "forward"
-                if train and (options.forward or not system.train):
-                    continue
-                case = Case("models", system.name, direction, dtype, lambda: workload(system, dtype, train, facts))  # noqa: B023
-                records = run_case(case, rounds=options.rounds)
-                gc.collect()
-                for r in records:
-                    print(
-                        f"{r.case} {r.direction} {r.dtype} {r.provider}: {r.median_ms:.4g} ms {r.ratio:.2f}x {r.gate}",
-                        flush=True,
-                    )
-                write_csv(CSV, records)
-                FACTS.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
-    write_document(facts)
+        train = direction != "forward"
+        case = Case("models", system.name, direction, dtype, lambda: workload(system, dtype, train, facts))  # noqa: B023
+        records = run_case(case, rounds=options.rounds)
+        gc.collect()
+        for r in records:
+            print(
+                f"{r.case} {r.direction} {r.dtype} {r.provider}: {r.median_ms:.4g} ms {r.ratio:.2f}x {r.gate}",
+                flush=True,
+            )
+        write_csv(CSV, records)
+        FACTS.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    if not options.list:
+        write_document(facts)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ class System:
     train: bool = False
     """Measure forward + backward too."""
     keep: Callable[[Any], list[Tensor]] | None = None
+    lean: bool = False
+    """Too large for a copy in float64: its reference is computed a layer at a time."""
 
 
 BOTH = (torch.float32, torch.bfloat16)
@@ -103,19 +105,19 @@ def _fusion_block(batch: int = 16) -> Any:
                            "text_hidden": text == 0, "image_hidden": image == 0}  # fmt: skip
 
 
-def _caption_ids(batch: int, vocabulary: int, end: int, captions: bool = True) -> Tensor:
+def caption_ids(batch: int, vocabulary: int, end: int, captions: bool = True, padding: int | None = None) -> Tensor:
     """Ids with the lengths of captions (mostly 8 to 30 tokens, a few up to 77), or uniform from 5 to 77."""
     lengths, mask = ragged(batch, 5, 77)
     if captions:
         lengths = (5 + torch.distributions.Exponential(1 / 14).sample((batch,)).long()).clamp(max=77)
         mask = torch.arange(77) < lengths[:, None]
-    ids = torch.where(mask.bool(), torch.randint(3, vocabulary - 3, mask.shape), end)
+    ids = torch.where(mask.bool(), torch.randint(3, vocabulary - 3, mask.shape), end if padding is None else padding)
     return ids.scatter(1, lengths[:, None] - 1, end)
 
 
 def _clip(batch: int = 8) -> Any:
     model = hf.CLIPModel(hf.CLIPConfig(text_config={"eos_token_id": 49407}))  # ViT-B/32
-    return model, {"input_ids": _caption_ids(batch, 49407, 49407), "pixel_values": torch.randn(batch, 3, 224, 224)}
+    return model, {"input_ids": caption_ids(batch, 49407, 49407), "pixel_values": torch.randn(batch, 3, 224, 224)}
 
 
 class ClipTexts(nn.Module):
@@ -131,7 +133,7 @@ class ClipTexts(nn.Module):
 
 
 def _clip_text(captions: bool, batch: int = 32) -> Any:
-    return ClipTexts(), {"input_ids": _caption_ids(batch, 49407, 49407, captions)}
+    return ClipTexts(), {"input_ids": caption_ids(batch, 49407, 49407, captions)}
 
 
 def _siglip(batch: int = 4) -> Any:
@@ -192,13 +194,13 @@ class IdeficsStep(nn.Module):
         self.past: Any = None
 
     def forward(self, ids: Tensor, embeddings: Tensor, seen: Tensor) -> Tensor:
-        if self.past is None or self.past[0] != str(self.model.dtype):
+        if self.past is None or self.past[0] != str(embeddings.dtype):
             with torch.no_grad():
                 first = self.model(
                     input_ids=ids.expand(-1, 64), perceiver_embeddings=embeddings, use_cache=True,
                     image_attention_mask=seen.expand(-1, 64, -1), attention_mask=torch.ones(1, 64, dtype=torch.long),
                 )  # fmt: skip
-            self.past = (str(self.model.dtype), first.past_key_values)
+            self.past = (str(embeddings.dtype), first.past_key_values)
         cache = self.past[1]
         out = self.model(input_ids=ids, perceiver_embeddings=embeddings, image_attention_mask=seen, use_cache=True,
                          past_key_values=cache, attention_mask=torch.ones(1, 65, dtype=torch.long))  # fmt: skip
@@ -334,7 +336,7 @@ SYSTEMS = [
     System("Mllama cross layer, 2 of 4 tiles", lambda: _mllama(2), dtypes=BOTH),
     System("Mllama cross layer, 1 of 4 tiles", lambda: _mllama(1), dtypes=BOTH),
     System("IDEFICS-1 9B per token, 5 images (4 of 32 layers)", _idefics, "image keys and values kept over steps",
-           (torch.bfloat16,), keep=lambda o: [o]),
+           keep=lambda o: [o], lean=True),
     System("Whisper large-v3 decoder, cached token (4 of 32 layers)", lambda: _whisper(True),
            "bound by reading weights and cache"),
     System("Whisper large-v3 decoder, uncached token (4 of 32 layers)", lambda: _whisper(False),
