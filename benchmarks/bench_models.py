@@ -1,4 +1,4 @@
-"""accelerate() on real models: ``python -m benchmarks.bench_models --missing --minutes 5``, again until nothing is left.
+"""accelerate() on real models: ``python -m benchmarks.bench_models --missing --minutes 5``, until nothing is missing.
 
 Rows go to ``benchmarks/results/models.csv``; the table ``docs/models.md`` is written from them and from what
 ``accelerate`` reports (``--table`` alone rewrites it).
@@ -13,6 +13,7 @@ import gc
 import json
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,11 @@ def main() -> None:
             continue
         train = direction != "forward"
         case = Case("models", system.name, direction, dtype, lambda: workload(system, dtype, train, facts))  # noqa: B023
-        records = run_case(case, rounds=options.rounds)
+        try:
+            records = run_case(case, rounds=options.rounds)
+        except Exception:  # the other rows can still be measured
+            print(f"{system.name} {direction}: failed", traceback.format_exc(), sep="\n", flush=True)
+            continue
         gc.collect()
         for r in records:
             print(
