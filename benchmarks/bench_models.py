@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks import models_zoo, models_zoo_open_clip
 from benchmarks.models_zoo import System
-from fastxattn.bench import Case, Workload, read_csv, write_csv
+from fastxattn.bench import Case, Record, Workload, read_csv, write_csv
 from fastxattn.bench.registry import run_case
 from fastxattn.integrations import accelerate
 from fastxattn.testing import ErrorReport, measure_error
@@ -52,6 +52,14 @@ def outputs(system: System, model: nn.Module, inputs: dict[str, Any]) -> list[Te
     if hasattr(out, "last_hidden_state"):
         return [out.last_hidden_state]
     return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+
+
+def first(system: System, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The part of the batch that is compared with float64."""
+    if system.checked is None:
+        return inputs
+    batch = max(x.shape[0] for x in inputs.values())
+    return {k: x[: system.checked] if x.shape[0] == batch else x for k, x in inputs.items()}
 
 
 def attention_share(model: nn.Module, run: Callable[[], object]) -> float:
@@ -155,11 +163,16 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
         return step if train else forward
 
     def check() -> str:
+        some = first(system, inputs)
         with torch.set_grad_enabled(train):
             results = gradients if train else outputs
-            ours, eager = results(system, fast, inputs), results(system, model, inputs)
+            # Forward results of the whole batch are what is timed; gradients are those of the part.
+            given = some if train else inputs
+            ours, eager = (results(system, m, given) for m in (fast, model))
             with widened(model, system.lean) as wide:
-                reference = results(system, wide, cast(inputs, torch.float64))
+                reference = results(system, wide, cast(some, torch.float64))
+        if not train and system.checked is not None:
+            ours, eager = ([x[: system.checked] for x in given] for given in (ours, eager))
         reports = compare(ours, reference, eager, train)
         worst = max(reports, key=lambda r: r.max_error / max(r.max_budget, 1e-30))
         name = f"{str(dtype).removeprefix('torch.')} {'forward+backward' if train else 'forward'}"
@@ -219,13 +232,23 @@ def rows(match: str, dtypes: set[str], missing: bool) -> Iterator[tuple[System, 
                     yield system, dtype, direction
 
 
+def measure(system: System, dtype: torch.dtype, direction: str, facts: dict[str, Any], seconds: float) -> list[Record]:
+    """One row: as many interleaved rounds as fill ``seconds``, 3 to 15."""
+    work = workload(system, dtype, direction != "forward", facts)
+    start = time.perf_counter()
+    for call in work.providers.values():
+        call()
+    rounds = min(15, max(3, round(seconds / (time.perf_counter() - start))))
+    return run_case(Case("models", system.name, direction, dtype, lambda: work), rounds=rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--match", default="", help="only rows (system, pass, dtype) whose name contains this")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--missing", action="store_true", help="only rows that the CSV does not have yet")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after this long")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=40, help="timed per row, in 3 to 15 interleaved rounds")
     parser.add_argument("--list", action="store_true", help="name the rows, and measure nothing")
     parser.add_argument("--table", action="store_true", help="only rewrite docs/models.md")
     options = parser.parse_args()
@@ -238,14 +261,13 @@ def main() -> None:
         if options.list:
             print(f"{system.name}; {direction}; {str(dtype).removeprefix('torch.')}")
             continue
-        train = direction != "forward"
-        case = Case("models", system.name, direction, dtype, lambda: workload(system, dtype, train, facts))  # noqa: B023
         try:
-            records = run_case(case, rounds=options.rounds)
+            records = measure(system, dtype, direction, facts, options.seconds)
         except Exception:  # the other rows can still be measured
             print(f"{system.name} {direction}: failed", traceback.format_exc(), sep="\n", flush=True)
             continue
-        gc.collect()
+        finally:
+            gc.collect()
         for r in records:
             print(
                 f"{r.case} {r.direction} {r.dtype} {r.provider}: {r.median_ms:.4g} ms {r.ratio:.2f}x {r.gate}",

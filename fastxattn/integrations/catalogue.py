@@ -45,6 +45,9 @@ CLASSES = {
     "lxmert.modeling_lxmert.LxmertAttention": "bert_like:LxmertAttention",
     "flava.modeling_flava.FlavaSelfAttention": "bert_like:SelfAttention",
     "vilt.modeling_vilt.ViltSelfAttention": "bert_like:SelfAttention",
+    "table_transformer.modeling_table_transformer.TableTransformerAttention": "detr_like:TableTransformerAttention",
+    "mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer": "detr_like:Mask2FormerLayer",
+    "mask2former.modeling_mask2former.Mask2FormerAttention": "detr_like:Mask2FormerAttention",
     "grounding_dino.modeling_grounding_dino.GroundingDinoEncoder": "grounding_dino:FusionMaps",
     "grounding_dino.modeling_grounding_dino.GroundingDinoBiMultiHeadAttention": "grounding_dino:Fusion",
 }
@@ -62,3 +65,7 @@ register_adapter(
 )
 for _name in ("ClipLoss", "CoCaLoss", "SigLipLoss"):
     register_adapter(f"open_clip.loss.{_name}", f"{_HERE}.open_clip:{_name}")
+for _name in ("open_flamingo.src.helpers", "flamingo_pytorch.flamingo_pytorch"):
+    register_adapter(f"{_name}.MaskedCrossAttention", f"{_HERE}.flamingo:MaskedCrossAttention")
+for _name in ("MultiHeadAttentionWithCache", "MultiHeadSelfAttention"):
+    register_adapter(f"torchmultimodal.modules.layers.multi_head_attention.{_name}", f"{_HERE}.torchmultimodal:{_name}")
