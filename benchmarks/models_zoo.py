@@ -275,6 +275,36 @@ def _detr(batch: int = 4) -> Any:
                    "object_queries_position_embeddings": torch.randn(batch, 100, 256)}  # fmt: skip
 
 
+def _table_transformer(batch: int = 4) -> Any:
+    config = hf.TableTransformerConfig(use_timm_backbone=False, backbone_config=hf.ResNetConfig(),
+                                       use_pretrained_backbone=False)  # fmt: skip
+    model = hf.models.table_transformer.modeling_table_transformer.TableTransformerDecoder(config)
+    mask = ragged(batch, 400, 850)[1]
+    return model, {"inputs_embeds": torch.zeros(batch, 100, 256), "encoder_hidden_states": torch.randn(batch, 850, 256),
+                   "encoder_attention_mask": mask, "object_queries": torch.randn(batch, 850, 256),
+                   "query_position_embeddings": torch.randn(batch, 100, 256)}  # fmt: skip
+
+
+class Mask2FormerLayer(nn.Module):
+    """One decoder layer with the mask that its predictor makes: per query and pixel, repeated for every head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = hf.Mask2FormerConfig()
+        self.layer = hf.models.mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer(config)
+
+    def forward(self, queries: Tensor, pixels: Tensor, places: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
+        return self.layer(queries, 0, None, [positions], places, [pixels], encoder_attention_mask=hidden)[0]  # type: ignore[no-any-return]
+
+
+def _mask2former(batch: int = 2, pixels: int = 4096) -> Any:
+    hidden = (torch.rand(batch, 1, 100, pixels) > 0.3).repeat(1, 8, 1, 1).flatten(0, 1)
+    return Mask2FormerLayer(), {
+        "queries": torch.randn(100, batch, 256), "places": torch.randn(100, batch, 256), "hidden": hidden,
+        "pixels": torch.randn(pixels, batch, 256), "positions": torch.randn(pixels, batch, 256),
+    }  # fmt: skip
+
+
 def _perceiver(batch: int = 2) -> Any:
     model = hf.PerceiverModel(hf.PerceiverConfig(num_self_attends_per_block=4))
     mask = ragged(batch, 512, 2048)[1]
@@ -348,6 +378,9 @@ SYSTEMS = [
     System("GroundingDINO fusion layer, 9000..13294 pixels, text 5..32", _grounding_dino,
            keep=lambda o: [o[0][0], o[1][0]]),
     System("DETR decoder, 100 queries on 400..850", _detr, "a whole DETR is bound by its backbone"),
+    System("TableTransformer decoder, 100 queries on 400..850", _table_transformer),
+    System("Mask2Former decoder layer, 100 queries on 64 x 64", _mask2former,
+           "a whole Mask2Former is bound by its backbone"),
     System("Perceiver, 256 latents on 512..2048 (4 of 26 self-attentions)", _perceiver, "bound by its backbone"),
     System("Idefics2 resampler, image 64..1024 (1 of 3 layers)", _idefics2),
     System("FLAVA text encoder, text 5..77", _flava, "bound by its backbone"),

@@ -8,6 +8,7 @@ from fastxattn.integrations.swap import register_adapter
 HOOKED = [
     "blip_2",
     "instructblip",
+    "instructblipvideo",
     "clip",
     "siglip",
     "llava",
@@ -24,12 +25,16 @@ HOOKED = [
     "bridgetower",
 ]
 
+_VIDEO = "instructblipvideo.modeling_instructblipvideo.InstructBlipVideo"
+
 # Class of transformers.models -> adapter in fastxattn.integrations.transformers.
 CLASSES = {
     "blip_2.modeling_blip_2.Blip2QFormerEncoder": "qformer:QFormerEncoder",
     "blip_2.modeling_blip_2.Blip2QFormerMultiHeadAttention": "qformer:QFormerAttention",
     "instructblip.modeling_instructblip.InstructBlipQFormerEncoder": "qformer:QFormerEncoder",
     "instructblip.modeling_instructblip.InstructBlipQFormerMultiHeadAttention": "qformer:QFormerAttention",
+    f"{_VIDEO}QFormerEncoder": "qformer:QFormerEncoder",
+    f"{_VIDEO}QFormerMultiHeadAttention": "qformer:QFormerAttention",
     "clip.modeling_clip.CLIPModel": "clip:ClipModel",
     "clip.modeling_clip.CLIPTextModel": "clip:ClipText",
     "clip.modeling_clip.CLIPEncoder": "clip:ClipEncoder",

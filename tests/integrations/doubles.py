@@ -121,3 +121,67 @@ class MultimodalLayer(nn.Module):
     def forward(self, text: Tensor, image: Tensor, text_mask: Tensor, image_mask: Tensor) -> Tensor:
         text = text + self.attention(self.norm1(text), text_mask[:, None, None])
         return text + self.cross(self.norm2(text), image, image, image_mask[:, None, None])  # type: ignore[no-any-return]
+
+
+class ClipLoss(nn.Module):
+    """open_clip's, for one process."""
+
+    def __init__(self, world_size: int = 1) -> None:
+        super().__init__()
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Any:
+        logits = logit_scale * image_features @ text_features.T + (0 if logit_bias is None else logit_bias)
+        labels = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class CoCaLoss(ClipLoss):
+    """The same and a captioning loss."""
+
+    def __init__(self, caption_loss_weight: float, clip_loss_weight: float, pad_id: int = 0) -> None:
+        super().__init__()
+        self.clip_loss_weight, self.caption_loss_weight = clip_loss_weight, caption_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor,
+        output_dict: bool = False,
+    ) -> Any:
+        clip = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
+        caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
+        return {"contrastive_loss": clip, "caption_loss": caption} if output_dict else (clip, caption)
+
+
+class SigLipLoss(nn.Module):
+    """open_clip's sigmoid loss, for one process."""
+
+    def __init__(self, world_size: int = 1) -> None:
+        super().__init__()
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        output_dict: bool = False,
+    ) -> Any:
+        logits = logit_scale * image_features @ text_features.T + (0 if logit_bias is None else logit_bias)
+        signs = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+        loss = -F.logsigmoid(signs * logits).sum() / len(logits)
+        return {"contrastive_loss": loss} if output_dict else loss
