@@ -190,20 +190,20 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
 def table(facts: dict[str, Any]) -> str:
     """The table, one row per measured system, dtype and pass, and where they were measured."""
     records = read_csv(CSV) if CSV.exists() else []
-    sdpa = {(r.case, r.direction, r.dtype): r for r in records if r.provider == "sdpa"}
+    sdpa = {(r.case, r.direction, r.dtype, r.threads): r for r in records if r.provider == "sdpa"}
     lines = [
-        "| system | swapped classes | pass | dtype | original ms | ms | speed-up | error | in attention | bound by |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---|",
+        "| system | swapped classes | pass | dtype | threads | original ms | ms | speed-up | error | in attention | bound by |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     places = set()
     for system in SYSTEMS:
         for r in (r for r in records if r.provider == "fastxattn" and r.case == system.name):
             fact = facts[r.case][f"{r.dtype} {r.direction}"]
-            rival = sdpa[r.case, r.direction, r.dtype]
+            rival = sdpa[r.case, r.direction, r.dtype, r.threads]
             speed = f"{r.ratio:.2f}x" if r.gate == "ok" else "outside its error budget"
-            places.add((r.device, r.threads, r.versions))
+            places.add((r.device, r.versions))
             lines.append(
-                f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {rival.median_ms:.3g} "
+                f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {r.threads} | {rival.median_ms:.3g} "
                 f"| {r.median_ms:.3g} | {speed} | {fact['error']:.1e} | {fact['share']:.0%} | {system.note} |"
             )
     measured = [
@@ -249,10 +249,11 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only rows that the CSV does not have yet")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after this long")
     parser.add_argument("--seconds", type=float, default=40, help="timed per row, in 3 to 15 interleaved rounds")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="name the rows, and measure nothing")
     parser.add_argument("--table", action="store_true", help="only rewrite docs/models.md")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     facts = json.loads(FACTS.read_text()) if FACTS.exists() else {}
     start = time.monotonic()
     for system, dtype, direction in list(rows(options.match, set(options.dtypes.split(",")), options.missing)):
