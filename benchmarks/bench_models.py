@@ -205,7 +205,8 @@ def table(facts: dict[str, Any]) -> str:
             places.add((r.device, r.versions))
             lines.append(
                 f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {r.threads} "
-                f"| {rival.median_ms:.3g} | {r.median_ms:.3g} | {speed} | {fact['error']:.1e} | {fact['share']:.0%} | {system.note} |"
+                f"| {rival.median_ms:.3g} | {r.median_ms:.3g} | {speed} | {fact['error']:.1e} | {fact['share']:.0%} "
+                f"| {system.note} |"
             )
     measured = [f"\nMeasured on {device}; {versions}." for device, versions in sorted(places)]
     return "\n".join([*lines, *measured]) + "\n"
