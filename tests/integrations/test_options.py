@@ -160,8 +160,20 @@ def test_data_parallel_around_an_accelerated_model(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-MAPS = ("blip2-qformer", "instructblip-qformer", "clip-text-masked", "blip-itm", "whisper", "t5", "lxmert", "perceiver", "vilt",
-        "flava-text", "albef-style-bert", "table-transformer")  # fmt: skip
+MAPS = (
+    "blip2-qformer",
+    "instructblip-qformer",
+    "clip-text-masked",
+    "blip-itm",
+    "whisper",
+    "t5",
+    "lxmert",
+    "perceiver",
+    "vilt",
+    "flava-text",
+    "albef-style-bert",
+    "table-transformer",
+)
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES + MORE if e.name in MAPS], ids=lambda e: e.name)
