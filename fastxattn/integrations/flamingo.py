@@ -59,7 +59,9 @@ class MaskedCrossAttention(Adapter):
             packed = PackedTokens.from_padded(features, visible.keys)
             ranges = visible.packed_ranges()
             if plain_linear(me.to_kv):
-                weights = KeyValueWeights(*me.to_kv.weight.chunk(2), *_halves(me.to_kv.bias))
+                key_weight, value_weight = me.to_kv.weight.chunk(2)
+                biases = (None, None) if me.to_kv.bias is None else me.to_kv.bias.chunk(2)
+                weights = KeyValueWeights(key_weight, value_weight, *biases)
                 out = cross_attend(rows, layout, packed, weights, kv_range=ranges, scale=me.scale)
             else:
                 key, value = me.to_kv(packed.values).unflatten(-1, (2, me.heads, -1)).unbind(1)
@@ -91,7 +93,3 @@ def seen_media(times: Tensor, count: int, tokens: int, immediate: bool) -> Visib
     place = torch.arange(count, device=times.device)
     seen = ((start[..., None] <= place) & (place < end[..., None])).any(1)  # (batch, count)
     return Visible(seen.repeat_interleave(tokens, 1), ranges, uniform=lost)
-
-
-def _halves(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if bias is None else bias.chunk(2)  # type: ignore[return-value]
