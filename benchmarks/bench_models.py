@@ -62,8 +62,8 @@ def first(system: System, inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: x[: system.checked] if x.shape[0] == batch else x for k, x in inputs.items()}
 
 
-def attention_share(model: nn.Module, run: Callable[[], object]) -> float:
-    """Share of a call's time inside attention modules, their projections included."""
+def attention_share(model: nn.Module, run: Callable[[], object]) -> tuple[float, float]:
+    """Share of a call's time inside attention modules, their projections included, and the seconds it took."""
     inside, started, handles = [0.0], [0.0], []
 
     def is_attention(module: nn.Module) -> bool:
@@ -84,7 +84,7 @@ def attention_share(model: nn.Module, run: Callable[[], object]) -> float:
     total = time.perf_counter() - start
     for handle in handles:
         handle.remove()
-    return inside[0] / total
+    return inside[0] / total, total
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -176,10 +176,12 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
         reports = compare(ours, reference, eager, train)
         worst = max(reports, key=lambda r: r.max_error / max(r.max_budget, 1e-30))
         name = f"{str(dtype).removeprefix('torch.')} {'forward+backward' if train else 'forward'}"
+        share, seconds = attention_share(model, run(model))
         facts.setdefault(system.name, {})[name] = {
             "error": worst.max_error,
             "budget": worst.max_budget,
-            "share": attention_share(model, run(model)),
+            "share": share,
+            "seconds": seconds,
             "swapped": sorted({f"{s.module.rpartition('.')[2]}" for s in report.swapped}),
         }
         return "ok" if all(r.same_nonfinite and r.max_error <= r.max_budget for r in reports) else str(worst)
@@ -235,11 +237,11 @@ def rows(match: str, dtypes: set[str], missing: bool) -> Iterator[tuple[System, 
 def measure(system: System, dtype: torch.dtype, direction: str, facts: dict[str, Any], seconds: float) -> list[Record]:
     """One row: as many interleaved rounds as fill ``seconds``, 3 to 15."""
     work = workload(system, dtype, direction != "forward", facts)
-    start = time.perf_counter()
-    for call in work.providers.values():
-        call()
-    rounds = min(15, max(3, round(seconds / (time.perf_counter() - start))))
-    return run_case(Case("models", system.name, direction, dtype, lambda: work), rounds=rounds)
+    verdict = work.check()
+    once = facts[system.name][f"{str(dtype).removeprefix('torch.')} {direction}"].pop("seconds")
+    rounds = min(15, max(3, round(seconds / (2 * once))))
+    checked = Workload(work.providers, work.rival, lambda: verdict)
+    return run_case(Case("models", system.name, direction, dtype, lambda: checked), rounds=rounds)
 
 
 def main() -> None:
