@@ -239,6 +239,25 @@ class WhisperStep(nn.Module):
         return out.last_hidden_state  # type: ignore[no-any-return]
 
 
+class WhisperCross(nn.Module):
+    """The cross-attention module of one decoder layer over its cached audio, one token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = WhisperStep()
+
+    def forward(self, ids: Tensor, audio: Tensor, states: Tensor) -> Tensor:
+        if str(audio.dtype) not in self.step.past:
+            self.step(ids, audio)
+        cache = self.step.past[str(audio.dtype)]
+        return self.step.decoder.layers[0].encoder_attn(states, key_value_states=audio, past_key_values=cache)[0]  # type: ignore
+
+
+def _whisper_cross() -> Any:
+    return WhisperCross(), {"ids": torch.randint(3, 900, (4, 33)), "audio": torch.randn(4, 1500, 1280),
+                            "states": torch.randn(4, 1, 1280)}  # fmt: skip
+
+
 def _whisper(cached: bool) -> Any:
     return WhisperStep(cached), {"ids": torch.randint(3, 900, (4, 33)), "audio": torch.randn(4, 1500, 1280)}
 
@@ -371,6 +390,7 @@ SYSTEMS = [
            keep=lambda o: [o], lean=True),
     System("Whisper large-v3 decoder, cached token (4 of 32 layers)", lambda: _whisper(True),
            "bound by reading weights and cache"),
+    System("Whisper large-v3 cross-attention module, cached token, batch 4", _whisper_cross, keep=lambda o: [o]),
     System("Whisper large-v3 decoder, uncached token (4 of 32 layers)", lambda: _whisper(False),
            "bound by projecting the audio; nothing to drop"),
     System("T5 base, text 5..77", _t5, "bound by its backbone"),
