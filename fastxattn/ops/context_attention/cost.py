@@ -23,15 +23,16 @@ import torch
 
 from fastxattn.runtime import native
 
-# Multiply-add rates relative to each other: the projection's GEMM, the attention kernel, the context kernel; measured
-# on a CPU with AVX-512 and bf16 dot products. What is not listed has no compiled context kernel.
+# Multiply-add rates relative to each other: the projection's GEMM, the attention kernel, the context kernel, the small
+# products that move projections to query and output; measured on a CPU with AVX-512 and bf16 dot products. What is not
+# listed has no compiled context kernel.
 _RATES = {
-    ("cpu", torch.float32): (65.0, 65.0, 95.0),
-    ("cpu", torch.bfloat16): (195.0, 100.0, 190.0),
-    ("cpu", torch.float16): (65.0, 65.0, 95.0),
+    ("cpu", torch.float32): (65.0, 65.0, 95.0, 65.0),
+    ("cpu", torch.bfloat16): (195.0, 100.0, 190.0, 195.0),
+    ("cpu", torch.float16): (65.0, 65.0, 95.0, 65.0),
 }
-# The same on a CPU without AVX-512, where torch's GEMM is ahead of these kernels.
-_RATES_256 = {**_RATES, ("cpu", torch.float32): (35.0, 18.0, 24.0), ("cpu", torch.float16): (35.0, 18.0, 24.0)}
+# The same on a CPU with vectors of 256 bits (Zen 3), where torch's float32 GEMM is ahead of these kernels.
+_RATES_256 = {**_RATES, ("cpu", torch.float32): (65.0, 35.0, 40.0, 20.0)}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def choose(
         obstacle = native.cpu_library().reason
         if native.active_cpu_isa() in ("generic", "avx2", "neon"):
             rates = _RATES_256
-    gemm, attention, context = rates.get((device, dtype), (1.0, 1.0, 1.0))
+    gemm, attention, context, small = rates.get((device, dtype), (1.0, 1.0, 1.0, 1.0))
     inner, per_sequence = heads * head_dim, rows_q / max(batch, 1)
     # How often each step's forward work is done.
     project_passes = 1 + backward + (backward and context_grad)
@@ -110,7 +111,7 @@ def choose(
     absorb_per_row = absorb_passes * 2 * per_sequence * heads * width / context
     return Choice(
         project=rows_k * project_per_row,
-        absorb_work=move_passes * 2 * rows_q * width * inner / gemm + rows_k * absorb_per_row,
+        absorb_work=move_passes * 2 * rows_q * width * inner / small + rows_k * absorb_per_row,
         project_per_row=project_per_row,
         absorb_per_row=absorb_per_row,
         obstacle=obstacle,
