@@ -145,7 +145,7 @@ def _siglip(batch: int = 2) -> Any:
 
 def _blip_itm(texts: int = 32) -> Any:
     module = hf.models.blip.modeling_blip_text
-    config = hf.BlipTextConfig(encoder_hidden_size=768, is_decoder=True)
+    config = hf.BlipTextConfig(encoder_hidden_size=768, is_decoder=True, num_hidden_layers=4)
     model = module.BlipTextModel(config, add_pooling_layer=False)
     mask = ragged(texts, 5, 35)[1]
     return model, {"input_ids": torch.randint(3, 900, mask.shape), "attention_mask": mask,
@@ -263,7 +263,7 @@ def _whisper(cached: bool) -> Any:
 
 
 def _t5(batch: int = 8) -> Any:
-    config = hf.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0)
+    config = hf.T5Config(d_model=768, d_ff=3072, num_layers=4, num_heads=12, decoder_start_token_id=0)
     mask = ragged(batch, 5, 77)[1]
     return hf.T5Model(config), {"input_ids": torch.randint(3, 900, mask.shape), "attention_mask": mask,
                                 "decoder_input_ids": torch.randint(3, 900, (batch, 32))}  # fmt: skip
@@ -341,14 +341,14 @@ def _idefics2(batch: int = 2) -> Any:
 
 def _flava(batch: int = 8) -> Any:
     mask = ragged(batch, 5, 77)[1]
-    return hf.FlavaTextModel(hf.FlavaTextConfig()), {
+    return hf.FlavaTextModel(hf.FlavaTextConfig(num_hidden_layers=4)), {
         "input_ids": torch.randint(3, 900, mask.shape),
         "attention_mask": mask,
     }
 
 
 def _albef(batch: int = 8) -> Any:
-    config = hf.BertConfig(num_hidden_layers=6, is_decoder=True, add_cross_attention=True)
+    config = hf.BertConfig(num_hidden_layers=3, is_decoder=True, add_cross_attention=True)
     text, image = ragged(batch, 5, 35)[1], ragged(batch, 64, 577)[1]
     return hf.BertModel(config), {"inputs_embeds": torch.randn(*text.shape, 768), "attention_mask": text,
                                   "encoder_hidden_states": torch.randn(batch, 577, 768),
@@ -359,7 +359,7 @@ def _llava() -> Any:
     config = hf.LlavaConfig(
         text_config={"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 1000},
         vision_config={"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
-                       "num_hidden_layers": 2, "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+                       "num_hidden_layers": 1, "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
         image_token_index=999,
     )  # fmt: skip
     ids = torch.randint(3, 900, (1, 640))
@@ -368,43 +368,44 @@ def _llava() -> Any:
                                                       "attention_mask": torch.ones_like(ids)}  # fmt: skip
 
 
+# The systems with a speed to reach come first.
 SYSTEMS = [
     System("BLIP-2 Q-Former, batch 12, image 64..1024", _qformer, dtypes=BOTH, train=True, checked=3),
     System("InstructBLIP Q-Former, batch 6, image 64..1024, text 5..77", _instructblip, checked=2),
+    System("Mllama cross layer, 2 of 4 tiles", lambda: _mllama(2), dtypes=BOTH),
+    System("Mllama cross layer, 1 of 4 tiles", lambda: _mllama(1), dtypes=BOTH),
+    System("BLIP ITM text encoder, 1 image x 32 texts (4 of 12 layers)", _blip_itm, "texts share one projection of the image",
+           checked=4, keep=lambda o: [o.last_hidden_state[:, 0]]),
+    System("CLIP text tower (ViT-B/32), batch 16, captions padded to 77", lambda: _clip_text(True),
+           "all layers run on tokens that count", BOTH, checked=4),
+    System("Whisper large-v3 decoder, cached token (4 of 32 layers)", lambda: _whisper(True),
+           "bound by reading weights and cache"),
+    System("Whisper large-v3 cross-attention module, cached token, batch 4", _whisper_cross, keep=lambda o: [o]),
+    System("IDEFICS-1 9B per token, 5 images (4 of 32 layers)", _idefics, "image keys and values kept over steps",
+           keep=lambda o: [o], lean=True),
     System("nn.MultiheadAttention, 32 queries on 64..1024", _mha, dtypes=BOTH, train=True),
     System("nn.TransformerDecoderLayer, 32 on 64..1024", _decoder_layer),
     System("TorchMultimodal-style fusion block", _fusion_block),
-    System("CLIP text tower (ViT-B/32), batch 16, captions padded to 77", lambda: _clip_text(True),
-           "all layers run on tokens that count", BOTH, checked=4),
     System("CLIP text tower (ViT-B/32), batch 16, text 5..77 uniformly", lambda: _clip_text(False),
            "all layers run on tokens that count", checked=4),
     System("CLIP ViT-B/32 whole, batch 4", _clip, "the image tower has no padding to drop",
            keep=lambda o: [o.logits_per_image]),
     System("SigLIP base whole, batch 2", _siglip, "no padding: texts are padded on purpose, images are whole",
            keep=lambda o: [o.logits_per_image]),
-    System("BLIP ITM text encoder, 1 image x 32 texts", _blip_itm, "texts share one projection of the image",
-           checked=4, keep=lambda o: [o.last_hidden_state[:, 0]]),
-    System("Mllama cross layer, 2 of 4 tiles", lambda: _mllama(2), dtypes=BOTH),
-    System("Mllama cross layer, 1 of 4 tiles", lambda: _mllama(1), dtypes=BOTH),
-    System("IDEFICS-1 9B per token, 5 images (4 of 32 layers)", _idefics, "image keys and values kept over steps",
-           keep=lambda o: [o], lean=True),
-    System("Whisper large-v3 decoder, cached token (4 of 32 layers)", lambda: _whisper(True),
-           "bound by reading weights and cache"),
-    System("Whisper large-v3 cross-attention module, cached token, batch 4", _whisper_cross, keep=lambda o: [o]),
     System("Whisper large-v3 decoder, uncached token (4 of 32 layers)", lambda: _whisper(False),
            "bound by projecting the audio; nothing to drop"),
-    System("T5 base, text 5..77", _t5, "bound by its backbone"),
+    System("T5 base, text 5..77 (4 of 12 layers)", _t5, "bound by its backbone"),
     System("LXMERT base, text 5..20 and 36 regions", _lxmert, "bound by its backbone"),
-    System("GroundingDINO fusion layer, 9000..13294 pixels, text 5..32", _grounding_dino,
-           keep=lambda o: [o[0][0], o[1][0]]),
     System("DETR decoder, 100 queries on 400..850", _detr, "a whole DETR is bound by its backbone"),
     System("TableTransformer decoder, 100 queries on 400..850", _table_transformer),
     System("Mask2Former decoder layer, 100 queries on 64 x 64", _mask2former,
            "a whole Mask2Former is bound by its backbone"),
     System("Perceiver, 256 latents on 512..2048 (4 of 26 self-attentions)", _perceiver, "bound by its backbone"),
     System("Idefics2 resampler, image 64..1024 (1 of 3 layers)", _idefics2),
-    System("FLAVA text encoder, text 5..77", _flava, "bound by its backbone"),
-    System("ALBEF-style fusion BERT, text 5..35, image 64..577", _albef, "features are projected before the hook"),
-    System("LLaVA 1.5 prefill (2 of 24 + 1 of 32 layers)", _llava, "bound by its backbone",
+    System("FLAVA text encoder, text 5..77 (4 of 12 layers)", _flava, "bound by its backbone"),
+    System("ALBEF-style fusion BERT, text 5..35, image 64..577 (3 of 6 layers)", _albef, "features are projected before the hook"),
+    System("GroundingDINO fusion layer, 9000..13294 pixels, text 5..32", _grounding_dino,
+           keep=lambda o: [o[0][0], o[1][0]]),
+    System("LLaVA 1.5 prefill (1 of 24 + 1 of 32 layers)", _llava, "bound by its backbone",
            keep=lambda o: [o.logits[:, -1]]),
 ]  # fmt: skip

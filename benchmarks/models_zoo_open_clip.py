@@ -62,14 +62,14 @@ def _config(name: str) -> Any:
     return config
 
 
-def _clip(batch: int = 16) -> Any:
+def _clip(batch: int = 4) -> Any:
     from open_clip.loss import ClipLoss
     from open_clip.model import CLIP
 
     return WithLoss(CLIP(**_config("ViT-B-32")), ClipLoss()), _inputs(batch, 77)
 
 
-def _coca(batch: int = 8) -> Any:
+def _coca(batch: int = 2) -> Any:
     from open_clip.coca_model import CoCa
     from open_clip.loss import CoCaLoss
 
@@ -89,17 +89,17 @@ class Loss(nn.Module):
         return self.loss(image, text, self.scale)  # type: ignore[no-any-return]
 
 
-def _loss(batch: int = 8192, width: int = 512) -> Any:
+def _loss(batch: int = 4096, width: int = 512) -> Any:
     image, text = (nn.functional.normalize(torch.randn(batch, width), dim=-1).requires_grad_() for _ in range(2))
     return Loss(), {"image": image, "text": text}
 
 
 _PATH = _package()
 SYSTEMS = [] if _PATH is None else [
-    System("open_clip CLIP ViT-B/32 with its loss, batch 16", _clip, "no mask: texts are whole there", train=True,
+    System("open_clip CLIP ViT-B/32 with its loss, batch 4", _clip, "no mask: texts are whole there", train=True,
            keep=lambda o: [o]),
-    System("open_clip CoCa ViT-B/32 with its losses, batch 8", _coca, "bound by its backbone and vocabulary",
+    System("open_clip CoCa ViT-B/32 with its losses, batch 2", _coca, "bound by its backbone and vocabulary",
            train=True, keep=lambda o: [o]),
-    System("open_clip ClipLoss alone, 8192 x 512", _loss, "memory: 10 MB kept, not 768", train=True,
+    System("open_clip ClipLoss alone, 4096 x 512", _loss, "memory: the N x N logits are never made", train=True,
            keep=lambda o: [o]),
 ]  # fmt: skip
