@@ -70,18 +70,19 @@ def attention_share(model: nn.Module, run: Callable[[], object]) -> tuple[float,
         return bool(re.search("Atte?n", type(module).__name__))
 
     def begin(module: nn.Module, arguments: Any) -> None:
-        started[0] = time.perf_counter()
+        started[0] = clock()()
 
     def end(module: nn.Module, arguments: Any, result: Any) -> None:
-        inside[0] += time.perf_counter() - started[0]
+        inside[0] += clock()() - started[0]
 
     for module in model.modules():
         children = [m for m in module.modules() if m is not module]
         if is_attention(module) and not any(is_attention(m) for m in children):
             handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-    start = time.perf_counter()
+    now = clock()
+    start = now()
     run()
-    total = time.perf_counter() - start
+    total = now() - start
     for handle in handles:
         handle.remove()
     return inside[0] / total, total
@@ -206,7 +207,7 @@ def table(facts: dict[str, Any]) -> str:
             speed = f"{r.ratio:.2f}x" if r.gate == "ok" else "outside its error budget"
             places.add((r.device, r.versions))
             lines.append(
-                f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {r.threads} "
+                f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {'1 (processor time)' if r.threads == 1 else r.threads} "
                 f"| {rival.median_ms:.3g} | {r.median_ms:.3g} | {speed} | {fact['error']:.1e} | {fact['share']:.0%} "
                 f"| {system.note} |"
             )
@@ -234,6 +235,11 @@ def rows(match: str, dtypes: set[str], missing: bool) -> Iterator[tuple[System, 
                     yield system, dtype, direction
 
 
+def clock() -> Callable[[], float]:
+    """On one thread, processor time: other work on the machine does not inflate it."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def measure(system: System, dtype: torch.dtype, direction: str, facts: dict[str, Any], seconds: float) -> list[Record]:
     """One row: as many interleaved rounds as fill ``seconds``, 3 to 15."""
     work = workload(system, dtype, direction != "forward", facts)
@@ -241,7 +247,7 @@ def measure(system: System, dtype: torch.dtype, direction: str, facts: dict[str,
     once = facts[system.name][f"{str(dtype).removeprefix('torch.')} {direction}"].pop("seconds")
     rounds = min(15, max(3, round(seconds / (2 * once))))
     checked = Workload(work.providers, work.rival, lambda: verdict)
-    return run_case(Case("models", system.name, direction, dtype, lambda: checked), rounds=rounds)
+    return run_case(Case("models", system.name, direction, dtype, lambda: checked), rounds=rounds, clock=clock())
 
 
 def main() -> None:
@@ -251,7 +257,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only rows that the CSV does not have yet")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after this long")
     parser.add_argument("--seconds", type=float, default=40, help="timed per row, in 3 to 15 interleaved rounds")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="1: processor time is measured")
     parser.add_argument("--list", action="store_true", help="name the rows, and measure nothing")
     parser.add_argument("--table", action="store_true", help="only rewrite docs/models.md")
     options = parser.parse_args()
