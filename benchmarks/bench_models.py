@@ -204,10 +204,11 @@ def table(facts: dict[str, Any]) -> str:
         for r in (r for r in records if r.provider == "fastxattn" and r.case == system.name):
             fact = facts[r.case][f"{r.dtype} {r.direction}"]
             rival = sdpa[r.case, r.direction, r.dtype, r.threads]
+            threads = "1 (processor time)" if r.threads == 1 else r.threads
             speed = f"{r.ratio:.2f}x" if r.gate == "ok" else "outside its error budget"
             places.add((r.device, r.versions))
             lines.append(
-                f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {'1 (processor time)' if r.threads == 1 else r.threads} "
+                f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {threads} "
                 f"| {rival.median_ms:.3g} | {r.median_ms:.3g} | {speed} | {fact['error']:.1e} | {fact['share']:.0%} "
                 f"| {system.note} |"
             )
