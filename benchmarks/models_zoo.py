@@ -167,6 +167,9 @@ class MllamaLayer(nn.Module):
             eos_token_id=2,
         )
         self.text = hf.models.mllama.modeling_mllama.MllamaTextModel(config)
+        with torch.no_grad():  # closed at first, and then nothing that attention does would be seen
+            self.text.layers[0].cross_attn_attn_gate.fill_(0.5)
+            self.text.layers[0].cross_attn_mlp_gate.fill_(0.5)
 
     def forward(self, hidden: Tensor, states: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
         return self.text.layers[0](  # type: ignore[no-any-return]
