@@ -15,6 +15,7 @@ from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.ops.importance.reference import importance_reference
 from fastxattn.runtime import native
 from fastxattn.testing import measure_error
+from fastxattn.testing.bounds import checked_accesses
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAVES = ("query", "key", "lse", "key_bias", "row_weight")
@@ -108,10 +109,15 @@ def test_triton(feature, dtype, monkeypatch):
     from fastxattn.ops.attention.triton.config import Tile
     from fastxattn.ops.importance import triton_kernel
 
-    if TRITON_DEVICE == "cpu":
-        monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
-        monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
-    check("triton", make(dtype, device=TRITON_DEVICE, **FEATURES[feature]))
+    if TRITON_DEVICE == "cuda":
+        return check("triton", make(dtype, device=TRITON_DEVICE, **FEATURES[feature]))
+    monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
+    monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
+    short = FEATURES[feature] | {"lengths_q": (5, 0, 33, 1), "lengths_k": (20, 9, 40, 7)}
+    if "heads" not in short:
+        short |= {"heads": 2, "kv_heads": 2}
+    with checked_accesses():
+        check("triton", make(dtype, **short))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
