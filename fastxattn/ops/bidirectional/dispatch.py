@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.attention import checks as attention_checks
+from fastxattn.ops.attention import cpu as attention_cpu
 from fastxattn.ops.attention import dispatch as attention
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.bidirectional import cpu, triton
 from fastxattn.ops.bidirectional.autograd import FORWARD, Bidirectional
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
+from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env
 from fastxattn.runtime.backend import Backend, resolve
 
+_CPU = ("auto", "cpu")
 Both = tuple[Problem, Problem]
 
 
@@ -32,6 +35,8 @@ ONE_PASS = {"cpu": cpu.pays, "triton": triton.pays}
 
 def attend(problem: BidirectionalProblem, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
     """(out_a, out_b) of a problem whose ``scale`` is yet to be filled in; its seed is (2,) or None."""
+    if (found := _short(problem, scale, backend)) is not None:
+        return found
     directions = _prepared(problem, scale)
     if not torch.compiler.is_compiling():  # while tracing, the operator's fake checks
         for direction in directions:
@@ -44,6 +49,24 @@ def attend(problem: BidirectionalProblem, scale: float | None, backend: str) -> 
     if name in ONE_PASS and not torch.compiler.is_exporting() and ONE_PASS[name](prepared):
         return one_pass(name, prepared)
     return attention.run(name, directions[0])[0], attention.run(name, directions[1])[0]
+
+
+def _short(problem: BidirectionalProblem, scale: float | None, backend: str) -> tuple[Tensor, Tensor] | None:
+    """The short way for plain CPU calls: the operator checks all it relies on; None sends the call the checked way."""
+    if (
+        torch.compiler.is_compiling()
+        or not attention_cpu.ready
+        or backend not in _CPU
+        or env.default_backend not in _CPU
+        or explaining.explaining_in is not None
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    try:
+        whole = problem._replace(scale=problem.query_a.shape[2] ** -0.5 if scale is None else scale)
+        return one_pass("cpu", whole) if ONE_PASS["cpu"](whole) else None
+    except (RuntimeError, TypeError, AttributeError):
+        return None
 
 
 def one_pass(name: str, problem: BidirectionalProblem) -> tuple[Tensor, Tensor]:
