@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
 
-
 FEW_TOKENS = 24
 
 
