@@ -42,7 +42,7 @@ LONG = AttentionCase("long", (70, 3), (2500, 2400), heads=2, kv_heads=1, kv_rang
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", (*ATTENTION_CASES, LONG), ids=str)
+@pytest.mark.parametrize("case", [*ATTENTION_CASES, LONG], ids=str)
 def test_budget(case, dtype):
     """The reference, and the CPU kernel on every instruction set, forward and every gradient."""
     problem = case.problem(dtype)
