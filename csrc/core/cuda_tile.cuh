@@ -4,6 +4,8 @@
 // Thread (warp w, lane l) holds sums[n][e] of row tile_row(e) and column tile_column(n, e): two rows, sixteen columns.
 #pragma once
 
+#include <cmath>
+
 #include "core/cuda_device.h"
 
 namespace fastxattn::gpu {
@@ -122,5 +124,23 @@ FXA_DEVICE void tile_product(const TileRows<T>& a, const TileRows<T>& b, int64_t
     sync_threads();
   }
 }
+
+// The best match so far: the larger value, the earlier of equals. NaN never is one, or (NanWins) beats all numbers.
+template <bool NanWins>
+struct Candidate {
+  float value = -INFINITY;
+  int place = -1;  // none
+
+  FXA_DEVICE void consider(float other, int at) {
+    const bool nan = NanWins && other != other, held = NanWins && value != value;
+    const bool better = place < 0 ? other == other || nan : (other > value && !held) || (nan && !held);
+    const bool earlier = at < place && (other == value || (nan && held));
+    if (at >= 0 && (better || earlier)) value = other, place = at;
+  }
+  // Afterwards all 4 lanes that share a row hold its best.
+  FXA_DEVICE void reduce_row() {
+    for (int d = 1; d < 4; d *= 2) consider(shuffle_xor(value, d), shuffle_xor(place, d));
+  }
+};
 
 }  // namespace fastxattn::gpu

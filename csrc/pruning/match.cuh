@@ -6,16 +6,6 @@
 
 namespace fastxattn::gpu {
 
-// A candidate beats another when it is more similar, or as similar and earlier; NaN is never a candidate.
-struct Candidate {
-  float value;
-  int place;  // -1: none
-
-  FXA_DEVICE void consider(float other, int at) {
-    if (other > value || (other == value && at >= 0 && (place < 0 || at < place))) value = other, place = at;
-  }
-};
-
 template <class T>
 FXA_KERNEL(kTileThreads, 2)
 match_kernel(FXA_PARAMS pruning::MatchCuda p) {
@@ -30,7 +20,7 @@ match_kernel(FXA_PARAMS pruning::MatchCuda p) {
 
   for (int a = a_begin + block_index_y() * kTileRows; a < a_end; a += grid_blocks_y() * kTileRows) {
     const TileRows<T> rows{x, m.channels, m.a_index, a, minimum(a_end - a, kTileRows)};
-    Candidate best[2] = {{-INFINITY, -1}, {-INFINITY, -1}};
+    Candidate<false> best[2];
     for (int c = b_begin; c < b_end; c += kTileRows) {
       const TileRows<T> columns{x, m.channels, m.b_index, c, minimum(b_end - c, kTileRows)};
       float sums[4][4];
@@ -48,7 +38,7 @@ match_kernel(FXA_PARAMS pruning::MatchCuda p) {
       }
     }
     for (int h = 0; h < 2; ++h) {
-      for (int d = 1; d < 4; d *= 2) best[h].consider(shuffle_xor(best[h].value, d), shuffle_xor(best[h].place, d));
+      best[h].reduce_row();
       if (lane_index() % 4 == 0) {
         const int at = warp_index() / 4 * kTileRows + tile_row(h * 2);
         values.store(at, best[h].value);
@@ -58,7 +48,7 @@ match_kernel(FXA_PARAMS pruning::MatchCuda p) {
     sync_threads();
     const int r = thread_index();
     if (r < rows.count) {
-      Candidate chosen{values.load(r), places.load(r)};
+      Candidate<false> chosen{values.load(r), places.load(r)};
       chosen.consider(values.load(kTileRows + r), places.load(kTileRows + r));
       const float scale = load_global(p.inverse_norm + load_global(m.a_index + a + r));
       const bool known = chosen.place >= 0 && scale == scale;
