@@ -17,7 +17,7 @@ FXA_DEVICE void best_matches(const LateInteractionCuda& p, bool row_is_a, int n,
   const int c0 = load_global(columns.cu + column_set), c1 = load_global(columns.cu + column_set + 1);
   const int t = thread_index(), lane = lane_index(), warp = warp_index();
   const Shared<T> stages = shared_memory<T>(0);
-  const Shared<float> values = shared_memory<float>(kTileShared<T>);                   // [2][64] of a tile's rows
+  const Shared<float> values = shared_memory<float>(kTileShared<T>);                  // [2][64] of a tile's rows
   const Shared<int> places = shared_memory<int>(kTileShared<T> + 2 * kTileRows * 4);  // [2][64]
   const Shared<float> column_values = shared_memory<float>(kTileShared<T> + 4 * kTileRows * 4);
   const Shared<int> column_places = shared_memory<int>(kTileShared<T> + 4 * kTileRows * 4 + kMaxSimColumns * 4);

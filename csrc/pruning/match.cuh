@@ -15,7 +15,7 @@ match_kernel(FXA_PARAMS pruning::MatchCuda p) {
   const int b_begin = load_global(m.cu_b + b), b_end = load_global(m.cu_b + b + 1);
   const T* x = static_cast<const T*>(m.x);
   const Shared<T> stages = shared_memory<T>(0);
-  const Shared<float> values = shared_memory<float>(kTileShared<T>);               // [2][64]
+  const Shared<float> values = shared_memory<float>(kTileShared<T>);                  // [2][64]
   const Shared<int> places = shared_memory<int>(kTileShared<T> + 2 * kTileRows * 4);  // [2][64]
 
   for (int a = a_begin + block_index_y() * kTileRows; a < a_end; a += grid_blocks_y() * kTileRows) {
@@ -53,7 +53,8 @@ match_kernel(FXA_PARAMS pruning::MatchCuda p) {
       const float scale = load_global(p.inverse_norm + load_global(m.a_index + a + r));
       const bool known = chosen.place >= 0 && scale == scale;
       store_global(m.similarity + a + r, known ? chosen.value * scale : NAN);
-      store_global(m.best + a + r, b_begin == b_end ? -1 : load_global(m.b_index + b_begin + (known ? chosen.place : 0)));
+      store_global(m.best + a + r,
+                   b_begin == b_end ? -1 : load_global(m.b_index + b_begin + (known ? chosen.place : 0)));
     }
     sync_threads();
   }
@@ -65,8 +66,8 @@ merge_kernel(FXA_PARAMS pruning::MergeCuda p) {
   const int64_t a = block_index();
   const int64_t begin = load_global(p.first + a), end = load_global(p.first + a + 1);
   for (int part = 0; part < 4; ++part) {
-    const int64_t c = static_cast<int64_t>(block_index_y()) * pruning::kMergeColumns + part * pruning::kMergeThreads +
-                      thread_index();
+    const int64_t c =
+        static_cast<int64_t>(block_index_y()) * pruning::kMergeColumns + part * pruning::kMergeThreads + thread_index();
     if (c >= p.channels) break;
     float sum = 0.0f;
     for (int64_t j = begin; j < end; ++j) {

@@ -159,8 +159,8 @@ select_kernel(FXA_PARAMS pruning::SelectCuda p) {
       for (int j = warp; j < kept; j += kWarps) {
         if ((round + j) % shares != share) continue;
         const int64_t from = rows.load(j), to = first + round + j;
-        copy_row(static_cast<const char*>(p.x) + from * p.row_bytes,
-                 static_cast<char*>(p.gathered) + to * p.row_bytes, p.row_bytes, p.aligned);
+        copy_row(static_cast<const char*>(p.x) + from * p.row_bytes, static_cast<char*>(p.gathered) + to * p.row_bytes,
+                 p.row_bytes, p.aligned);
       }
     }
   }

@@ -35,7 +35,9 @@ def scores_of(kind: str, total: int, rng: np.random.Generator) -> np.ndarray:
 def run_select(simt: Simt, scores: np.ndarray, cu: np.ndarray, counts: list[int], extra: int, **options: Any) -> None:
     """Compare with the reference: everything equal."""
     guard, x = options.pop("protected", None), options.pop("x", None)
-    wide = None if x is None else torch.from_numpy(np.ascontiguousarray(x).view(np.int16 if x.itemsize == 2 else x.dtype))
+    wide = (
+        None if x is None else torch.from_numpy(np.ascontiguousarray(x).view(np.int16 if x.itemsize == 2 else x.dtype))
+    )
     capacity = sum(min(max(c, 0), int(n)) for c, n in zip(counts, np.diff(cu), strict=True)) + extra
     expected = reference.select(
         torch.from_numpy(scores[: cu[-1]]), torch.from_numpy(cu), torch.tensor(counts, dtype=torch.int32),

@@ -7,13 +7,12 @@ namespace fastxattn::simt {
 template <class T>
 static Statistics run_maxsim(const Arguments& a) {
   Memory memory;
-  const LateInteractionCuda p{
-      {a.input<T>(memory, "a"), a.input<int32_t>(memory, "cu_a"), a.size("cu_a") - 1, a.output<float>(memory, "sum_a"),
-       a.output<int32_t>(memory, "best_a")},
-      {a.input<T>(memory, "b"), a.input<int32_t>(memory, "cu_b"), a.size("cu_b") - 1, a.output<float>(memory, "sum_b"),
-       a.output<int32_t>(memory, "best_b")},
-      a.size("a", 1),
-      a.integer("aligned", 0) != 0};
+  const LateInteractionCuda p{{a.input<T>(memory, "a"), a.input<int32_t>(memory, "cu_a"), a.size("cu_a") - 1,
+                               a.output<float>(memory, "sum_a"), a.output<int32_t>(memory, "best_a")},
+                              {a.input<T>(memory, "b"), a.input<int32_t>(memory, "cu_b"), a.size("cu_b") - 1,
+                               a.output<float>(memory, "sum_b"), a.output<int32_t>(memory, "best_b")},
+                              a.size("a", 1),
+                              a.integer("aligned", 0) != 0};
   Runner runner(memory);
   runner.run("maxsim",
              {.grid_x = p.a.sets * p.b.sets,

@@ -8,8 +8,8 @@ namespace fastxattn::simt {
 FXA_SIMT_BIND(select) {
   Memory memory;
   pruning::SelectCuda p{};
-  p.select = {a.input<float>(memory, "scores"),      a.input<int32_t>(memory, "cu"),
-              a.input<int32_t>(memory, "cu_keep"),   a.input<uint8_t>(memory, "protected"),
+  p.select = {a.input<float>(memory, "scores"),        a.input<int32_t>(memory, "cu"),
+              a.input<int32_t>(memory, "cu_keep"),     a.input<uint8_t>(memory, "protected"),
               a.output<int32_t>(memory, "keep_index"), a.output<int32_t>(memory, "assignment")};
   p.x = a.input<void>(memory, "x");
   p.gathered = a.output<void>(memory, "gathered");
@@ -61,16 +61,12 @@ FXA_SIMT_BIND(match_float16) { return run_match<f16_t>(a); }
 template <class T>
 static Statistics run_merge(const Arguments& a) {
   Memory memory;
-  const pruning::MergeCuda p{a.input<T>(memory, "x"),
-                             a.input<int64_t>(memory, "members"),
-                             a.input<int64_t>(memory, "first"),
-                             a.input<float>(memory, "coefficient"),
-                             a.output<T>(memory, "out"),
-                             a.size("x", 1)};
+  const pruning::MergeCuda p{a.input<T>(memory, "x"),           a.input<int64_t>(memory, "members"),
+                             a.input<int64_t>(memory, "first"), a.input<float>(memory, "coefficient"),
+                             a.output<T>(memory, "out"),        a.size("x", 1)};
   Runner runner(memory);
   const auto columns = static_cast<int>((p.channels + pruning::kMergeColumns - 1) / pruning::kMergeColumns);
-  runner.run("merge",
-             {.grid_x = a.size("out"), .grid_y = columns, .threads = pruning::kMergeThreads},
+  runner.run("merge", {.grid_x = a.size("out"), .grid_y = columns, .threads = pruning::kMergeThreads},
              [&] { gpu::merge_kernel<T>(p); });
   return runner.statistics();
 }
