@@ -4,6 +4,9 @@ A file's instruction set is read off its name (``*_avx512bf16.cpp`` gets the AVX
 compiled in parallel, and objects are kept in build/ with their dependency files, so that a second build only
 compiles what changed. New kernels need no entry here: every csrc/<op>/*.cpp is found by name.
 FASTXATTN_BUILD_ISAS=avx2 builds that instruction set and the generic one alone: quicker while working on a kernel.
+
+``--cuda``, or FASTXATTN_BUILD_CUDA=1 in an installation, builds the CUDA kernels (csrc/<op>/*.cu) with the nvcc in
+$NVCC or on PATH; torch may be a CPU build. FASTXATTN_CUDA_ARCHS names the architectures, all of CUDA_ARCHS by default.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 TORCH_TARGET = "0x020a000000000000ULL"  # libtorch stable ABI of torch 2.10
+CUDA_ARCHS = ("80", "86", "89", "90a", "100")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -115,15 +119,16 @@ def _fresh(obj: Path, deps: Path) -> bool:
 
 
 def _library(
-    tool: Toolchain, sources: list[tuple[Path, list[str]]], target: Path, objects: Path, link: list[str]
-) -> None:
-    """Compile ``sources``, each with its own extra flags, and link them."""
+    tool: Toolchain, sources: list[tuple[Path, list[str]]], target: Path, objects: Path, link: list[str],
+    ready: list[Path] | None = None,
+) -> None:  # fmt: skip
+    """Compile ``sources``, each with its own extra flags, and link them with the objects that are ``ready``."""
     objects.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
     with ThreadPoolExecutor(jobs) as pool:
         compiled = list(pool.map(lambda s: _compile(tool, s[0], objects, s[1]), sources))
-    objs = [str(o) for o in compiled if o is not None]
+    objs = [str(o) for o in (*compiled, *(ready or ())) if o is not None]
     if target.exists() and all(Path(o).stat().st_mtime <= target.stat().st_mtime for o in objs):
         return
     # Link beside the target and move it over, so that a process using the old library keeps its file.
@@ -154,12 +159,64 @@ def _torch_flags() -> tuple[list[str], list[str]]:
     return [*include, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"], [f"-L{base}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
+def _torch_sources(cuda: bool) -> list[Path]:
+    return sorted(s for s in CSRC.glob("*/*_torch.cpp") if s.stem.endswith("_cuda_torch") == cuda)
+
+
 def build_cpu(target: Path, tool: Toolchain) -> None:
     """libfastxattn_cpu.so: kernels plus their torch registrations."""
     flags, link = _torch_flags()
     # Kernels get no torch flags, so that their objects are the ones the operator library links too.
-    sources = [*((s, []) for s in _kernel_sources()), *((s, flags) for s in sorted(CSRC.glob("*/*_torch.cpp")))]
+    sources = [*((s, []) for s in _kernel_sources()), *((s, flags) for s in _torch_sources(cuda=False))]
     _library(tool, sources, target / "libfastxattn_cpu.so", ROOT / "build/obj-cpu", link)
+
+
+def find_nvcc() -> str:
+    """The CUDA compiler in $NVCC or on PATH."""
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+    if nvcc is None:
+        raise NativeBuildError("no CUDA compiler found (looked for $NVCC and nvcc on PATH)")
+    return nvcc
+
+
+def cuda_flags(archs: tuple[str, ...]) -> list[str]:
+    """nvcc's flags for code of these architectures, with PTX of the oldest for those to come."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    ptx = min(archs, key=lambda a: int(a.rstrip("a")))
+    if not ptx.endswith("a"):
+        codes.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
+    return ["-std=c++20", "-O3", *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
+
+
+def _compile_cuda(nvcc: str, source: Path, objects: Path, flags: list[str]) -> Path:
+    key = hashlib.sha256(" ".join([nvcc, *flags]).encode()).hexdigest()[:12]
+    obj = objects / f"{source.relative_to(ROOT).as_posix().replace('/', '__')}.{key}.o"
+    deps = obj.with_suffix(".d")
+    if _fresh(obj, deps):
+        return obj
+    command = [nvcc, *flags, "-MMD", "-MF", str(deps), "-c", str(source), "-o", str(obj)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise NativeBuildError(f"compiling {source.relative_to(ROOT)} failed:\n{done.stderr[-6000:]}")
+    return obj
+
+
+def build_cuda(target: Path, tool: Toolchain) -> None:
+    """libfastxattn_cuda.so: the CUDA kernels as a fat binary, and their torch registrations. Needs no GPU."""
+    nvcc = find_nvcc()
+    flags, link = _torch_flags()
+    archs = tuple(os.environ.get("FASTXATTN_CUDA_ARCHS", "").replace(",", " ").split()) or CUDA_ARCHS
+    objects = ROOT / "build/obj-cuda"
+    objects.mkdir(parents=True, exist_ok=True)
+    kernels = sorted(CSRC.glob("*/*.cu"))
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with ThreadPoolExecutor(jobs) as pool:
+        compiled = list(pool.map(lambda s: _compile_cuda(nvcc, s, objects, cuda_flags(archs)), kernels))
+    runtime = subprocess.run([nvcc, "--dryrun", "-shared", "x.o"], capture_output=True, text=True, check=False).stderr
+    folders = [word.strip('"') for word in runtime.split() if word.strip('"').startswith("-L")]
+    link = [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread", *link]
+    sources = [(s, flags) for s in _torch_sources(cuda=True)]
+    _library(tool, sources, target / "libfastxattn_cuda.so", objects, link, compiled)
 
 
 def build_test_module(target: Path, tool: Toolchain, sanitize: bool) -> Path:
@@ -193,10 +250,12 @@ def build_ort(target: Path, tool: Toolchain) -> None:
 
 
 def build_all(target: Path) -> None:
-    """Every library a wheel ships."""
+    """Every library a wheel ships; the CUDA kernels when FASTXATTN_BUILD_CUDA=1 asks for them."""
     tool = Toolchain.find()
     build_ort(target, tool)
     build_cpu(target, tool)
+    if os.environ.get("FASTXATTN_BUILD_CUDA", "0") == "1":
+        build_cuda(target, tool)
 
 
 def main() -> None:
@@ -204,11 +263,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "fastxattn/_lib")
     parser.add_argument("--tests", action="store_true", help="build the pybind11 test module instead")
+    parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels instead")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan")
     options = parser.parse_args()
     try:
         if options.tests:
             build_test_module(options.out, Toolchain.find(), options.sanitize)
+        elif options.cuda:
+            build_cuda(options.out, Toolchain.find())
         else:
             build_all(options.out)
     except NativeBuildError as error:

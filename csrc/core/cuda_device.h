@@ -31,9 +31,9 @@
 //   cp_async_wait<N>(): all but N newest groups ldmatrix_x1/x2/x4(regs, Shared row)  ldmatrix_x1/x2/x4_trans
 //   mma_m16n8k16<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])      d += a b; T: f16_t or bf16_t
 //   mma_m16n8k8_tf32(d, a, b)   to_tf32(float) -> bits rounded to tf32
-//   fast_exp2(x) fast_log2(x) fast_reciprocal(x): approximate instructions; fused(a, b, c) = a b + c, rounded once;
-//   maximum(a, b) minimum(a, b) to_float(T) from_float<T>(float) pack<T>(lo, hi) -> u32, unpack_low<T>(u32)
-//   unpack_high<T>(u32) bits_of(float) float_of(u32)
+//   fast_exp2(x) fast_log2(x) fast_reciprocal(x): approximate instructions; accurate_log(x); fused(a, b, c) = a b + c,
+//   rounded once; maximum(a, b) minimum(a, b) to_float(T) from_float<T>(float) pack<T>(lo, hi) -> u32,
+//   unpack_low<T>(u32) unpack_high<T>(u32) bits_of(float) float_of(u32)
 #pragma once
 
 #include <cstdint>

@@ -53,6 +53,7 @@ FXA_DEVICE bool all(bool v) { return __all_sync(kFullWarp, v) != 0; }
 FXA_DEVICE int popcount(uint32_t v) { return __popc(v); }
 FXA_DEVICE int count_leading_zeros(uint32_t v) { return __clz(static_cast<int>(v)); }
 FXA_DEVICE int find_first(uint32_t v) { return __ffs(static_cast<int>(v)); }
+FXA_DEVICE int find_first_64(uint64_t v) { return __ffsll(static_cast<long long>(v)); }
 
 FXA_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 FXA_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
@@ -225,6 +226,7 @@ FXA_DEVICE float fast_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+FXA_DEVICE float accurate_log(float x) { return logf(x); }
 FXA_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 template <class V>
 FXA_DEVICE V maximum(V a, V b) {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastxattn.ops.attention import checks, cpu, flash, triton
+from fastxattn.ops.attention import checks, cpu, cuda, flash, triton
 from fastxattn.ops.attention.autograd import FORWARD, Attention, wants_gradient
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
@@ -21,6 +21,7 @@ _CPU = ("auto", "cpu")
 BACKENDS = (
     Backend("cpu", cpu.supports),
     Backend("triton", triton.supports),
+    Backend("cuda", cuda.supports),
     Backend("flash", flash.supports),
     Backend("reference", lambda problem: None),
 )

@@ -113,6 +113,7 @@ inline bool all(bool v) { return detail::vote<2>("all", v) == 0xffffffffu; }
 inline int popcount(uint32_t v) { return std::popcount(v); }
 inline int count_leading_zeros(uint32_t v) { return std::countl_zero(v); }
 inline int find_first(uint32_t v) { return v == 0 ? 0 : std::countr_zero(v) + 1; }
+inline int find_first_64(uint64_t v) { return v == 0 ? 0 : std::countr_zero(v) + 1; }
 
 inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_of(uint32_t x) { return std::bit_cast<float>(x); }
@@ -221,96 +222,34 @@ void cp_async_wait() {
 
 namespace detail {
 
+// What a lane brings to ldmatrix and mma; matrix.cpp has the operations.
 struct MatrixLoad {
   uint32_t row;
   uint32_t* out;
 };
-
-// Lane 8 m + i names row i of matrix m; lane l gets elements (l / 4, 2 (l % 4) + {0, 1}), transposed or not.
-template <int Count, bool Transposed>
-void ldmatrix(const char* name, uint32_t* out, uint32_t row) {
-  MatrixLoad load{row, out};
-  Runner::current().warp_operation(
-      name,
-      [](int warp, void** lanes) {
-        Runner& r = Runner::current();
-        for (int m = 0; m < Count; ++m) {
-          uint16_t matrix[8][8];
-          uint32_t rows[8];
-          for (int i = 0; i < 8; ++i) {
-            rows[i] = static_cast<MatrixLoad*>(lanes[8 * m + i])->row;
-            std::memcpy(matrix[i], r.shared_load(rows[i], 16, warp * 32 + 8 * m + i, nullptr), 16);
-          }
-          r.count_matrix_rows(rows);
-          for (int lane = 0; lane < 32; ++lane) {
-            const int i = lane / 4, j = lane % 4 * 2;
-            const uint16_t low = Transposed ? matrix[j][i] : matrix[i][j];
-            const uint16_t high = Transposed ? matrix[j + 1][i] : matrix[i][j + 1];
-            static_cast<MatrixLoad*>(lanes[lane])->out[m] = low | static_cast<uint32_t>(high) << 16;
-          }
-        }
-      },
-      &load);
-}
-
 struct Mma {
   float* d;
   const uint32_t* a;
   const uint32_t* b;
 };
-
-// Tensor cores add exact products in wide registers and cut the sum off towards zero.
-inline float cut(double x) {
-  const auto f = static_cast<float>(x);
-  if (!std::isfinite(f) || std::fabs(static_cast<double>(f)) <= std::fabs(x)) return f;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(f) - 1);
-}
-
-// d (16, 8) += a (16, K) b (K, 8), Half products at a time. b is given transposed, (8, K).
-template <int K, int Half>
-inline void multiply(float (&d)[16][8], const float (&a)[16][K], const float (&b)[K][8]) {
-  for (int i = 0; i < 16; ++i) {
-    for (int first = 0; first < K; first += Half) {
-      double sum[8];
-      for (int j = 0; j < 8; ++j) sum[j] = d[i][j];
-      for (int k = first; k < first + Half; ++k) {
-        const double x = a[i][k];
-        for (int j = 0; j < 8; ++j) sum[j] += x * b[k][j];
-      }
-      for (int j = 0; j < 8; ++j) d[i][j] = cut(sum[j]);
-    }
-  }
-}
-
-inline void gather_d(float (&d)[16][8], void** lanes) {
-  for (int lane = 0; lane < 32; ++lane) {
-    const float* mine = static_cast<Mma*>(lanes[lane])->d;
-    for (int e = 0; e < 4; ++e) d[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2] = mine[e];
-  }
-}
-inline void scatter_d(const float (&d)[16][8], void** lanes) {
-  for (int lane = 0; lane < 32; ++lane) {
-    float* mine = static_cast<Mma*>(lanes[lane])->d;
-    for (int e = 0; e < 4; ++e) mine[e] = d[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
-  }
-  ++Runner::current().counts().mma;
-}
-
+template <int Count, bool Transposed>
+void ldmatrix(int warp, void** lanes);
 template <class T>
-float half_of(uint32_t word, int high) {
-  return fastxattn::to_f32(T{static_cast<uint16_t>(high != 0 ? word >> 16 : word & 0xffffu)});
-}
+void mma_m16n8k16(int warp, void** lanes);
+void mma_m16n8k8_tf32(int warp, void** lanes);
 
 }  // namespace detail
 
-#define FXA_LDMATRIX(count)                                                     \
-  template <class V>                                                            \
-  void ldmatrix_x##count(uint32_t (&r)[count], Shared<V> row) {                 \
-    detail::ldmatrix<count, false>("ldmatrix_x" #count, r, row.offset);         \
-  }                                                                             \
-  template <class V>                                                            \
-  void ldmatrix_x##count##_trans(uint32_t (&r)[count], Shared<V> row) {         \
-    detail::ldmatrix<count, true>("ldmatrix_x" #count "_trans", r, row.offset); \
+#define FXA_LDMATRIX(count)                                                                                \
+  template <class V>                                                                                       \
+  void ldmatrix_x##count(uint32_t (&r)[count], Shared<V> row) {                                            \
+    detail::MatrixLoad load{row.offset, r};                                                                \
+    Runner::current().warp_operation("ldmatrix_x" #count, &detail::ldmatrix<count, false>, &load);         \
+  }                                                                                                        \
+  template <class V>                                                                                       \
+  void ldmatrix_x##count##_trans(uint32_t (&r)[count], Shared<V> row) {                                    \
+    detail::MatrixLoad load{row.offset, r};                                                                \
+    Runner::current().warp_operation("ldmatrix_x" #count "_trans", &detail::ldmatrix<count, true>, &load); \
   }
 FXA_LDMATRIX(1)
 FXA_LDMATRIX(2)
@@ -320,45 +259,11 @@ FXA_LDMATRIX(4)
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   detail::Mma operands{d, a, b};
-  Runner::current().warp_operation(
-      "mma_m16n8k16",
-      [](int, void** lanes) {
-        float wide_a[16][16], wide_b[16][8], wide_d[16][8];
-        for (int lane = 0; lane < 32; ++lane) {
-          const auto* mine = static_cast<detail::Mma*>(lanes[lane]);
-          const int group = lane / 4, pair = lane % 4 * 2;
-          for (int e = 0; e < 2; ++e) {
-            for (int r = 0; r < 4; ++r) {
-              wide_a[group + r % 2 * 8][pair + r / 2 * 8 + e] = detail::half_of<T>(mine->a[r], e);
-            }
-            for (int r = 0; r < 2; ++r) wide_b[pair + r * 8 + e][group] = detail::half_of<T>(mine->b[r], e);
-          }
-        }
-        detail::gather_d(wide_d, lanes);
-        detail::multiply<16, 8>(wide_d, wide_a, wide_b);
-        detail::scatter_d(wide_d, lanes);
-      },
-      &operands);
+  Runner::current().warp_operation("mma_m16n8k16", &detail::mma_m16n8k16<T>, &operands);
 }
-
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   detail::Mma operands{d, a, b};
-  Runner::current().warp_operation(
-      "mma_m16n8k8_tf32",
-      [](int, void** lanes) {
-        float wide_a[16][8], wide_b[8][8], wide_d[16][8];
-        const auto tf32 = [](uint32_t bits) { return float_of(bits & 0xffffe000u); };
-        for (int lane = 0; lane < 32; ++lane) {
-          const auto* mine = static_cast<detail::Mma*>(lanes[lane]);
-          const int group = lane / 4, in_group = lane % 4;
-          for (int r = 0; r < 4; ++r) wide_a[group + r % 2 * 8][in_group + r / 2 * 4] = tf32(mine->a[r]);
-          for (int r = 0; r < 2; ++r) wide_b[in_group + r * 4][group] = tf32(mine->b[r]);
-        }
-        detail::gather_d(wide_d, lanes);
-        detail::multiply<8, 8>(wide_d, wide_a, wide_b);
-        detail::scatter_d(wide_d, lanes);
-      },
-      &operands);
+  Runner::current().warp_operation("mma_m16n8k8_tf32", &detail::mma_m16n8k8_tf32, &operands);
 }
 
 // Rounds to nearest, ties away from zero, as cvt.rna does.
@@ -376,6 +281,7 @@ inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::c
 inline float fast_exp2(float x) { return detail::flush(std::exp2(detail::flush(x))); }
 inline float fast_log2(float x) { return std::log2(detail::flush(x)); }
 inline float fast_reciprocal(float x) { return detail::flush(1.0f / detail::flush(x)); }
+inline float accurate_log(float x) { return std::log(x); }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 template <class V>
 V maximum(V a, V b) {
@@ -402,11 +308,11 @@ uint32_t pack(float low, float high) {
 }
 template <class T>
 float unpack_low(uint32_t v) {
-  return detail::half_of<T>(v, 0);
+  return to_float(T{static_cast<uint16_t>(v & 0xffffu)});
 }
 template <class T>
 float unpack_high(uint32_t v) {
-  return detail::half_of<T>(v, 1);
+  return to_float(T{static_cast<uint16_t>(v >> 16)});
 }
 
 }  // namespace fastxattn::gpu

@@ -1,0 +1,228 @@
+// Attention forward for compute capability 8.0: one block of rows against its sequence's keys with an online softmax
+// (Dao, FlashAttention-2, 2023), and the merge of chunks of keys (Flash-Decoding) in key order, so that the result does
+// not depend on which chunk finishes first.
+#pragma once
+
+#include "attention/attention_tiles.cuh"
+
+namespace fastxattn::attention {
+
+// Rows per block, keys per tile: two stages of keys and values beside the queries fit the 99 KiB of every device.
+template <class T, int D>
+struct ForwardTile {
+  static constexpr int kRows = sizeof(T) == 4 && D > 128 ? 32 : 64;
+  static constexpr int kFewRows = 16;  // where there are few queries
+  static constexpr int kKeys = sizeof(T) == 4 ? (D > 128 ? 16 : 32) : (D > 128 ? 32 : 64);
+};
+
+template <class T, int D, int Rows, int Keys>
+constexpr int forward_shared_bytes() {
+  return (Rows + 4 * Keys) * D * static_cast<int>(sizeof(T)) + 16;
+}
+
+// Keys per chunk of a sequence when they are cut into p.splits.
+FXA_DEVICE int chunk_of(const AttentionKernelParams& p, int keys, int tile) {
+  return maximum(p.split_keys, ((keys + p.splits - 1) / p.splits + tile - 1) / tile * tile);
+}
+
+// Grid: (tile_count(slots_q, batch, group, Rows) * kv_heads * splits), blocks of 2 Rows threads: a warp for 16 rows.
+// Rich: with kv_range, key_bias, softcap or a scale that is not positive.
+template <class T, int D, int Rows, int Keys, bool Rich>
+FXA_KERNEL(2 * Rows, 1)
+attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
+  constexpr int kThreads = 2 * Rows, kStep = Operand<T>::kStep, kTile = Keys * D * static_cast<int>(sizeof(T));
+  constexpr bool kHoldQueries = sizeof(T) == 2 && D <= 128;  // in registers
+  const Shared<T> queries = shared_memory<T>(0);
+  const Shared<T> key_tiles = shared_memory<T>(Rows * D * static_cast<int>(sizeof(T)));
+  const Shared<T> value_tiles = key_tiles.at(2 * Keys * D);
+  const Shared<int> scratch = shared_memory<int>(Rows * D * static_cast<int>(sizeof(T)) + 4 * kTile);
+
+  const int split = block_index() % p.splits, kv_head = block_index() / p.splits % p.kv_heads;
+  const TileOf tile = find_sequence(p.cu_q, p.batch, block_index() / p.splits / p.kv_heads, p.group, Rows);
+  const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
+  const Span theirs = find_span(p.cu_k, p.used_k, p.slots_k, tile.sequence);
+  const int first_row = tile.number * Rows, rows = minimum(mine.count * p.group - first_row, Rows);
+  const int chunk = p.splits > 1 ? chunk_of(p, theirs.count, Keys) : theirs.count;
+  if (rows <= 0 || (split > 0 && split * chunk >= theirs.count)) return;
+
+  // A row of the block is a (query, head) pair; this thread holds two of them in its accumulators.
+  const auto query_row = [&](int i) { return find_row(p.index_q, mine.first + (first_row + i) / p.group, p.rows_q); };
+  const auto head_of = [&](int i) { return kv_head * p.group + (first_row + i) % p.group; };
+  const int warp_row = warp_index() * 16;
+  const bool active = warp_row < rows;
+  int my_row[2], my_head[2];
+  bool there[2];
+  Range range[2];
+  FXA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int i = warp_row + lane_index() / 4 + 8 * half;
+    there[half] = i < rows;
+    my_row[half] = query_row(there[half] ? i : 0);
+    my_head[half] = head_of(there[half] ? i : 0);
+    range[half] = Rich ? find_range(p.kv_range, my_row[half], theirs.count) : Range{0, theirs.count};
+  }
+  int low = split * chunk, high = minimum(low + chunk, theirs.count);
+  Window window{0, theirs.count, 0, theirs.count};
+  if constexpr (Rich) {
+    window = find_window(scratch, range, there, theirs.count);
+    low = maximum(low, window.low / Keys * Keys);
+    high = minimum(high, window.high);
+  }
+
+  const T* key_base = static_cast<const T*>(p.key) + kv_head * p.key_head;
+  const T* value_base = static_cast<const T*>(p.value) + kv_head * p.value_head;
+  const auto load_keys = [&](int first, int stage) {
+    const auto row = [&](int i) -> int64_t { return find_row(p.index_k, theirs.first + first + i, p.rows_k); };
+    const int count = theirs.count - first;
+    load_tile<T, D, Keys, kThreads>(key_tiles.at(stage * Keys * D), count, p.head_dim, p.aligned,
+                                    [&](int i) { return key_base + row(i) * p.key_row; });
+    load_tile<T, D, Keys, kThreads>(value_tiles.at(stage * Keys * D), count, p.value_dim, p.aligned,
+                                    [&](int i) { return value_base + row(i) * p.value_row; });
+    cp_async_commit();
+  };
+
+  load_tile<T, D, Rows, kThreads>(queries, rows, p.head_dim, p.aligned, [&](int i) {
+    return static_cast<const T*>(p.query) + query_row(i) * p.query_row + head_of(i) * p.query_head;
+  });
+  if (low < high) load_keys(low, 0);
+  cp_async_commit();
+  Operand<T> held[kHoldQueries ? D / kStep : 1];
+  if constexpr (kHoldQueries) {
+    cp_async_wait<0>();
+    sync_threads();
+    FXA_UNROLL
+    for (int step = 0; step < D / kStep; ++step) held[step].template load<D>(queries, warp_row, step * kStep);
+  }
+  const auto query_operand = [&](int step) {
+    if constexpr (kHoldQueries) return held[step];
+    Operand<T> a;
+    a.template load<D>(queries, warp_row, step * kStep);
+    return a;
+  };
+
+  float acc[D / 8][4] = {};
+  float top[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};  // sum: of this lane's columns
+  const float factor = Rich ? 1.0f : p.scale * kUnit<T>;           // from products to units
+
+  const auto step = [&](int first, int stage, auto masked, bool bad) {
+    const Shared<T> values = value_tiles.at(stage * Keys * D);
+    float s[Keys / 8][4] = {};
+    multiply_rows<T, D, Keys>(s, query_operand, key_tiles.at(stage * Keys * D));
+    if constexpr (Rich) {
+      scale_scores<T>(p, s, nullptr);
+      if (p.key_bias != nullptr) add_key_bias<T>(p, theirs, first, my_head, s);
+    }
+    if constexpr (Rich || masked.value) {
+      FXA_UNROLL
+      for (int i = 0; i < Keys / 2; ++i) {
+        const int key = first + column_of(i / 4, i % 4);
+        if (!(Rich ? range[i % 4 / 2].sees(key) : key < theirs.count)) s[i / 4][i % 4] = -kInfinity;
+      }
+    }
+    FXA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float most = -kInfinity;
+      FXA_UNROLL
+      for (int n = 0; n < Keys / 8; ++n) most = maximum(most, maximum(s[n][2 * half], s[n][2 * half + 1]));
+      const float next = maximum(top[half], quad_max(most) * factor);
+      const float base = next == -kInfinity ? 0.0f : next;
+      const float shrink = power<T>(top[half] - base);
+      top[half] = next;
+      sum[half] *= shrink;
+      FXA_UNROLL
+      for (int n = 0; n < D / 8; ++n) acc[n][2 * half] *= shrink, acc[n][2 * half + 1] *= shrink;
+      FXA_UNROLL
+      for (int n = 0; n < Keys / 8; ++n) {
+        FXA_UNROLL
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          s[n][e] = power<T>(fused(s[n][e], factor, -base));
+          sum[half] += s[n][e];
+        }
+      }
+    }
+    if (Rich && bad) {
+      multiply_depth_guarded<T, D, Keys, D>(acc, s, values, bad_rows<T, D, Keys>(values),
+                                            [&](int half, int k) { return range[half].sees(first + k); });
+    } else {
+      multiply_depth<T, D, Keys, D>(acc, s, values);
+    }
+  };
+
+  int stage = 0;
+  FXA_NO_UNROLL
+  for (int first = low; first < high; first += Keys, stage ^= 1) {
+    const bool whole = Rich ? first >= window.all_low && first + Keys <= window.all_high : first + Keys <= theirs.count;
+    cp_async_wait<0>();
+    bool bad = false;
+    if constexpr (Rich) {
+      bad = sync_threads_or(!whole && loaded_bad<T, D, Keys, kThreads>(value_tiles.at(stage * Keys * D), p.aligned));
+    } else {
+      sync_threads();
+    }
+    if (first + Keys < high) load_keys(first + Keys, stage ^ 1);
+    if (!active) continue;
+    if (!Rich && whole) {
+      step(first, stage, std::false_type{}, false);
+    } else {
+      step(first, stage, std::true_type{}, bad);
+    }
+  }
+  if (!active) return;
+
+  const int heads = p.kv_heads * p.group;
+  FXA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float total = quad_sum(sum[half]);
+    if (!there[half]) continue;
+    const float lse = total == 0.0f ? -kInfinity : top[half] * (1.0f / kUnit<T>)+accurate_log(total);
+    const float inverse = total == 0.0f ? 1.0f : 1.0f / total;
+    const int64_t row = my_row[half], plane = split;
+    if (lane_index() % 4 == 0) {
+      float* to = p.splits > 1 ? p.part_lse + plane * heads * p.rows_q : p.lse;
+      store_global(to + static_cast<int64_t>(my_head[half]) * p.rows_q + row, lse);
+    }
+    const int64_t place = (row * heads + my_head[half]) * p.value_dim;
+    if (p.splits > 1) {
+      store_row(p.part_out + plane * p.rows_q * heads * p.value_dim + place, acc, half, inverse, p.value_dim);
+    } else {
+      store_row(static_cast<T*>(p.out) + place, acc, half, inverse, p.value_dim);
+    }
+  }
+}
+
+// Out and lse of every row from its chunks, in key order. Grid: (tile_count(slots_q, batch, group, 16) * kv_heads), 128
+// threads; each warp takes four rows. `tile`: the keys per tile that forward ran with.
+template <class T>
+FXA_KERNEL(128, 1)
+attention_merge_kernel(FXA_PARAMS AttentionKernelParams p, int key_tile) {
+  const int kv_head = block_index() % p.kv_heads;
+  const TileOf tile = find_sequence(p.cu_q, p.batch, block_index() / p.kv_heads, p.group, 16);
+  const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
+  const Span theirs = find_span(p.cu_k, p.used_k, p.slots_k, tile.sequence);
+  const int chunk = chunk_of(p, theirs.count, key_tile), chunks = maximum((theirs.count + chunk - 1) / chunk, 1);
+  const int64_t heads = p.kv_heads * p.group;
+  for (int i = tile.number * 16 + warp_index(); i < minimum(mine.count * p.group, tile.number * 16 + 16); i += 4) {
+    const int64_t row = find_row(p.index_q, mine.first + i / p.group, p.rows_q), head = kv_head * p.group + i % p.group;
+    const auto part_lse = [&](int c) { return load_global(p.part_lse + (c * heads + head) * p.rows_q + row); };
+    float top = -kInfinity;
+    for (int c = 0; c < chunks; ++c) top = maximum(top, part_lse(c));
+    const float base = top == -kInfinity ? 0.0f : top;
+    float total = 0.0f;
+    for (int c = 0; c < chunks; ++c) total += power<float>(part_lse(c) - base);
+    if (lane_index() == 0) {
+      store_global(p.lse + head * p.rows_q + row, total == 0.0f ? -kInfinity : top + accurate_log(total));
+    }
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    const int64_t place = (row * heads + head) * p.value_dim;
+    for (int column = lane_index(); column < p.value_dim; column += 32) {
+      float sum = 0.0f;
+      for (int c = 0; c < chunks; ++c) {
+        const float part = load_global(p.part_out + c * p.rows_q * heads * p.value_dim + place + column);
+        sum = fused(part, power<float>(part_lse(c) - base), sum);
+      }
+      store_global(static_cast<T*>(p.out) + place + column, from_float<T>(sum * inverse));
+    }
+  }
+}
+
+}  // namespace fastxattn::attention

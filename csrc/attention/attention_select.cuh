@@ -1,0 +1,73 @@
+// Which instance of the attention kernels runs a problem, for whoever launches: a device (attention_sm80.cu) or the
+// runner of the tests. `launch(kernel, blocks, parts, threads, shared_bytes, arguments...)` gets each launch in order.
+#pragma once
+
+#include "attention/attention_bwd.cuh"
+#include "attention/attention_fwd.cuh"
+
+namespace fastxattn::attention {
+
+// What the plain kernels do not know.
+inline bool is_rich(const AttentionKernelParams& p) {
+  return p.kv_range != nullptr || p.key_bias != nullptr || p.softcap != 0.0f || !(p.scale > 0.0f);
+}
+inline int widest(const AttentionKernelParams& p) { return p.head_dim > p.value_dim ? p.head_dim : p.value_dim; }
+
+// Calls f with the padded head dim as a type.
+template <class F>
+void with_dim(int dim, F f) {
+  if (dim <= 32) return f(std::integral_constant<int, 32>{});
+  if (dim <= 64) return f(std::integral_constant<int, 64>{});
+  if (dim <= 128) return f(std::integral_constant<int, 128>{});
+  f(std::integral_constant<int, 256>{});
+}
+template <class F>
+void with_flag(bool flag, F f) {
+  if (flag) return f(std::true_type{});
+  f(std::false_type{});
+}
+
+template <class T, class Launch>
+void run_forward(const AttentionKernelParams& p, Launch launch) {
+  const bool few = p.splits > 1 || static_cast<int64_t>(p.slots_q) * p.group <= int64_t{16} * p.batch;
+  with_dim(widest(p), [&](auto dim) {
+    with_flag(is_rich(p), [&](auto rich) {
+      with_flag(few, [&](auto small) {
+        using Tile = ForwardTile<T, dim.value>;
+        constexpr int rows = small.value ? Tile::kFewRows : Tile::kRows, keys = Tile::kKeys;
+        const int64_t blocks = tile_count(p.slots_q, p.batch, p.group, rows) * p.kv_heads * p.splits;
+        launch(attention_forward_kernel<T, dim.value, rows, keys, rich.value>, blocks, 1, 2 * rows,
+               forward_shared_bytes<T, dim.value, rows, keys>(), p);
+        if (p.splits > 1) {
+          launch(attention_merge_kernel<T>, tile_count(p.slots_q, p.batch, p.group, 16) * p.kv_heads, 1, 128, 0, p,
+                 keys);
+        }
+      });
+    });
+  });
+}
+
+template <class T, class Launch>
+void run_backward(const AttentionKernelParams& p, const AttentionKernelGradients& g, Launch launch) {
+  if constexpr (sizeof(T) != 4) {
+    launch(attention_delta_kernel<T>, (static_cast<int64_t>(p.rows_q) * p.kv_heads * p.group + 3) / 4, 1, 128, 0, p, g);
+  }
+  with_dim(widest(p), [&](auto dim) {
+    with_flag(is_rich(p), [&](auto rich) {
+      constexpr bool exact = sizeof(T) == 4;
+      using Tile = BackwardTile<T, dim.value>;
+      if (g.grad_query != nullptr || exact) {
+        launch(attention_backward_query_kernel<T, dim.value, Tile::kRows, Tile::kKeys, rich.value>,
+               tile_count(p.slots_q, p.batch, p.group, Tile::kRows) * p.kv_heads, 1, 2 * Tile::kRows,
+               backward_shared_bytes<T, dim.value, Tile::kRows, Tile::kKeys>(), p, g);
+      }
+      if (g.grad_key != nullptr || g.grad_value != nullptr || g.grad_key_bias != nullptr) {
+        launch(attention_backward_key_kernel<T, dim.value, Tile::kRows, Tile::kKeys, rich.value>,
+               tile_count(p.slots_k, p.batch, 1, Tile::kRows) * p.kv_heads, dim.value / Tile::kColumns, 2 * Tile::kRows,
+               backward_shared_bytes<T, dim.value, Tile::kRows, Tile::kKeys>(), p, g);
+      }
+    });
+  });
+}
+
+}  // namespace fastxattn::attention

@@ -1,0 +1,106 @@
+"""The CUDA attention kernels, executed by the SIMT runner, keep the attention contract."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from simt.attention import runs_on
+from simt.build import Simt
+
+from fastxattn.ops.attention import cuda_launch
+from fastxattn.testing import attention as contract
+
+CASES = {case.name: case for case in contract.ATTENTION_CASES if case.bias is None and not case.dropout_p}
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_inside_the_error_budget(simt: Simt, name: str, dtype: torch.dtype) -> None:
+    contract.check_budget(runs_on(simt), CASES[name].problem(dtype))
+
+
+@pytest.mark.parametrize("name", ["range", "range_gqa", "key_index", "padded", "ragged"])
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_what_nobody_sees_reaches_nothing(simt: Simt, name: str, junk: float, dtype: torch.dtype) -> None:
+    contract.check_unseen(runs_on(simt), CASES[name].problem(dtype), junk)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nan_stays_with_those_who_see_it(simt: Simt, dtype: torch.dtype) -> None:
+    """A key or value of NaN reaches the rows that see it and no other; so does a query's gradient."""
+    case = dataclasses.replace(CASES["causal"], lengths_q=(70,), lengths_k=(70,), heads=2, kv_heads=1)
+    problem = case.problem(dtype)
+    value, query = problem.value.clone(), problem.query.clone()
+    value[40, 0, 5] = torch.nan
+    query[50, 1] = torch.nan
+    ours = contract.results(runs_on(simt), problem._replace(value=value, query=query))
+    clean = contract.results(runs_on(simt), problem)
+    seen = torch.arange(problem.query.shape[0]) >= 40
+    seen[70:] = False
+    others = ~seen
+    assert torch.equal(ours["out"][others], clean["out"][others])
+    assert ours["out"][seen][:, :, 5].isnan().all()
+    assert ours["out"][50, 1].isnan().all() and ours["lse"][1, 50].isnan()
+    assert ours["grad_query"][:40].isfinite().all()
+    assert ours["grad_key"][51:70].isfinite().all()
+    assert ours["grad_key"][:40].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["ragged", "range_gqa", "dims_3_17", "causal"])
+def test_results_do_not_depend_on_neighbours(simt: Simt, name: str) -> None:
+    contract.check_neighbours(runs_on(simt), CASES[name].problem(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["range_gqa", "key_index", "split_keys"])
+def test_results_do_not_depend_on_the_order_of_threads(simt: Simt, name: str) -> None:
+    problem = CASES[name].problem(torch.float16)
+    first = contract.results(runs_on(simt), problem)
+    for order in (1, 2):
+        for key, t in contract.results(runs_on(simt, order), problem).items():
+            assert torch.equal(t, first[key]), f"{key} depends on which thread runs first"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [-0.1, 0.0])
+def test_any_scale(simt: Simt, dtype: torch.dtype, scale: float) -> None:
+    contract.check_budget(runs_on(simt), CASES["gqa"].problem(dtype)._replace(scale=scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_keys_are_cut_where_queries_are_few(simt: Simt, dtype: torch.dtype) -> None:
+    problem = CASES["split_keys"].problem(dtype)
+    assert cuda_launch.Plan.of(problem).splits == 10
+    ragged = dataclasses.replace(CASES["split_keys"], lengths_q=(1, 3, 0), lengths_k=(3300, 700, 40), kv_range="random")
+    assert cuda_launch.Plan.of(ragged.problem(dtype)).splits > 1
+    contract.check_budget(runs_on(simt), ragged.problem(dtype), backward=False)
+
+
+def test_unaligned_rows_are_read_piecewise(simt: Simt) -> None:
+    """Views whose rows start anywhere give the bits that aligned copies give."""
+    problem = CASES["gqa"].problem(torch.float16)
+    wide = {
+        name: torch.nn.functional.pad(getattr(problem, name), (3, 2))[..., 3:-2] for name in ("query", "key", "value")
+    }
+    crooked = problem._replace(**wide)
+    assert cuda_launch.Plan.of(problem).aligned and not cuda_launch.Plan.of(crooked).aligned
+    expected = contract.results(runs_on(simt), problem)
+    for name, t in contract.results(runs_on(simt), crooked).items():
+        assert torch.equal(t, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_shared_memory_has_no_bank_conflicts(simt: Simt, dtype: torch.dtype, head_dim: int) -> None:
+    """Tiles are written and read without a conflict, by every kernel."""
+    case = contract.AttentionCase("", (64,), (80,), heads=1, kv_heads=1, head_dim=head_dim, value_dim=head_dim)
+    counts: list = []
+    contract.results(runs_on(simt, counts=counts), case.problem(dtype))
+    for kind in ("ldmatrix", "cp_async", "load"):
+        for passes, ideal in (c[kind] for c in counts):
+            assert passes == ideal, f"{kind}: {passes} passes over the banks, {ideal} without conflicts"
+    assert all(c["mma"] > 0 for c in counts)
