@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "core/scalar.h"
+
 namespace fastxattn {
 
 // Running statistics of a share of the columns: maximum and sum of exponentials of the negatives' logits, their sum,
@@ -67,5 +69,9 @@ struct ContrastiveCuda {
   float* dot;                // [column tiles][stride_dot] out: each row's sum of slope * logit / scale
   int64_t stride_dz, stride_dot;
 };
+
+// Launch on a stream; null, or what went wrong. Slopes cover a window of rows x columns.
+const char* contrastive_stats_cuda(const ContrastiveCuda& p, DType dtype, void* stream);
+const char* contrastive_slopes_cuda(const ContrastiveCuda& p, int64_t rows, int64_t columns, DType dtype, void* stream);
 
 }  // namespace fastxattn

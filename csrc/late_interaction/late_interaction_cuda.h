@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/scalar.h"
+
 namespace fastxattn {
 
 // One side: its tokens and what is wanted of them.
@@ -24,5 +26,8 @@ struct LateInteractionCuda {
 // Up to this many tokens of a set of b, both directions come from one pass over the similarities.
 inline constexpr int kMaxSimColumns = 1024;
 inline constexpr int kMaxSimShared = 4 * 64 * 4 + 2 * kMaxSimColumns * 4;  // beside the stages of the product
+
+// Launches on a stream; null, or what went wrong.
+const char* maxsim_cuda(const LateInteractionCuda& p, DType dtype, void* stream);
 
 }  // namespace fastxattn

@@ -41,4 +41,9 @@ inline constexpr int kSelectShared = kCachedKeys * 4 + 256 * 4 + 64 * 4 + kSelec
 inline constexpr int kMergeThreads = 256;
 inline constexpr int kMergeColumns = kMergeThreads * 4;
 
+// Launch on a stream; null, or what went wrong. `shares`: blocks that divide a sequence's gather, or its tiles.
+const char* select_cuda(const SelectCuda& p, int shares, void* stream);
+const char* match_cuda(const MatchCuda& p, int shares, void* stream);
+const char* merge_cuda(const MergeCuda& p, int64_t rows, DType dtype, void* stream);
+
 }  // namespace fastxattn::pruning
