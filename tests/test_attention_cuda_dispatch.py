@@ -8,10 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastxattn
-from fastxattn.ops.attention import dispatch, flash
-from fastxattn.ops.attention.autograd import BACKWARD
+from fastxattn.ops.attention import cuda, dispatch, flash
+from fastxattn.ops.attention.autograd import BACKWARD, FORWARD
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
+from fastxattn.runtime import native
 from fastxattn.runtime.backend import explain
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a device runs the real thing")
@@ -53,6 +54,29 @@ def test_the_cuda_path_exports():
         p = fake_problem()
         program = torch.export.export(Module(), (p.query, p.key, p.cu_seqlens_q, p.cu_seqlens_k), strict=False)
     assert "fastxattn.attention_triton" in str(program.graph)
+
+
+def test_the_cuda_backend_says_why_not(monkeypatch):
+    monkeypatch.setattr(native, "cuda_library", lambda: native.Loaded(None, "the CUDA kernels were not built"))
+    with FakeTensorMode():
+        offsets = torch.empty(2, dtype=torch.int32, device="cuda")
+        bias, wide = torch.empty(1, 1, 1, 1, device="cuda"), torch.empty(30, 2, 300, device="cuda")
+        for problem, reason in (
+            (fake_problem(), "the CUDA kernels were not built"),
+            (fake_problem(bias=bias), "it has no bias"),
+            (fake_problem(dropout_p=0.1), "it has no dropout"),
+            (fake_problem(dtype=torch.float64), "float64"),
+            (fake_problem()._replace(value=wide), "up to 256, got 64 and 300"),
+        ):
+            assert reason in cuda.supports(problem)
+        monkeypatch.setattr(native, "cuda_library", lambda: native.Loaded(None, None))
+        assert cuda.supports(fake_problem(kv_range=offsets, key_bias=offsets, key_index=offsets, softcap=1.0)) is None
+        p = fake_problem()
+        chosen = explain("attention", dispatch.in_order(p), p, "cuda").chosen
+        assert chosen == "cuda"
+        out, lse = FORWARD["cuda"](*p)
+        assert out.shape == (20, 4, 64) and lse.dtype == torch.float32
+    assert cuda.supports(fake_problem_on_cpu()) == "the tensors are on cpu"
 
 
 def test_triton_says_why_not():

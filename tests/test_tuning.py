@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastxattn.ops.attention import dispatch
+from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.triton import config
 from fastxattn.runtime import tuning
 
@@ -59,3 +62,28 @@ def test_every_problem_has_a_tile():
                 tile = config.pick(kernel, config.kind_of(itemsize, rich), dim)
                 assert min(tile.block_m, tile.block_n) >= 16 and tile.block_n % 4 == 0, (kernel, tile)
     assert config.SPLIT_KEYS % max(t.block_n for kernel, _, _, t in config.shipped() if kernel == "split") == 0
+
+
+def test_a_measured_backend_comes_first(cache, monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(tuning, "_device_name", lambda device: "a card")
+    assert tuning.preferred("attention", "plain", 64, device) is None
+    assert tuning.prefer("attention", "plain", 64, {"triton": 2.0, "cuda": 1.0}, "a card") == "cuda"
+    tuning.tune("attention.forward.plain.64", [(32, 32, 4, 1)], lambda tile: 1.0, "a card")  # both keep their place
+    assert tuning.preferred("attention", "plain", 64, device) == "cuda"
+    assert tuning.preferred("attention", "rich", 64, device) is None
+    assert tuning.tuned("attention", "forward", "plain", 64, device, config.Tile) == config.Tile(32, 32, 4, 1)
+    with FakeTensorMode():
+        x, offsets = torch.empty(8, 2, 64, device="cuda", dtype=torch.float16), torch.empty(2, device="cuda")
+        problem = Problem(x, x, x, offsets, offsets)
+        assert dispatch.in_order(problem)[0].name == "cuda"
+        rich = problem._replace(kv_range=offsets)
+        assert dispatch.in_order(rich) == dispatch.BACKENDS
+        assert {b.name for b in dispatch.in_order(problem)} == {b.name for b in dispatch.BACKENDS}
+
+
+def test_a_backend_that_is_no_name_is_ignored(cache):
+    cache.parent.mkdir()
+    cache.write_text('{"a card": {"attention.backend.plain.64": [1, 2, 3, 4]}}')
+    with pytest.warns(UserWarning, match="not the name of a backend"):
+        assert tuning.preferred("attention", "plain", 64, torch.device("cpu")) is None

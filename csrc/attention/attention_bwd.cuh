@@ -93,12 +93,11 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
   const T* key_base = static_cast<const T*>(p.key) + kv_head * p.key_head;
   const T* value_base = static_cast<const T*>(p.value) + kv_head * p.value_head;
   const auto load_keys = [&](int first, int stage) {
-    const auto row = [&](int i) -> int64_t { return find_row(p.index_k, theirs.first + first + i, p.rows_k); };
-    const int count = theirs.count - first;
-    load_tile<T, D, Keys, kThreads>(key_tiles.at(stage * Keys * D), count, p.head_dim, p.aligned,
-                                    [&](int i) { return key_base + row(i) * p.key_row; });
-    load_tile<T, D, Keys, kThreads>(value_tiles.at(stage * Keys * D), count, p.value_dim, p.aligned,
-                                    [&](int i) { return value_base + row(i) * p.value_row; });
+    const int count = theirs.count - first, slot = theirs.first + first;
+    load_rows<T, D, Keys, kThreads>(key_tiles.at(stage * Keys * D), count, p.head_dim, p.aligned,
+                                    {key_base, p.key_row, p.index_k, slot, p.rows_k});
+    load_rows<T, D, Keys, kThreads>(value_tiles.at(stage * Keys * D), count, p.value_dim, p.aligned,
+                                    {value_base, p.value_row, p.index_k, slot, p.rows_k});
     cp_async_commit();
   };
   load_tile<T, D, Rows, kThreads>(queries, rows, p.head_dim, p.aligned, [&](int i) {
@@ -223,38 +222,38 @@ attention_backward_key_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Att
   if (rows <= 0) return;
   const int warp_row = warp_index() * 16;
   const bool active = warp_row < rows;
-  const auto key_row = [&](int i) -> int64_t { return find_row(p.index_k, mine.first + first_key + i, p.rows_k); };
-  load_tile<T, D, Rows, kThreads>(keys, rows, p.head_dim, p.aligned, [&](int i) {
-    return static_cast<const T*>(p.key) + kv_head * p.key_head + key_row(i) * p.key_row;
-  });
-  load_tile<T, D, Rows, kThreads>(values, rows, p.value_dim, p.aligned, [&](int i) {
-    return static_cast<const T*>(p.value) + kv_head * p.value_head + key_row(i) * p.value_row;
-  });
+  const int first_slot = mine.first + first_key;
+  load_rows<T, D, Rows, kThreads>(
+      keys, rows, p.head_dim, p.aligned,
+      {static_cast<const T*>(p.key) + kv_head * p.key_head, p.key_row, p.index_k, first_slot, p.rows_k});
+  load_rows<T, D, Rows, kThreads>(
+      values, rows, p.value_dim, p.aligned,
+      {static_cast<const T*>(p.value) + kv_head * p.value_head, p.value_row, p.index_k, first_slot, p.rows_k});
 
   const int tiles = (theirs.count + Queries - 1) / Queries, steps = tiles * p.group;
   const auto facts_of = [&](int stage) { return QueryFacts(fact_tiles.at(stage * 5 * Queries), Queries); };
   const auto load_queries = [&](int step, int stage) {
     const int head = kv_head * p.group + step / tiles, first = step % tiles * Queries;
-    const auto row = [&](int i) -> int64_t { return find_row(p.index_q, theirs.first + first + i, p.rows_q); };
-    const int count = theirs.count - first;
-    load_tile<T, D, Queries, kThreads>(query_tiles.at(stage * Queries * D), count, p.head_dim, p.aligned, [&](int i) {
-      return static_cast<const T*>(p.query) + head * p.query_head + row(i) * p.query_row;
-    });
-    load_tile<T, D, Queries, kThreads>(grad_tiles.at(stage * Queries * D), count, p.value_dim, p.aligned, [&](int i) {
-      return static_cast<const T*>(g.grad_out) + head * g.grad_out_head + row(i) * g.grad_out_row;
-    });
+    const int count = theirs.count - first, slot = theirs.first + first;
+    load_rows<T, D, Queries, kThreads>(
+        query_tiles.at(stage * Queries * D), count, p.head_dim, p.aligned,
+        {static_cast<const T*>(p.query) + head * p.query_head, p.query_row, p.index_q, slot, p.rows_q});
+    load_rows<T, D, Queries, kThreads>(
+        grad_tiles.at(stage * Queries * D), count, p.value_dim, p.aligned,
+        {static_cast<const T*>(g.grad_out) + head * g.grad_out_head, g.grad_out_row, p.index_q, slot, p.rows_q});
     cp_async_commit();
     const QueryFacts facts = facts_of(stage);
     for (int i = thread_index(); i < Queries; i += kThreads) {
       float lse = kInfinity, delta = 0.0f, inverse = 1.0f;
       Range range{mine.count, 0};
       if (i < count) {
-        const int64_t place = static_cast<int64_t>(head) * p.rows_q + row(i);
+        const int row = find_row(p.index_q, slot + i, p.rows_q);
+        const int64_t place = static_cast<int64_t>(head) * p.rows_q + row;
         const float x = load_global(p.lse + place);
         if (x != -kInfinity) lse = x * kUnit<T>;
         delta = load_global(g.delta + place);
         if constexpr (kExact) inverse = 1.0f / load_global(g.norm + place);
-        if constexpr (Rich) range = find_range(p.kv_range, static_cast<int>(row(i)), mine.count);
+        if constexpr (Rich) range = find_range(p.kv_range, row, mine.count);
       }
       facts.lse.store(i, lse);
       facts.delta.store(i, delta);

@@ -72,12 +72,11 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
   const T* key_base = static_cast<const T*>(p.key) + kv_head * p.key_head;
   const T* value_base = static_cast<const T*>(p.value) + kv_head * p.value_head;
   const auto load_keys = [&](int first, int stage) {
-    const auto row = [&](int i) -> int64_t { return find_row(p.index_k, theirs.first + first + i, p.rows_k); };
-    const int count = theirs.count - first;
-    load_tile<T, D, Keys, kThreads>(key_tiles.at(stage * Keys * D), count, p.head_dim, p.aligned,
-                                    [&](int i) { return key_base + row(i) * p.key_row; });
-    load_tile<T, D, Keys, kThreads>(value_tiles.at(stage * Keys * D), count, p.value_dim, p.aligned,
-                                    [&](int i) { return value_base + row(i) * p.value_row; });
+    const int count = theirs.count - first, slot = theirs.first + first;
+    load_rows<T, D, Keys, kThreads>(key_tiles.at(stage * Keys * D), count, p.head_dim, p.aligned,
+                                    {key_base, p.key_row, p.index_k, slot, p.rows_k});
+    load_rows<T, D, Keys, kThreads>(value_tiles.at(stage * Keys * D), count, p.value_dim, p.aligned,
+                                    {value_base, p.value_row, p.index_k, slot, p.rows_k});
     cp_async_commit();
   };
 
@@ -119,6 +118,7 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
         if (!(Rich ? range[i % 4 / 2].sees(key) : key < theirs.count)) s[i / 4][i % 4] = -kInfinity;
       }
     }
+    float shrinks[2];
     FXA_UNROLL
     for (int half = 0; half < 2; ++half) {
       float most = -kInfinity;
@@ -129,8 +129,7 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
       const float shrink = power<T>(top[half] - base);
       top[half] = next;
       sum[half] *= shrink;
-      FXA_UNROLL
-      for (int n = 0; n < D / 8; ++n) acc[n][2 * half] *= shrink, acc[n][2 * half + 1] *= shrink;
+      shrinks[half] = shrink;
       FXA_UNROLL
       for (int n = 0; n < Keys / 8; ++n) {
         FXA_UNROLL
@@ -139,6 +138,11 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
           sum[half] += s[n][e];
         }
       }
+    }
+    // Once the largest score has been seen, which is soon, there is nothing to scale.
+    if (any(!(shrinks[0] == 1.0f && shrinks[1] == 1.0f))) {
+      FXA_UNROLL
+      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= shrinks[i % 4 / 2];
     }
     if (Rich && bad) {
       multiply_depth_guarded<T, D, Keys, D>(acc, s, values, bad_rows<T, D, Keys>(values),

@@ -238,6 +238,43 @@ FXA_DEVICE void load_tile(Shared<T> tile, int rows, int width, bool aligned, Add
   }
 }
 
+// Rows of a matrix in memory: `first`, first + 1, ..., or the rows that an index names, clamped to the `limit` there
+// are.
+template <class T>
+struct RowsOf {
+  const T* base;
+  int64_t stride;
+  const int32_t* index;
+  int first, limit;
+
+  FXA_DEVICE const T* operator()(int i) const {
+    int row = first + i;
+    if (index != nullptr) row = gpu::load_global(index + row);
+    row = gpu::minimum(gpu::maximum(row, 0), limit - 1);
+    return base + row * stride;
+  }
+};
+
+// load_tile for such rows, with little arithmetic where they are neighbours.
+template <class T, int D, int Rows, int Threads>
+FXA_DEVICE void load_rows(Shared<T> tile, int rows, int width, bool aligned, const RowsOf<T>& from) {
+  constexpr int pieces = D / kPiece<T>, together = Threads / pieces;  // rows that the block copies at once
+  if constexpr (Threads % pieces == 0 && Rows % (together > 0 ? together : 1) == 0) {
+    if (aligned && from.index == nullptr) {
+      const int row = gpu::thread_index() / pieces, column = gpu::thread_index() % pieces * kPiece<T>;
+      const T* source = from.base + (from.first + row) * from.stride + column;
+      const int left = column < width ? rows - row : 0;
+      FXA_UNROLL
+      for (int i = 0; i < Rows; i += together) {
+        gpu::cp_async<16>(tile.at(tile_place<T, D>(row + i, column)), source, i < left ? 16 : 0);
+        source += together * from.stride;
+      }
+      return;
+    }
+  }
+  load_tile<T, D, Rows, Threads>(tile, rows, width, aligned, from);
+}
+
 // Whether what this thread copied with load_tile holds NaN or infinity; before the barrier that shows it to others.
 template <class T, int D, int Rows, int Threads>
 FXA_DEVICE bool loaded_bad(Shared<T> tile, bool aligned) {

@@ -3,7 +3,7 @@
 Nothing is tuned at a first call. :func:`tune` measures candidates where somebody asks for it and writes the cache; a
 later process reads it once. The file is ``$FASTXATTN_TUNING`` or ``~/.cache/fastxattn/tuning.json``::
 
-    {"NVIDIA H100 80GB HBM3": {"attention.forward.plain.64": [128, 64, 4, 3]}}
+    {"NVIDIA H100 80GB HBM3": {"attention.forward.plain.64": [128, 64, 4, 3], "attention.backend.plain.64": "cuda"}}
 
 A file that cannot be read or holds anything else is ignored with a warning: a tile only changes speed.
 """
@@ -14,7 +14,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,18 @@ def cache_path() -> Path:
 
 
 @functools.cache
-def _cache() -> dict[str, dict[str, list[int]]]:
+def _cache() -> dict[str, dict[str, list[int] | str]]:
     path = cache_path()
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text())
         for tiles in content.values():
-            for tile in tiles.values():
-                if len(tile) != 4 or not all(isinstance(n, int) and n > 0 for n in tile):
+            for name, tile in tiles.items():
+                if ".backend." in name:
+                    if not isinstance(tile, str):
+                        raise ValueError(f"{tile} is not the name of a backend")
+                elif len(tile) != 4 or not all(isinstance(n, int) and n > 0 for n in tile):
                     raise ValueError(f"{tile} is not [block_m, block_n, warps, stages]")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         warnings.warn(f"fastxattn: ignoring the tuning cache {path}: {error}", stacklevel=3)
@@ -55,6 +58,19 @@ def tuned(op: str, kernel: str, kind: str, dim: int, device: torch.device, tile:
         return None
     found = _cache().get(_device_name(device), {}).get(f"{op}.{kernel}.{kind}.{dim}")
     return tile(*found) if found is not None else None
+
+
+def preferred(op: str, kind: str, dim: int, device: torch.device) -> str | None:
+    """The backend that was measured to be the fastest for this kind of problem, or None where nobody measured."""
+    found = _cache().get(_device_name(device), {}).get(f"{op}.backend.{kind}.{dim}") if _cache() else None
+    return found if isinstance(found, str) else None
+
+
+def prefer(op: str, kind: str, dim: int, seconds: Mapping[str, float], device_name: str) -> str:
+    """Write down the fastest of the measured backends, which ``backend="auto"`` will try first, and return it."""
+    best = min(seconds, key=lambda name: seconds[name])
+    _write(device_name, f"{op}.backend.{kind}.{dim}", best)
+    return best
 
 
 def tune(
@@ -84,12 +100,16 @@ def tune(
     if not times:
         raise RuntimeError(f"no tile for {key} ran on {device_name}: {'; '.join(faults) or 'no candidates'}")
     best = min(times, key=lambda tile: times[tile])
+    _write(device_name, key, list(best))
+    return best
+
+
+def _write(device_name: str, key: str, value: list[int] | str) -> None:
     content = {name: dict(tiles) for name, tiles in _cache().items()}
-    content.setdefault(device_name, {})[key] = list(best)
+    content.setdefault(device_name, {})[key] = value
     path = cache_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     fresh.replace(path)
     _cache.cache_clear()
-    return best

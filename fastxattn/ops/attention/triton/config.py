@@ -60,6 +60,11 @@ SPLIT_LENGTH = 1024
 """...and at least this many keys per sequence on average."""
 
 
+def padded_dim(dim: int) -> int:
+    """Head dims are padded to a power of two inside the kernel, 16 at least (the matrix units' depth)."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
 def kind_of(itemsize: int, rich: bool) -> str:
     """Which table: ``single`` (float32), ``rich`` (16-bit with a range, a bias or dropout) or ``plain``."""
     return "single" if itemsize == 4 else "rich" if rich else "plain"

@@ -11,16 +11,11 @@ from torch import Tensor
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.ops.attention.triton import backward, config, forward
-from fastxattn.ops.attention.triton.config import Tile
+from fastxattn.ops.attention.triton.config import Tile, padded_dim
 from fastxattn.runtime import tuning
 
 allow_tf32 = False
 """True lets float32 products run on the tensor cores in TF32 (10 bits of mantissa)."""
-
-
-def padded_dim(dim: int) -> int:
-    """Head dims are padded to a power of two inside the kernel, 16 at least (the matrix units' depth)."""
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 @dataclass(frozen=True)
