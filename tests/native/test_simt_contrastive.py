@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 from simt.build import Simt
+from simt.launches import on_simt
+
+from fastxattn.ops.contrastive import api, cuda, schema
+from fastxattn.runtime.backend import Backend
 
 N, M = 70, 139
 
@@ -159,3 +163,33 @@ def test_sides_exchanged(simt: Simt) -> None:
     np.testing.assert_array_equal(state[0, 7, :N], exact)
     lse = torch.where(p.negative, p.logits, -torch.inf).logsumexp(0)
     np.testing.assert_allclose(state[0, 0] + np.log(state[0, 1]), lse, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": True, "symmetric": False}, {"groups": True}, {"smooth": 0.1}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_infonce_through_the_public_function(simt: Simt, monkeypatch: Any, options: dict, dtype: torch.dtype) -> None:
+    """Host code and kernels together: loss and every gradient against the float64 reference."""
+    g = torch.Generator().manual_seed(3)
+    a, b = (torch.nn.functional.normalize(torch.randn(n, 40, generator=g), dim=1) for n in (90, 90))
+    b = torch.nn.functional.normalize(b + 2 * a, dim=1)
+    keywords: dict[str, Any] = {k: v for k, v in options.items() if k in ("normalize", "symmetric")}
+    if options.get("groups"):
+        keywords["groups"] = torch.randint(-1, 20, (90,), generator=g)
+    if options.get("smooth"):
+        keywords["label_smoothing"] = 0.1
+    monkeypatch.setattr(api, "INFONCE", (Backend("cuda", lambda problem: None), *api.INFONCE))
+    results = []
+    for backend, wide in (("cuda", False), ("reference", True)):
+        leaves = [t.to(dtype).double() if wide else t.to(dtype) for t in (a, b)] + [
+            torch.tensor(14.3, dtype=torch.float64 if wide else torch.float32)
+        ]
+        leaves = [t.requires_grad_() for t in leaves]
+        with on_simt(simt, monkeypatch, *(("", getattr(cuda, name)) for name in schema.BACKENDS["cuda"])):
+            loss = api.infonce_loss(*leaves, **keywords, backend=backend)
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3  # gradients are rounded to bfloat16
+    for found, expected in zip(*results, strict=True):
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < tolerance, float(error)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import cases
 import numpy as np
 import pytest
+import torch
 from simt.build import Simt
+from simt.launches import on_simt
+
+from fastxattn.ops.late_interaction import cuda
+from fastxattn.ops.late_interaction.reference import maxsim_reference
 
 
 def offsets(lengths: tuple[int, ...]) -> np.ndarray:
@@ -73,3 +78,14 @@ def test_long_sets_and_nan(simt: Simt) -> None:
     found, _ = run(simt, "float32", a, b, cu_a, cu_b)
     assert np.isnan(found["sum_a"][0, 1]) and np.isnan(found["sum_b"][0, 1])
     np.testing.assert_allclose(found["sum_a"][0, 0], sums[0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("from_a", "from_b"), [(True, True), (True, False), (False, True)])
+def test_host_code_and_kernel_together(simt: Simt, monkeypatch, from_a: bool, from_b: bool) -> None:
+    g = torch.Generator().manual_seed(2)
+    a, b = torch.randn(20, 16, generator=g), torch.randn(33, 16, generator=g)
+    cu_a, cu_b = torch.from_numpy(offsets((4, 0, 15))), torch.from_numpy(offsets((30, 2)))
+    with on_simt(simt, monkeypatch, ("", cuda.maxsim)):
+        found = torch.ops.fastxattn.maxsim_cuda(a, b, cu_a, cu_b, from_a, from_b)
+    for t, expected in zip(found, maxsim_reference(a, b, cu_a, cu_b, from_a, from_b, None), strict=False):
+        torch.testing.assert_close(t, expected)

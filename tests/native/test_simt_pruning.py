@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from simt.build import Simt
+from simt.launches import on_simt
 
-from fastxattn.ops.pruning import reference
+from fastxattn.ops.pruning import cuda, reference
 
 LENGTHS = ((5, 0, 300, 1, 256), (0,), (), (700, 33))
 
@@ -139,3 +140,28 @@ def test_merge(simt: Simt, dtype: str) -> None:
         np.testing.assert_allclose(
             cases.from_bits(out, dtype), expected, rtol=2**-8 if dtype == "bfloat16" else 0, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_host_code_and_kernels_together(simt: Simt, monkeypatch: Any, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(5)
+    cu = torch.tensor([0, 30, 30, 77], dtype=torch.int32)
+    x, scores = torch.randn(77, 24, generator=g).to(dtype), torch.randn(77, generator=g)
+    guard = torch.rand(77, generator=g) < 0.1
+    counts = torch.tensor([10, 2, 40], dtype=torch.int32)
+    functions = (("pruning_", f) for f in (cuda.select, cuda.merge, cuda.match))
+    with on_simt(simt, monkeypatch, *functions):
+        ops = torch.ops.fastxattn
+        found = ops.pruning_select_cuda(scores, cu, counts, guard, x, 55)
+        for t, expected in zip(found, reference.select(scores, cu, counts, guard, x, 55), strict=True):
+            assert torch.equal(t, expected)
+        order = torch.randperm(77, generator=g).int()
+        arguments = (x, order[:40], torch.tensor([0, 20, 40], dtype=torch.int32), order[40:],
+                     torch.tensor([0, 30, 37], dtype=torch.int32))  # fmt: skip
+        best, similarity = ops.pruning_match_cuda(*arguments)
+        expected = reference.match(*arguments)
+        assert torch.equal(best, expected[0])
+        torch.testing.assert_close(similarity, expected[1], rtol=0, atol=1e-6)
+        assignment, weight = torch.randint(-1, 12, (77,), generator=g).int(), torch.rand(77, generator=g)
+        merged = ops.pruning_merge_cuda(x, assignment, weight, 12)
+        torch.testing.assert_close(merged, reference.merge(x, assignment, weight, 12))
