@@ -1,6 +1,7 @@
 """Compiles every Triton kernel at every shipped configuration, without a GPU, and reads the machine code.
 
-``python benchmarks/offline.py [--arch sm_90] [--kernel forward] [--csv benchmarks/results/offline.csv]`` writes one row
+``python benchmarks/offline.py [--arch sm_90] [--match .forward.fp16.] [--csv benchmarks/results/offline.csv --resume]``
+writes one row
 per kernel, configuration and architecture: registers, spilled bytes, shared memory, occupancy, instructions, and the
 matrix instruction found. tests/offline holds the same rows to the gates.
 """
@@ -13,7 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -58,6 +59,10 @@ class Row:
     instructions: int
     matrix: str
 
+    def case(self) -> Case:
+        """What was compiled."""
+        return Case(self.op, self.kernel, self.dtype, self.dim, self.variant, self.tile)
+
     def faults(self) -> list[str]:
         """Why this row fails the gates; empty when it passes."""
         found = []
@@ -83,37 +88,47 @@ def expected_matrix(kernel: str, dtype: str, arch: str) -> str | None:
 POINTERS = {
     "p_cu": "*i32", "p_used": "*i32", "p_index": "*i32", "p_slot": "*i32", "p_range": "*i32", "p_seed": "*i64",
     "p_lse": "*fp32", "p_dlse": "*fp32", "p_delta": "*fp32", "p_part": "*fp32", "p_key_bias": "*fp32",
-    "p_norm": "*fp32", "p_dkey_bias": "*fp32", "p_bias": "*fp32", "p_dbias": "*fp32", "p_row_weight": "*fp32",
+    "p_center": "*fp32", "p_totals": "*fp32", "p_rests": "*fp32", "p_norm": "*fp32", "p_dkey_bias": "*fp32",
+    "p_bias": "*fp32", "p_dbias": "*fp32", "p_row_weight": "*fp32",
     "p_seen": "*i32",
     "p_score": "*fp32", "p_grad": "*fp32", "p_scale": "*fp32",
 }  # fmt: skip
 INDICES = ("p_index_q", "p_index_k", "p_used_q", "p_used_k")
 OPTIONAL = {
     "plain": INDICES,
-    "rich": (*INDICES, "p_range", "p_key_bias", "p_bias", "p_seed", "p_dlse", "p_dkey_bias", "p_row_weight"),
-}
+    "rich": (
+        *INDICES, "p_range", "p_key_bias", "p_bias", "p_seed", "p_dlse", "p_dkey_bias", "p_row_weight", "p_bias_x",
+        "p_bias_y", "p_seed_x", "p_seed_y", "p_dbias_x",
+    ),
+}  # fmt: skip
 ALWAYS_OPTIONAL = {*OPTIONAL["rich"], "p_slot_q", "p_slot_k"}
 
 
 def cases() -> Iterator[Case]:
-    """Every shipped configuration, with every argument its class of problems may have; float32 only without options."""
+    """Every shipped configuration, with every argument its class of problems may have."""
     from fastxattn.ops.attention.triton import config
+    from fastxattn.ops.bidirectional import config as bidirectional
+    from fastxattn.ops.importance import config as importance
 
     for kernel, kind, dim, tile in config.shipped():
-        dtype = "fp32" if kind == "single" else "fp16"
-        name = f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
-        for variant in ("plain" if kind == "single" else kind,):
-            if kernel == "backward_bias" and variant == "plain":
-                continue
-            yield Case("attention", kernel, dtype, dim, variant, name)
-            if kernel == "split" and kind == "plain":
-                yield Case("attention", "merge", dtype, dim, "plain", name)
-    from fastxattn.ops.importance import triton_kernel
+        dtype = "fp32" if kind.startswith("single") else "fp16"
+        variant = "rich" if kind in ("rich", "single_rich") else "plain"
+        yield Case("attention", kernel, dtype, dim, variant, _named(tile))
+        if kernel == "split" and kind == "plain":
+            yield Case("attention", "merge", dtype, dim, "plain", _named(tile))
+        if kernel == "backward_query" and dtype == "fp32":
+            yield Case("attention", "backward_sums", dtype, dim, variant, _named(tile))
+    for op, kernel, table in (
+        ("importance", "importance", importance.shipped()), ("bidirectional", "backward", bidirectional.shipped()),
+    ):  # fmt: skip
+        for kind, dim, tile in table:
+            yield Case(op, kernel, "fp32" if kind == "single" else "fp16", dim, "rich", _named(tile))
 
-    for kind, dim, tile in triton_kernel.shipped():
-        name = f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
-        yield Case("importance", "importance", "fp32" if kind == "single" else "fp16", dim, "rich", name)
     yield from (Case(*facts) for facts in offline_losses.cases())
+
+
+def _named(tile: Any) -> str:
+    return f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
 
 
 def compile_case(case: Case, arch: str) -> Row:
@@ -130,7 +145,7 @@ def compile_case(case: Case, arch: str) -> Row:
     attributes: dict[Any, Any] = {}
     for i, name in enumerate(kernel.arg_names):
         absent = name in ALWAYS_OPTIONAL and name not in OPTIONAL[case.variant]
-        if name.isupper() or absent or (name == "p_norm" and case.dtype != "fp32"):
+        if name.isupper() or absent or (name.startswith("p_norm") and case.dtype != "fp32"):
             signature[name] = "constexpr"
             constexprs[(i,)] = constants.get(name)
         else:
@@ -156,19 +171,22 @@ def compile_case(case: Case, arch: str) -> Row:
 def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
     if case.op in offline_losses.OPS:
         return offline_losses.kernel_of(case.op, case.kernel, case.dtype)
-    from fastxattn.ops.attention.triton import backward, config, forward
+    from fastxattn.ops.attention.triton import backward, backward_bias, config, forward
+    from fastxattn.ops.bidirectional import triton_kernel as bidirectional
     from fastxattn.ops.importance import triton_kernel
 
     kernels = {
         "forward": forward.attention_forward, "split": forward.attention_forward, "merge": forward.attention_merge,
         "backward_query": backward.attention_backward_query, "backward_key": backward.attention_backward_key,
-        "backward_bias": backward.attention_backward_bias, "importance": triton_kernel.importance,
+        "backward_bias": backward_bias.attention_backward_bias, "importance": triton_kernel.importance,
+        "backward_sums": backward.attention_backward_sums, "backward": bidirectional.bidirectional_backward_rows,
     }  # fmt: skip
     full = case.variant == "rich"
     constants: dict[str, Any] = {
         "GROUP": 1, "SOFTCAP": True, "KEY_BIAS_HEADS": full, "HEAD_DIM": case.dim, "VALUE_DIM": case.dim,
         "BLOCK_D": case.dim,
-        "BLOCK_DV": case.dim, "SPLITS": 8 if case.kernel in ("split", "merge") else 1, "SPLIT_KEYS": config.SPLIT_KEYS,
+        "BLOCK_DV": case.dim, "DIM_X": case.dim, "DIM_Y": case.dim, "BLOCK_X": case.dim, "BLOCK_Y": case.dim,
+        "SPLITS": 8 if case.kernel in ("split", "merge") else 1, "SPLIT_KEYS": config.SPLIT_KEYS,
         "PRECISION": "ieee", "NEED_DQ": True, "BATCH_SHARED": True, "HEADS_SHARED": False, "ROWS_SHARED": False,
         "COLUMNS_SHARED": False,
     }  # fmt: skip
@@ -233,34 +251,53 @@ def _compile(job: tuple[Case, str]) -> Row | str:
         return f"{job[0]} on {job[1]}: {type(error).__name__}: {str(error)[-400:]}"
 
 
-def run(
-    archs: tuple[str, ...] = TARGETS, kernel: str = "", dim: int = 0, dtype: str = ""
-) -> tuple[list[Row], list[str]]:
-    """Rows of everything asked for, and messages of what did not compile."""
-    chosen = [c for c in cases() if kernel in f"{c.op}.{c.kernel}" and dim in (0, c.dim) and dtype in ("", c.dtype)]
-    todo = [(case, arch) for case in chosen for arch in archs]
+def run(archs: tuple[str, ...] = TARGETS, match: str = "", known: Iterable[Row] = ()) -> tuple[list[Row], list[str]]:
+    """Rows of the cases whose ``op.kernel.dtype.variant.dim`` contains ``match``, and messages of what failed.
+
+    Those among ``known`` are not compiled again and not returned.
+    """
+    done_before = {(row.case(), row.arch) for row in known}
+    chosen = [c for c in cases() if match in f"{c.op}.{c.kernel}.{c.dtype}.{c.variant}.{c.dim}."]
+    todo = [(case, arch) for arch in archs for case in chosen if (case, arch) not in done_before]
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         done = list(pool.map(_compile, todo, chunksize=1))
     return [r for r in done if isinstance(r, Row)], [r for r in done if isinstance(r, str)]
 
 
+def read(path: Path) -> list[Row]:
+    """The rows of a table."""
+    kinds = {f.name: int if f.type == "int" else str for f in fields(Row)}
+    with path.open() as file:
+        return [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """A table of what is shipped, by architecture and in the order of the cases."""
+    order = {case: i for i, case in enumerate(cases())}
+    shipped = [row for row in rows if row.case() in order]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        shipped.sort(key=lambda row: (TARGETS.index(row.arch), order[row.case()]))
+        writer.writerows(asdict(row) for row in shipped)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", choices=TARGETS, action="append")
-    parser.add_argument("--kernel", default="", help="only kernels whose <op>.<kernel> contains this")
-    parser.add_argument("--dim", type=int, default=0, help="only this head dim")
-    parser.add_argument("--dtype", default="", help="only fp16 or fp32")
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument(
+        "--match", "--kernel", default="", help="only cases whose op.kernel.dtype.variant.dim. contains this"
+    )
+    parser.add_argument("--csv", type=Path, help="write the rows here")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the CSV has of cases still shipped")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("offline.py compiles; unset TRITON_INTERPRET")
-    rows, errors = run(tuple(options.arch or TARGETS), options.kernel, options.dim, options.dtype)
+    known = read(options.csv) if options.resume and options.csv and options.csv.exists() else []
+    rows, errors = run(tuple(options.arch or TARGETS), options.match, known)
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write(options.csv, [*known, *rows])
     for row in rows:
         print(*(f"{value}" for value in asdict(row).values()), "; ".join(row.faults()) or "ok", sep=", ")
     for message in errors:

@@ -32,10 +32,10 @@ def cases() -> Iterator[tuple[str, str, str, int, str, str]]:
             tile = config.pick(like, real)
             yield "contrastive", kernel, dtype, 0, "rich", f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
         for kernel in ("maxsim", "maxsim_smooth"):
-            yield "late_interaction", kernel, dtype, 0, "plain", "64x64 w4 s2"
+            yield "late_interaction", kernel, dtype, 0, "plain", "64x64 w8 s2"
         for kernel in ("maxsim_gradient", "maxsim_gradient_smooth"):
-            yield "late_interaction", kernel, dtype, 0, "plain", "64x32 w4 s1"
-    yield "retrieval", "topk", "fp32", 0, "plain", "32x128 w8 s2"
+            yield "late_interaction", kernel, dtype, 0, "plain", "32x32 w8 s1"
+    yield "retrieval", "topk", "fp32", 0, "plain", "16x64 w8 s1"
 
 
 def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:

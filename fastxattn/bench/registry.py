@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -40,11 +41,11 @@ class Case:
         return f"{self.name} {self.direction} {str(self.dtype).removeprefix('torch.')}"
 
 
-def run_case(case: Case, *, rounds: int = 11) -> list[Record]:
+def run_case(case: Case, *, rounds: int = 11, clock: Callable[[], float] = time.perf_counter) -> list[Record]:
     """Check and time one case. A failing check yields rows without times for our providers."""
     workload = case.build()
     gate = workload.check()
-    timings = interleaved(workload.providers, rounds=rounds)
+    timings = interleaved(workload.providers, rounds=rounds, clock=clock)
     rival = timings[workload.rival]
     records = []
     for name, timing in timings.items():

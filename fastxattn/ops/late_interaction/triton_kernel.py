@@ -17,6 +17,7 @@ from fastxattn.ops.attention.triton.common import dot_seen
 from fastxattn.ops.contrastive.triton.kernels import LOWEST, products, round_tf32
 from fastxattn.ops.late_interaction.schema import NEEDS
 
+ROWS, FEATURES = 32, 64  # tokens and features of a program of the gradient
 MANY = tl.constexpr(0x7FFFFFFF)
 
 
@@ -38,9 +39,10 @@ def merge(b_best, b_at, b_new, b_new_at, smooth, SMOOTH: tl.constexpr):
         b_safe = tl.where(b_top == LOWEST, 0.0, b_top)
         b_sum = b_at * tl.exp((b_best - b_safe) / smooth) + b_new_at * tl.exp((b_new - b_safe) / smooth)
         return b_top, b_sum
-    m_better = (b_new > b_best) | ((b_new != b_new) & (b_best == b_best)) | (b_at < 0)
-    m_better = m_better & (b_new_at >= 0)
-    return tl.where(m_better, b_new, b_best), tl.where(m_better, b_new_at, b_at)
+    else:  # what follows a constant condition would be compiled too
+        m_better = (b_new > b_best) | ((b_new != b_new) & (b_best == b_best)) | (b_at < 0)
+        m_better = m_better & (b_new_at >= 0)
+        return tl.where(m_better, b_new, b_best), tl.where(m_better, b_new_at, b_at)
 
 
 @triton.jit
@@ -50,7 +52,8 @@ def best_of(b_s, m_s, o_place, smooth, SMOOTH: tl.constexpr, AXIS: tl.constexpr)
         b_top = tl.max(tl.where(m_s, b_s, LOWEST), AXIS)
         b_safe = tl.where(b_top == LOWEST, 0.0, b_top)
         return b_top, tl.sum(tl.where(m_s, tl.exp((b_s - tl.expand_dims(b_safe, AXIS)) / smooth), 0.0), AXIS)
-    return best_along(b_s, m_s, o_place, AXIS)
+    else:
+        return best_along(b_s, m_s, o_place, AXIS)
 
 
 @triton.jit
@@ -59,7 +62,8 @@ def finished(b_best, b_at, smooth, SMOOTH: tl.constexpr):
     if SMOOTH:
         b_score = tl.where(b_at == 0.0, LOWEST, b_best + smooth * tl.log(b_at))
         return tl.where(b_score == LOWEST, 0.0, b_score), b_score
-    return tl.where(b_at < 0, 0.0, b_best), b_at
+    else:
+        return tl.where(b_at < 0, 0.0, b_best), b_at
 
 
 @triton.jit
@@ -124,8 +128,9 @@ def weights_of(
     if SMOOTH:
         b_score = tl.load(p_best + o_best, mask=m_pair, other=0.0)
         return tl.where(m_pair, b_grad * tl.exp((b_s - b_score) / smooth), 0.0)
-    b_at = tl.load(p_best + o_best, mask=m_pair, other=-1)
-    return tl.where(m_pair & (b_at == o_other - b_start_other), b_grad, 0.0)
+    else:
+        b_at = tl.load(p_best + o_best, mask=m_pair, other=-1)
+        return tl.where(m_pair & (b_at == o_other - b_start_other), b_grad, 0.0)
 
 
 @triton.jit
@@ -201,7 +206,7 @@ def _forward(a: Tensor, b: Tensor, cu_a: Tensor, cu_b: Tensor, from_a: bool, fro
         maxsim_kernel[(n * m,)](
             a, b, cu_a, cu_b, *sums, *best, value, extra, n, m, a.shape[0], b.shape[0], a.shape[1], smooth or 1.0,
             from_a, from_b, smooth is not None, block_m, _block(b.shape[0], m), 32 if single else 64,
-            4 if single else 1, num_warps=4, num_stages=2,
+            4 if single else 1, num_warps=8, num_stages=2,
         )  # fmt: skip
     return (*sums, *best)
 
@@ -230,10 +235,10 @@ def _backward(
         results.append(out)
         if out.numel() and y.shape[0] and sets_x and sets_y:
             single = x.dtype == torch.float32
-            maxsim_gradient_kernel[(triton.cdiv(x.shape[0], 64), triton.cdiv(x.shape[1], 64))](
+            maxsim_gradient_kernel[(triton.cdiv(x.shape[0], ROWS), triton.cdiv(x.shape[1], FEATURES))](
                 x, y, cu_x, cu_y, set_x, set_y, *grads, best_x, best_y, out, sets_x, sets_y, x.shape[0], y.shape[0],
                 x.shape[1], stride_x, stride_y, smooth or 1.0, is_best, has_best, smooth is not None,
-                "ieee" if single else "tf32", 64, 32, 64, 32 if single else 64, num_warps=4, num_stages=1,
+                "ieee" if single else "tf32", ROWS, 32, FEATURES, 32 if single else 64, num_warps=8, num_stages=1,
             )  # fmt: skip
     return tuple(results)
 

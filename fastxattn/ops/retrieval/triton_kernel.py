@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastxattn.ops.attention.triton.common import dot
 
-BLOCK_N, BLOCK_K, STEPS = 128, 32, 4
+BLOCK_M, BLOCK_N, BLOCK_K, STEPS = 16, 64, 32, 2
 PROGRAMS, MOST_CHUNKS = 512, 1024
 NOTHING = tl.constexpr(-(1 << 63))
 
@@ -75,16 +75,15 @@ def topk_similarity(
     if number == 0 or rows == 0:
         scores = queries.new_full((number, k), float("-inf"), dtype=torch.float32)
         return scores, queries.new_full((number, k), -1, dtype=torch.int64)
-    block_m = max(16, min(32, triton.next_power_of_2(number)))
-    blocks = triton.cdiv(number, block_m)
-    chunks = max(1, min(MOST_CHUNKS, PROGRAMS // blocks, triton.cdiv(rows, 8 * BLOCK_N)))
+    blocks = triton.cdiv(number, BLOCK_M)
+    chunks = max(1, min(MOST_CHUNKS, PROGRAMS // blocks, triton.cdiv(rows, 16 * BLOCK_N)))
     chunk = triton.cdiv(triton.cdiv(rows, chunks), BLOCK_N) * BLOCK_N
     chunks = triton.cdiv(rows, chunk)
     best = queries.new_empty((chunks, number, width), dtype=torch.int64)
     stride = corpus.stride(0) if rows > 1 else corpus.shape[1]
     topk_kernel[(chunks, blocks)](
-        queries, corpus, factor, best, number, rows, corpus.shape[1], stride, chunk, block_m, BLOCK_N, BLOCK_K, STEPS,
-        width, num_warps=8, num_stages=2,
+        queries, corpus, factor, best, number, rows, corpus.shape[1], stride, chunk, BLOCK_M, BLOCK_N, BLOCK_K, STEPS,
+        width, num_warps=8, num_stages=1,
     )  # fmt: skip
     return _merged(best, chunk, k, first)
 

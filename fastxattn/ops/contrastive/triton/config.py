@@ -25,11 +25,10 @@ class Tile:
     """Software pipeline depth (num_stages)."""
 
 
-_HALF = {"stats": Tile(128, 128, 64, 1, 8, 3), "slope": Tile(128, 128, 64, 1, 8, 3),
-         "gradient": Tile(128, 128, 32, 1, 8, 3)}  # fmt: skip
-_SINGLE = {"stats": Tile(64, 64, 32, 4, 8, 2), "slope": Tile(64, 64, 32, 4, 8, 2),
-           "gradient": Tile(64, 64, 32, 1, 8, 2)}  # fmt: skip
-
+_HALF = {"stats": Tile(64, 64, 64, 1, 8, 2), "slope": Tile(64, 64, 64, 1, 8, 2),
+         "gradient": Tile(128, 64, 32, 1, 8, 2)}  # fmt: skip
+_SINGLE = {"stats": Tile(32, 32, 32, 4, 8, 1), "slope": Tile(32, 32, 32, 4, 8, 1),
+           "gradient": Tile(32, 64, 32, 1, 8, 2)}  # fmt: skip
 _POSITIVE = Tile(32, 32, 64, 1, 4, 1)
 LIKE = {
     "stats": "stats", "blocked": "stats", "slope": "slope", "sigmoid": "slope", "gradient": "gradient",
