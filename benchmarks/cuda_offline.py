@@ -148,7 +148,8 @@ def whole_tile(instructions: list[tuple[int, str]]) -> Counter[str]:
     if most < 4:
         return Counter()
     best: tuple[int, Counter[str]] | None = None
-    for head in {to for i, (to, _) in jumps.items() if 0 <= to <= i}:
+    busy = [s for s, c in counts.items() if c["HMMA"] == most]
+    for head in {to for i, (to, _) in jumps.items() if 0 <= to <= i and any(to <= b <= i for b in busy)}:
         # State: block, products and copies met; both keys and values are copied.
         queue: list[tuple[int, int, int, int, tuple[int, ...]]] = [(0, head, 0, 0, ())]
         seen: set[tuple[int, int, int]] = set()
@@ -194,11 +195,12 @@ def describe(mangled: str, instructions: list[tuple[int, str]], arch: str, regis
     granted = -(-registers // 8) * 8 * 32 * warps
     blocks = min(65536 // granted, SHARED_PER_SM[arch] * 1024 // (shared + 1024) if dim else 64)
     ops = Counter(opcode(t) for _, t in instructions)
-    tile = whole_tile(instructions) if dim else Counter()
+    variant = "rich" if "Lb1E" in mangled else "plain"
+    tile: Counter[str] = whole_tile(instructions) if dim and variant == "plain" else Counter()
     matrix = sorted(op for op in ops if op in ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG"))
     return Row(
-        kernel, dtype, dim, f"{rows}x{keys}" if dim else "", "rich" if "Lb1E" in mangled else "plain", arch, registers,
-        spills, shared if dim else 0, min(blocks * warps, 48 if arch in ("sm_86", "sm_89") else 64), len(instructions),
+        kernel, dtype, dim, f"{rows}x{keys}" if dim else "", variant, arch, registers, spills,
+        shared if dim else 0, min(blocks * warps, 48 if arch in ("sm_86", "sm_89") else 64), len(instructions),
         " ".join(matrix), tile.total(), tile["HMMA"], tile["LDGSTS"],
     )  # fmt: skip
 

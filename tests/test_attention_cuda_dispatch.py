@@ -81,7 +81,8 @@ def test_the_cuda_backend_says_why_not(monkeypatch):
             (fake_problem(bias=bias), "it has no bias"),
             (fake_problem(dropout_p=0.1), "it has no dropout"),
             (fake_problem(dtype=torch.float64), "float64"),
-            (fake_problem()._replace(value=wide), "up to 256, got 64 and 300"),
+            (fake_problem()._replace(value=wide), "up to 256 with torch.float16, got 64 and 300"),
+            (fake_problem(dtype=torch.float32)._replace(value=wide), "up to 128 with torch.float32, got 64 and 300"),
         ):
             assert reason in cuda.supports(problem)
         monkeypatch.setattr(native, "cuda_library", lambda: native.Loaded(None, None))

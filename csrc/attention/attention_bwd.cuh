@@ -13,9 +13,10 @@ namespace fastxattn::attention {
 // stages. kColumns: columns of dK and dV that a block of the second pass sums; all of them would not fit in registers.
 template <class T, int D>
 struct BackwardTile {
-  static constexpr int kRows = sizeof(T) == 4 ? (D <= 64 ? 64 : D <= 128 ? 32 : 16) : 64;
-  static constexpr int kKeys = D <= 64 && sizeof(T) == 2 ? 64 : D <= 128 ? 32 : 16;
-  static constexpr int kColumns = D <= 128 ? D : 128;
+  static constexpr int kRows = sizeof(T) == 4 && D > 64 ? 32 : 64;
+  static constexpr int kKeys = sizeof(T) == 4 ? 16 : D <= 64 ? 64 : D <= 128 ? 32 : 16;
+  static constexpr int kMost = sizeof(T) == 4 ? 64 : 128;
+  static constexpr int kColumns = D < kMost ? D : kMost;
 };
 
 template <class T, int D, int Rows, int Keys>

@@ -21,7 +21,7 @@ struct AttentionKernelParams {
   int32_t slots_q = 0, slots_k = 0;       // length of the index, or rows without one
   int32_t batch = 0;                      // sequences
   int32_t kv_heads = 0, group = 1;        // heads = kv_heads * group
-  int32_t head_dim = 0, value_dim = 0;    // each in 1..256
+  int32_t head_dim = 0, value_dim = 0;    // each in 1..256, of float32 in 1..128
   // Whether every row of query, key, value and grad_out may be read in pieces of 16 bytes: pointers, strides and dims
   // are multiples of that.
   bool aligned = false;

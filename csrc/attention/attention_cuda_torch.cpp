@@ -57,7 +57,9 @@ AttentionKernelParams make_params(const Tensor& query, const Tensor& key, const 
   const int64_t rows_q = query.size(0), rows_k = key.size(0), heads = query.size(1), kv_heads = key.size(1);
   const int64_t head_dim = query.size(2), value_dim = value.size(2);
   FXA_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "kv_heads must divide heads");
-  FXA_CHECK(head_dim >= 1 && head_dim <= 256 && value_dim >= 1 && value_dim <= 256, "dims must be in 1..256");
+  const int64_t most = query.scalar_type() == ScalarType::Float ? 128 : 256;
+  FXA_CHECK(head_dim >= 1 && head_dim <= most && value_dim >= 1 && value_dim <= most,
+            "head_dim and value_dim must be in 1..", most, ", got ", head_dim, " and ", value_dim);
   check_rows(query, "query", query, rows_q, heads, head_dim);
   check_rows(key, "key", query, rows_k, kv_heads, head_dim);
   check_rows(value, "value", query, rows_k, kv_heads, value_dim);

@@ -10,9 +10,9 @@ namespace fastxattn::attention {
 // Rows per block, keys per tile: two stages of keys and values beside the queries fit the 99 KiB of every device.
 template <class T, int D>
 struct ForwardTile {
-  static constexpr int kRows = sizeof(T) == 4 && D > 128 ? 32 : 64;
+  static constexpr int kRows = 64;
   static constexpr int kFewRows = 16;  // where there are few queries
-  static constexpr int kKeys = sizeof(T) == 4 ? (D > 128 ? 16 : 32) : (D > 128 ? 32 : 64);
+  static constexpr int kKeys = sizeof(T) == 4 ? (D > 64 ? 16 : 32) : (D > 128 ? 32 : 64);
 };
 
 template <class T, int D, int Rows, int Keys>

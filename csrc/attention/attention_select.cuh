@@ -13,13 +13,19 @@ inline bool is_rich(const AttentionKernelParams& p) {
 }
 inline int widest(const AttentionKernelParams& p) { return p.head_dim > p.value_dim ? p.head_dim : p.value_dim; }
 
-// Calls f with the padded head dim as a type.
-template <class F>
+// The widest head dim: beyond it, float32 accumulators and split operands do not fit in registers.
+template <class T>
+inline constexpr int kWidest = sizeof(T) == 4 ? 128 : 256;
+
+// Calls f with the padded head dim, at most kWidest, as a type.
+template <class T, class F>
 void with_dim(int dim, F f) {
   if (dim <= 32) return f(std::integral_constant<int, 32>{});
   if (dim <= 64) return f(std::integral_constant<int, 64>{});
-  if (dim <= 128) return f(std::integral_constant<int, 128>{});
-  f(std::integral_constant<int, 256>{});
+  if constexpr (kWidest<T> > 128) {
+    if (dim > 128) return f(std::integral_constant<int, 256>{});
+  }
+  f(std::integral_constant<int, 128>{});
 }
 template <class F>
 void with_flag(bool flag, F f) {
@@ -30,7 +36,7 @@ void with_flag(bool flag, F f) {
 template <class T, class Launch>
 void run_forward(const AttentionKernelParams& p, Launch launch) {
   const bool few = p.splits > 1 || static_cast<int64_t>(p.slots_q) * p.group <= int64_t{16} * p.batch;
-  with_dim(widest(p), [&](auto dim) {
+  with_dim<T>(widest(p), [&](auto dim) {
     with_flag(is_rich(p), [&](auto rich) {
       with_flag(few, [&](auto small) {
         using Tile = ForwardTile<T, dim.value>;
@@ -52,7 +58,7 @@ void run_backward(const AttentionKernelParams& p, const AttentionKernelGradients
   if constexpr (sizeof(T) != 4) {
     launch(attention_delta_kernel<T>, (static_cast<int64_t>(p.rows_q) * p.kv_heads * p.group + 3) / 4, 1, 128, 0, p, g);
   }
-  with_dim(widest(p), [&](auto dim) {
+  with_dim<T>(widest(p), [&](auto dim) {
     with_flag(is_rich(p), [&](auto rich) {
       constexpr bool exact = sizeof(T) == 4;
       using Tile = BackwardTile<T, dim.value>;

@@ -25,6 +25,21 @@ FXA_DEVICE int tile_place(int row, int column) {
   return row * D + ((column / kPiece<T>)^mix) * kPiece<T> + column % kPiece<T>;
 }
 
+// tile_place(Row + row, Column + column) for a lane's own row (below 16) and column (below a step of Column) and
+// constants Row, a multiple of 8, and Column: what depends on the lane is computed once, and is little.
+template <class T, int D>
+struct LanePlace {
+  int base, mixed;
+
+  FXA_DEVICE LanePlace(int row, int column)
+      : base(row * D + column % kPiece<T>),
+        mixed((column / kPiece<T>)^(D / kPiece<T> % 8 == 0 ? row & 7 : (row >> 1) & 3)) {}
+  FXA_DEVICE int at(int row, int column) const {
+    const int piece = column / kPiece<T>;
+    return base + row * D + (piece & ~7) * kPiece<T> + ((piece & 7) ^ mixed) * kPiece<T>;
+  }
+};
+
 // The 16 x kStep operand A, and how a warp multiplies with it.
 template <class T>
 struct Operand {
@@ -35,7 +50,7 @@ struct Operand {
   template <int D>
   FXA_DEVICE void load(Shared<T> tile, int row, int column) {
     const int lane = gpu::lane_index();
-    gpu::ldmatrix_x4(v, tile.at(tile_place<T, D>(row + lane % 16, column + lane / 16 * 8)));
+    gpu::ldmatrix_x4(v, tile.at(LanePlace<T, D>(lane % 16, lane / 16 * 8).at(row, column)));
   }
   // Columns 16 step..16 step + 15 of accumulators.
   template <int N>
@@ -50,7 +65,7 @@ struct Operand {
   // B from rows row..row+15 (depth) and columns column..column+7 of a tile.
   template <int D>
   static FXA_DEVICE void load_depth(uint32_t (&b)[2], Shared<T> tile, int row, int column) {
-    gpu::ldmatrix_x2_trans(b, tile.at(tile_place<T, D>(row + gpu::lane_index() % 16, column)));
+    gpu::ldmatrix_x2_trans(b, tile.at(LanePlace<T, D>(gpu::lane_index() % 16, 0).at(row, column)));
   }
   // The same for 16 columns.
   template <int D>
@@ -58,7 +73,7 @@ struct Operand {
                                          int column) {
     const int lane = gpu::lane_index();
     uint32_t r[4];
-    gpu::ldmatrix_x4_trans(r, tile.at(tile_place<T, D>(row + lane % 16, column + lane / 16 * 8)));
+    gpu::ldmatrix_x4_trans(r, tile.at(LanePlace<T, D>(lane % 16, lane / 16 * 8).at(row, column)));
     first[0] = r[0], first[1] = r[1], second[0] = r[2], second[1] = r[3];
   }
   // Clears the rows of b, counted from row 0 of the tile, that `keep` has no bit for.
@@ -84,7 +99,7 @@ struct Operand<float> {
   FXA_DEVICE void load(Shared<float> tile, int row, int column) {
     const int lane = gpu::lane_index();
     uint32_t v[4];
-    gpu::ldmatrix_x4(v, tile.at(tile_place<float, D>(row + lane % 16, column + lane / 16 * 4)));
+    gpu::ldmatrix_x4(v, tile.at(LanePlace<float, D>(lane % 16, lane / 16 * 4).at(row, column)));
     FXA_UNROLL
     for (int i = 0; i < 4; ++i) split(v[i], big[i], small[i]);
   }
@@ -112,7 +127,7 @@ struct Operand<float> {
     const int lane = gpu::lane_index();
     FXA_UNROLL
     for (int i = 0; i < 2; ++i) {
-      b[i] = gpu::bits_of(tile.load(tile_place<float, D>(row + lane % 4 * 2 + i, column + lane / 4)));
+      b[i] = gpu::bits_of(tile.load(LanePlace<float, D>(lane % 4 * 2 + i, lane / 4).at(row, column)));
     }
   }
   template <int D>
@@ -132,14 +147,14 @@ struct Operand<float> {
 template <class T, int D, int N, class A>
 FXA_DEVICE void multiply_rows(float (&c)[N / 8][4], A a, Shared<T> b) {
   const int lane = gpu::lane_index();
-  FXA_UNROLL
+  FXA_UNROLL_BY(sizeof(T) == 4 ? 2 : D / 16)
   for (int step = 0; step < D / Operand<T>::kStep; ++step) {
     const Operand<T> operand = a(step);
     FXA_UNROLL
     for (int n = 0; n < N; n += 16) {
       uint32_t r[4];
-      const int row = n + lane % 8 + lane / 16 * 8, column = step * Operand<T>::kStep + lane / 8 % 2 * kPiece<T>;
-      gpu::ldmatrix_x4(r, b.at(tile_place<T, D>(row, column)));
+      const LanePlace<T, D> place(lane % 8 + lane / 16 * 8, lane / 8 % 2 * kPiece<T>);
+      gpu::ldmatrix_x4(r, b.at(place.at(n, step * Operand<T>::kStep)));
       const uint32_t first[2] = {r[0], r[1]}, second[2] = {r[2], r[3]};
       operand.multiply(c[n / 8], first);
       operand.multiply(c[n / 8 + 1], second);
@@ -156,6 +171,7 @@ FXA_DEVICE void multiply_depth(float (&c)[N / 8][4], const float (&a)[K / 8][4],
     operand.round(a, step);
     FXA_UNROLL
     for (int n = 0; n < N; n += 16) {
+      if constexpr (sizeof(T) == 4) gpu::keep_order();
       uint32_t low[2], high[2];
       Operand<T>::template load_depth_pair<D>(low, high, b, step * Operand<T>::kStep, first + n);
       operand.multiply(c[n / 8], low);

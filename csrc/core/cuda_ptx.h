@@ -8,6 +8,8 @@
 #define FXA_PARAMS const __grid_constant__
 #define FXA_UNROLL _Pragma("unroll")
 #define FXA_NO_UNROLL _Pragma("unroll 1")
+#define FXA_PRAGMA(text) _Pragma(#text)
+#define FXA_UNROLL_BY(n) FXA_PRAGMA(unroll n)
 
 namespace fastxattn::gpu {
 
@@ -24,6 +26,8 @@ FXA_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
 FXA_DEVICE int grid_blocks_y() { return static_cast<int>(gridDim.y); }
 FXA_DEVICE int grid_blocks_z() { return static_cast<int>(gridDim.z); }
 
+// Loads are not moved over this: what the compiler would fetch early, it would have to keep.
+FXA_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 FXA_DEVICE void sync_threads() { __syncthreads(); }
 FXA_DEVICE bool sync_threads_or(bool value) { return __syncthreads_or(value) != 0; }
 FXA_DEVICE int sync_threads_count(bool value) { return __syncthreads_count(value); }

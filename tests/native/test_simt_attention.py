@@ -15,17 +15,34 @@ from fastxattn.testing import attention as contract
 CASES = {case.name: case for case in contract.ATTENTION_CASES if case.bias is None and not case.dropout_p}
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)
+WIDE = ("dims_129_200", "dims_256_256")  # beyond what float32 is compiled for
+FEW = (
+    "ragged",
+    "gqa",
+    "dims_3_17",
+    "dims_256_256",
+    "softcap",
+    "range_gqa",
+    "key_bias_heads",
+    "key_index",
+    "split_keys",
+)
+BUDGETS = [
+    *((name, torch.float16) for name in CASES),
+    *((name, torch.bfloat16) for name in FEW),  # the same kernels in another format
+    *((name, torch.float32) for name in CASES if name not in WIDE),
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), BUDGETS, ids=str)
 def test_results_are_inside_the_error_budget(simt: Simt, name: str, dtype: torch.dtype) -> None:
     contract.check_budget(runs_on(simt), CASES[name].problem(dtype))
 
 
-@pytest.mark.parametrize("name", ["range", "range_gqa", "key_index", "padded", "ragged"])
-@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["range_gqa", "key_index", "padded"])
+@pytest.mark.parametrize(
+    ("dtype", "junk"), [(torch.float16, torch.nan), (torch.float16, torch.inf), (torch.float32, torch.nan)], ids=str
+)
 def test_what_nobody_sees_reaches_nothing(simt: Simt, name: str, junk: float, dtype: torch.dtype) -> None:
     contract.check_unseen(runs_on(simt), CASES[name].problem(dtype), junk)
 
@@ -62,8 +79,9 @@ def test_results_do_not_depend_on_the_order_of_threads(simt: Simt, name: str) ->
             assert torch.equal(t, first[key]), f"{key} depends on which thread runs first"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [-0.1, 0.0])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float16, -0.1), (torch.bfloat16, 0.0), (torch.float32, 0.0)], ids=str
+)
 def test_any_scale(simt: Simt, dtype: torch.dtype, scale: float) -> None:
     contract.check_budget(runs_on(simt), CASES["gqa"].problem(dtype)._replace(scale=scale))
 
@@ -90,8 +108,11 @@ def test_unaligned_rows_are_read_piecewise(simt: Simt) -> None:
         assert torch.equal(t, expected[name]), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(n, d) for n in (32, 64, 128, 256) for d in DTYPES if d != torch.float32 or n <= 128],
+    ids=str,
+)
 def test_shared_memory_has_no_bank_conflicts(simt: Simt, dtype: torch.dtype, head_dim: int) -> None:
     """Tiles are written and read without a conflict, by every kernel."""
     case = contract.AttentionCase("", (64,), (80,), heads=1, kv_heads=1, head_dim=head_dim, value_dim=head_dim)

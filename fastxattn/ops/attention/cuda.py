@@ -19,8 +19,10 @@ def supports(problem: Problem) -> str | None:
         return reason
     if query.dtype == torch.float64:
         return "it computes in float32, and the tensors are float64"
-    if query.shape[2] > 256 or problem.value.shape[2] > 256:
-        return f"it needs head_dim and value_dim up to 256, got {query.shape[2]} and {problem.value.shape[2]}"
+    most = 128 if query.dtype == torch.float32 else 256
+    if query.shape[2] > most or problem.value.shape[2] > most:
+        dims = f"{query.shape[2]} and {problem.value.shape[2]}"
+        return f"it needs head_dim and value_dim up to {most} with {query.dtype}, got {dims}"
     for name, there in (("bias", problem.bias is not None), ("dropout", bool(problem.dropout_p))):
         if there:
             return f"it has no {name}"

@@ -14,6 +14,7 @@
 #define FXA_PARAMS const
 #define FXA_UNROLL
 #define FXA_NO_UNROLL
+#define FXA_UNROLL_BY(n)
 
 namespace fastxattn::gpu {
 
@@ -30,6 +31,7 @@ inline int grid_blocks() { return Runner::current().launch().grid_x; }
 inline int grid_blocks_y() { return Runner::current().launch().grid_y; }
 inline int grid_blocks_z() { return Runner::current().launch().grid_z; }
 
+inline void keep_order() {}
 inline void sync_threads() { Runner::current().barrier("sync_threads", 0, block_threads(), false); }
 inline bool sync_threads_or(bool value) {
   return Runner::current().barrier("sync_threads_or", 0, block_threads(), value) != 0;

@@ -1,0 +1,95 @@
+"""nvcc compiles the CUDA kernels: no spills, the expected instructions, shared memory within every device's.
+
+The plain float16 kernels at head dims 64 and 128 for two architectures; benchmarks/cuda_offline.py compiles all kernels
+for all, and its table is held to the same gates.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = """
+#include "attention/attention_select.cuh"
+namespace fastxattn::attention {
+#define KERNELS(D)                                                                                                   \\
+  template __global__ void attention_forward_kernel<f16_t, D, ForwardTile<f16_t, D>::kRows,                          \\
+                                                    ForwardTile<f16_t, D>::kKeys, false>(                            \\
+      const __grid_constant__ AttentionKernelParams);                                                                \\
+  template __global__ void attention_backward_query_kernel<f16_t, D, BackwardTile<f16_t, D>::kRows,                  \\
+                                                           BackwardTile<f16_t, D>::kKeys, false>(                    \\
+      const __grid_constant__ AttentionKernelParams, const __grid_constant__ AttentionKernelGradients);              \\
+  template __global__ void attention_backward_key_kernel<f16_t, D, BackwardTile<f16_t, D>::kRows,                    \\
+                                                         BackwardTile<f16_t, D>::kKeys, false>(                      \\
+      const __grid_constant__ AttentionKernelParams, const __grid_constant__ AttentionKernelGradients);
+KERNELS(64)
+KERNELS(128)
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def offline() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import cuda_offline
+
+    sys.path.pop(0)
+    return cuda_offline
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_attention_compiles_and_passes_the_gates(offline: ModuleType, arch: str, tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT))
+    from build_native import NativeBuildError, find_nvcc
+
+    try:
+        find_nvcc()
+        offline.find_cuobjdump()
+    except (NativeBuildError, ImportError) as error:
+        pytest.skip(f"the CUDA kernels are not compiled here: {error}")
+    source = tmp_path / "gates.cu"
+    source.write_text(SOURCE)
+    rows = offline.rows_of(source, arch, tmp_path)
+    assert len(rows) == 6
+    for row in rows:
+        assert not row.faults(), f"{row}: {row.faults()}"
+    forward = {row.dim: row for row in rows if row.kernel == "attention_forward"}
+    # What one tile of 64 keys takes: 2 * 16 * 64 * dim products of 16 rows in instructions of 2048.
+    assert {dim: row.loop_matrix for dim, row in forward.items()} == {64: 64, 128: 128}
+    assert forward[64].time_share > 0.55 and forward[128].time_share > 0.65
+
+
+def test_every_row_of_the_table_passes_the_gates(offline: ModuleType) -> None:
+    numbers = {f.name for f in dataclasses.fields(offline.Row) if f.type == "int"}
+    with offline.RESULTS.open() as file:
+        rows = [offline.Row(**{k: int(v) if k in numbers else v for k, v in r.items()}) for r in csv.DictReader(file)]
+    assert rows
+    bad = [f"{row}: {row.faults()}" for row in rows if row.faults()]
+    assert not bad, "\n".join(bad)
+
+
+def test_the_gates_catch_what_they_are_for(offline: ModuleType) -> None:
+    good = offline.Row(
+        "attention_forward", "f16_t", 64, "64x64", "plain", "sm_86", 128, 0, 40976, 8, 1000, "HMMA LDGSTS LDSM",
+        400, 64, 8,
+    )  # fmt: skip
+    assert not good.faults()
+    for change in ({"spills": 8}, {"shared": 120_000}, {"opcodes": "HMMA LDSM"}):
+        assert dataclasses.replace(good, **change).faults()
+
+
+def test_the_shortest_way_round_a_loop(offline: ModuleType) -> None:
+    """A loop with a slow branch: only the fast one is counted."""
+    texts = [
+        "MOV R1, 0", "LDGSTS [R2], [R3]", "LDGSTS [R2], [R3]", "@P0 BRA 0x60", "FADD R1, R1, R1", "FADD R1, R1, R1",
+        "HMMA.16816.F32 R4, R5, R6, R7", "HMMA.16816.F32 R4, R5, R6, R7", "HMMA.16816.F32 R4, R5, R6, R7",
+        "HMMA.16816.F32 R4, R5, R6, R7", "LDGSTS [R2], [R3]", "LDGSTS [R2], [R3]", "@P1 BRA 0x10", "EXIT",
+    ]  # fmt: skip
+    counts = offline.whole_tile([(16 * i, text) for i, text in enumerate(texts)])
+    assert counts["HMMA"] == 4 and counts["LDGSTS"] == 4 and counts["FADD"] == 0 and counts.total() == 10

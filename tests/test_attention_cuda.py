@@ -1,0 +1,42 @@
+"""The CUDA C++ kernels on a device keep the attention contract; tests/native executes them without one."""
+
+import pytest
+import torch
+
+from fastxattn.ops.attention import cuda, dispatch
+from fastxattn.testing import attention as contract
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CASES = {case.name: case for case in contract.ATTENTION_CASES if case.bias is None and not case.dropout_p}
+
+
+def run(problem):
+    return dispatch.run("cuda", problem)
+
+
+def problem_of(name, dtype):
+    problem = CASES[name].problem(dtype, "cuda")
+    if (reason := cuda.supports(problem)) is not None:
+        pytest.skip(reason)
+    return problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_inside_the_error_budget(name, dtype):
+    contract.check_budget(run, problem_of(name, dtype))
+
+
+@pytest.mark.parametrize("name", ["range", "range_gqa", "key_index", "padded"])
+def test_what_nobody_sees_reaches_nothing(name):
+    contract.check_unseen(run, problem_of(name, torch.float16))
+
+
+@pytest.mark.parametrize("name", ["ragged", "split_keys", "range_gqa"])
+def test_repeatable_and_independent_of_neighbours(name):
+    problem = problem_of(name, torch.bfloat16)
+    contract.check_repeatable(run, problem)
+    contract.check_neighbours(run, problem)
