@@ -209,7 +209,9 @@ def describe(mangled: str, instructions: list[tuple[int, str]], arch: str, regis
     ops = Counter(opcode(t) for _, t in instructions)
     variant = "rich" if "Lb1E" in mangled else "plain"
     tile: Counter[str] = whole_tile(instructions) if dim and variant == "plain" else Counter()
-    matrix = sorted(op for op in ops if op in ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG") or op == "FFMA" and not dim)
+    matrix = sorted(
+        op for op in ops if op in ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG") or (op == "FFMA" and not dim)
+    )
     return Row(
         kernel, dtype, dim, f"{rows}x{keys}" if dim else "", variant, arch, registers, spills,
         shared, min(blocks * warps, 48 if arch in ("sm_86", "sm_89") else 64), len(instructions),
@@ -222,7 +224,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", action="append", choices=sorted(SHARED_PER_BLOCK))
     parser.add_argument("--source", default="", help="only files whose name contains this")
-    parser.add_argument("--csv", type=Path, help="write the rows here; what it holds of other kernels and architectures stays")
+    parser.add_argument(
+        "--csv", type=Path, help="write the rows here; what it holds of other kernels and architectures stays"
+    )
     options = parser.parse_args()
     sources = [s for s in sorted((ROOT / "csrc").glob("*/*.cu")) if options.source in s.name]
     jobs = [(s, a) for a in options.arch or sorted(SHARED_PER_BLOCK) for s in sources]
