@@ -3,30 +3,119 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fastxattn
 
+COMMANDS = (
+    "env", "explain", "demo", "bench", "report", "prune", "search", "export", "verify", "inspect", "optimize", "tune",
+)  # fmt: skip
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fastxattn", *arguments], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-m", "fastxattn", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "TERMINAL_WIDTH": "200", **variables},
     )
 
 
-def test_help_lists_the_commands() -> None:
+def test_help_lists_the_commands_and_the_exit_codes() -> None:
     done = run("--help")
     assert done.returncode == 0
-    assert "demo" in done.stdout
-    assert "env" in done.stdout
+    assert [name for name in COMMANDS if f" {name} " not in done.stdout] == []
+    assert "Exit codes: 0" in done.stdout
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    from typer.main import get_command
+
+    from fastxattn.cli.common import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert sorted(commands) == sorted(COMMANDS)
+    for name, command in commands.items():
+        assert command.help, name
+        assert f"Example: fastxattn {name}" in command.epilog
+        assert "--json" in {o for p in command.params for o in p.opts}, name
 
 
 def test_env_names_versions_and_backends() -> None:
     facts = json.loads(run("env", "--json").stdout)
     assert facts["fastxattn"] == fastxattn.__version__
     assert "loaded" in facts["cpu kernels"]
+
+
+def test_explain_says_which_backend_and_why_not_the_others() -> None:
+    done = run("explain", "attention", "--lengths-q", "8*32", "--lengths-k", "257,64,6*577", "--causal")
+    assert done.returncode == 0, done.stderr
+    assert "attention: backend 'cpu'" in done.stdout
+    refused = run("explain", "attention", "--dtype", "float64", "--backend", "cpu", "--json")
+    assert refused.returncode == 1
+    verdicts = {v["backend"]: v["reason"] for v in json.loads(refused.stdout)["verdicts"]}
+    assert "float64" in verdicts["cpu"]
+
+
+@pytest.mark.parametrize(
+    "op", ["importance", "bidirectional", "context_attention", "infonce", "sigmoid", "maxsim", "late_interaction",
+           "topk", "select"]
+)  # fmt: skip
+def test_explain_knows_every_operation(op: str) -> None:
+    from fastxattn.cli.problems import Shape, problem
+
+    call, arguments, options = problem(op, Shape((3, 0, 2), (4, 1, 0), 2, 2, 8, "float32", "cpu", False))
+    assert fastxattn.explain(call, *arguments, **options).chosen == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nonsense",), "No such command"),
+        (("explain", "nonsense"), "OP must be one of attention, importance"),
+        (("explain", "attention", "--lengths-q", "3,x"), "--lengths-q must be lengths such as"),
+        (("explain", "attention", "--lengths-q", "3"), "as many sequences as each other; got 1 and 8"),
+        (("tune",), "tune needs a GPU"),
+        (("report", "--results", "/nonexistent"), "results must be a folder of CSVs"),
+        (("prune", "/nonexistent.png", "--out", "/tmp/never.png"), "nonexistent.png"),
+        (("bench", "nonsense"), "must be one of attention"),
+    ],
+)
+def test_wrong_usage_is_one_message_and_exit_code_2(arguments: tuple[str, ...], said: str) -> None:
+    done = run(*arguments, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_shell_completion_completes_commands() -> None:
+    asked = {"_FASTXATTN_COMPLETE": "complete_bash", "COMP_WORDS": "fastxattn ex", "COMP_CWORD": "1"}
+    assert run(**asked).stdout.split() == ["explain", "export"]
+
+
+def test_prune_draws_what_it_keeps(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.effect_noise((96, 64), 60).convert("RGB").save(tmp_path / "photo.png")
+    done = run("prune", str(tmp_path / "photo.png"), "--out", str(tmp_path / "kept.png"), "--keep", "0.5", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["kept"] * 2 == facts["patches"]
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_search_writes_its_figures(tmp_path: Path) -> None:
+    done = run("search", "--steps", "4", "--out", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    assert "scenes, after training" in json.loads(done.stdout)["recall"]
+    assert (tmp_path / "similarity.png").exists()
 
 
 def test_demo_agrees_with_eager_and_draws_its_chart(tmp_path: Path) -> None:
@@ -40,5 +129,30 @@ def test_demo_agrees_with_eager_and_draws_its_chart(tmp_path: Path) -> None:
     assert (tmp_path / "qformer.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_unknown_command_fails() -> None:
-    assert run("nonsense").returncode == 2
+FACTORY = """
+import torch, fastxattn
+
+class Attend(torch.nn.Module):
+    def forward(self, q, k, v):
+        return fastxattn.cross_attention(q, k, v)
+
+def build():
+    return Attend(), tuple(torch.randn(2, n, 2, 8) for n in (3, 5, 5))
+"""
+
+
+def test_an_onnx_file_from_export_to_optimize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(fastxattn.__file__).parents[1]),
+                                                                   os.environ.get("PYTHONPATH", "")])))  # fmt: skip
+    (tmp_path / "mine.py").write_text(FACTORY)
+    done = run("export", "mine:build", "model.onnx", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["nodes"] == {"Attention": 1}
+    again = run("export", "mine:build", "model.onnx")
+    assert (again.returncode, "overwrite" in again.stderr) == (2, True)
+    assert run("export", "mine:nothing", "other.onnx").returncode == 2
+    checked = run("verify", "mine:build", "model.onnx", "--json")
+    assert (checked.returncode, json.loads(checked.stdout)["ok"]) == (0, True)
+    assert json.loads(run("inspect", "model.onnx", "--json").stdout)["accelerated"] == 1
+    assert json.loads(run("optimize", "model.onnx", "--json").stdout)["path"] is None
