@@ -82,7 +82,7 @@ def test_explain_knows_every_operation(op: str) -> None:
         (("explain", "nonsense"), "OP must be one of attention, importance"),
         (("explain", "attention", "--lengths-q", "3,x"), "--lengths-q must be lengths such as"),
         (("explain", "attention", "--lengths-q", "3"), "as many sequences as each other; got 1 and 8"),
-        (("tune",), "tune needs a GPU"),
+        (("tune",), "no CUDA or ROCm device is visible"),
         (("report", "--results", "/nonexistent"), "results must be a folder of CSVs"),
         (("prune", "/nonexistent.png", "--out", "/tmp/never.png"), "nonexistent.png"),
         (("bench", "nonsense"), "must be one of attention"),

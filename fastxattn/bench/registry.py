@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from fastxattn.bench.records import Record
+from fastxattn.bench.roofline import measure_peak
 from fastxattn.bench.timing import interleaved
 
 
@@ -22,6 +24,8 @@ class Workload:
     """Returns "ok", or why our result is outside its error budget."""
     flops: float = 0.0
     """Useful floating-point operations of one call."""
+    bytes: float = 0.0
+    """Useful bytes read and written by one call: what bounds an operation that computes little."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,18 @@ class Case:
         return f"{self.name} {self.direction} {str(self.dtype).removeprefix('torch.')}"
 
 
-def run_case(case: Case, *, rounds: int = 11) -> list[Record]:
-    """Check and time one case. A failing check yields rows without times for our providers."""
+def run_case(case: Case, *, rounds: int = 11, max_seconds: float = math.inf) -> list[Record]:
+    """Check and time one case. A failing check yields rows without times for our providers.
+
+    Args:
+        case: what to run.
+        rounds: how often every provider is timed.
+        max_seconds: no new round begins after so long, except that there are at least three.
+    """
     workload = case.build()
     gate = workload.check()
-    timings = interleaved(workload.providers, rounds=rounds)
+    peak = measure_peak(case.dtype)
+    timings = interleaved(workload.providers, rounds=rounds, max_seconds=max_seconds)
     rival = timings[workload.rival]
     records = []
     for name, timing in timings.items():
@@ -63,17 +74,20 @@ def run_case(case: Case, *, rounds: int = 11) -> list[Record]:
                 ratio=float("nan") if failed else timing.ratio_to(rival),
                 gflops=float("nan") if failed else workload.flops / timing.median / 1e9,
                 gate=gate if ours else "rival",
+                roofline=math.nan if failed else peak.share(workload.flops, workload.bytes, timing.median),
             )
         )
     return records
 
 
-def run_cases(cases: Iterable[Case], *, rounds: int = 11, match: str = "") -> list[Record]:
+def run_cases(
+    cases: Iterable[Case], *, rounds: int = 11, match: str = "", max_seconds: float = math.inf
+) -> list[Record]:
     """Run every case whose title contains ``match``, with a progress bar."""
     from rich.progress import track
 
     chosen = [case for case in cases if match in f"{case.op} {case.title}"]
     records: list[Record] = []
     for case in track(chosen, description="benchmarks"):
-        records += run_case(case, rounds=rounds)
+        records += run_case(case, rounds=rounds, max_seconds=max_seconds)
     return records

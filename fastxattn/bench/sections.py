@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import html
 import io
 import math
@@ -174,9 +175,8 @@ def accuracy(table: Table) -> str:
     parts = []
     for task in dict.fromkeys(r.get("task", "") for r in table.rows):
         rows = [r for r in table.rows if r.get("task", "") == task]
-        parts.append(
-            drawing(lambda axes, rows=rows, task=task: _retention(axes, rows, task), 6, 4, f"{task}: accuracy")
-        )
+        draw = functools.partial(_retention, rows=rows, task=task)
+        parts.append(drawing(draw, 6, 4, f"{task}: accuracy against kept tokens"))
     return "".join(parts) + _all(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,12 +36,18 @@ def _synchronize() -> None:
 
 
 def interleaved(
-    providers: Mapping[str, Callable[[], object]], *, rounds: int = 11, min_seconds: float = 0.004
+    providers: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 11,
+    min_seconds: float = 0.004,
+    max_seconds: float = math.inf,
 ) -> dict[str, Timing]:
     """Time every provider in turn, ``rounds`` times over, the order rotating from round to round.
 
-    Each entry is the mean of as many calls as fill ``min_seconds``, so that microsecond calls are measurable.
+    Each entry is the mean of as many calls as fill ``min_seconds``, so that microsecond calls are measurable. After
+    ``max_seconds`` no new round begins, except that there are at least three.
     """
+    began = time.perf_counter()
     repeats: dict[str, int] = {}
     for name, call in providers.items():
         call()
@@ -51,6 +58,8 @@ def interleaved(
         repeats[name] = max(1, round(min_seconds / max(time.perf_counter() - start, 1e-7)))
     names, taken = list(providers), {name: [] for name in providers}  # type: ignore[var-annotated]
     for i in range(rounds):
+        if i >= 3 and time.perf_counter() - began > max_seconds:
+            break
         for name in names[i % len(names) :] + names[: i % len(names)]:
             call = providers[name]
             _synchronize()

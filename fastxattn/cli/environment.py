@@ -83,24 +83,21 @@ def explain(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: fastxattn tune --kernel forward")
+@app.command(epilog="Example: fastxattn tune --kernel attention.forward --dim 64")
 def tune(
-    kernel: Annotated[
-        list[str] | None, typer.Option(help="forward, split, backward_query, backward_key; all by default")
-    ] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="op.kernel; repeat for several; all by default")] = None,
     dim: Annotated[list[int] | None, typer.Option(help="widest head dim: 64, 128, 256; all by default")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the Triton kernels' tiles on this machine's GPU and keep the fastest for later processes."""
-    from fastxattn.bench.tune import require_gpu, tune_attention
-    from fastxattn.runtime.tuning import cache_path
+    from fastxattn import tune as job
 
-    require_gpu()
-    with working("tuning") as say:
-        found = tune_attention(kernel or (), dim or (), say)
-    if as_json:
-        emit(found, True)
-    else:
-        for key, tile in found.items():
-            typer.echo(f"{key:<40}  block_m {tile[0]}, block_n {tile[1]}, warps {tile[2]}, stages {tile[3]}")
-        typer.echo(f"written to {cache_path()}")
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        typer.echo(line, err=as_json)
+
+    with working("tuning"):
+        path = job.run(tuple(kernel or ()), tuple(dim or ()), report)
+    emit({"cache": path, "tuned": lines} if as_json else f"written to {path}", as_json)
