@@ -106,9 +106,9 @@ def cases() -> Iterator[Case]:
             yield Case("attention", kernel, dtype, dim, variant, name)
             if kernel == "split" and kind == "plain":
                 yield Case("attention", "merge", dtype, dim, "plain", name)
-    from fastxattn.ops.importance import triton_kernel
+    from fastxattn.ops.importance import config as importance_config
 
-    for kind, dim, tile in triton_kernel.shipped():
+    for kind, dim, tile in importance_config.shipped():
         name = f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
         yield Case("importance", "importance", "fp32" if kind == "single" else "fp16", dim, "rich", name)
 

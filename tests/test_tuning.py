@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from fastxattn import tune
 from fastxattn.ops.attention.triton import config
 from fastxattn.runtime import tuning
 
@@ -59,3 +60,57 @@ def test_every_problem_has_a_tile():
                 tile = config.pick(kernel, config.kind_of(itemsize, rich), dim)
                 assert min(tile.block_m, tile.block_n) >= 16 and tile.block_n % 4 == 0, (kernel, tile)
     assert config.SPLIT_KEYS % max(t.block_n for kernel, _, _, t in config.shipped() if kernel == "split") == 0
+
+
+def test_tuning_walks_to_the_fastest_neighbour(cache, monkeypatch):
+    """The walk of ``fastxattn tune`` with a made-up clock: 32 x 128 tiles with 8 warps are the fastest there are."""
+    seen = []
+
+    def clock(call):
+        block_m, block_n, warps, stages = seen[-1]
+        return abs(block_m - 32) + abs(block_n - 128) + abs(warps - 8) + stages
+
+    real = tuning.trying
+
+    def trying(key, tile):
+        seen.append(tile)
+        return real(key, tile)
+
+    monkeypatch.setattr(tune, "milliseconds", clock)
+    monkeypatch.setattr(tune, "call_of", lambda key, device: None)
+    monkeypatch.setattr(tuning, "trying", trying)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+    lines = []
+    assert tune.run(("attention.split",), (64,), lines.append) == cache
+    found = json.loads(cache.read_text())["a card"]
+    assert set(found) == {f"attention.split.{kind}.64" for kind in ("plain", "rich", "single")}
+    assert found["attention.split.plain.64"][:2] == [32, 128]
+    assert len(lines) == 3
+
+
+def test_a_trial_comes_before_the_cache(cache):
+    with tuning.trying("attention.forward.plain.64", (16, 16, 4, 1)):
+        tile = tuning.tuned("attention", "forward", "plain", 64, torch.device("cpu"), config.Tile)
+    assert tile == config.Tile(16, 16, 4, 1)
+    assert tuning.tuned("attention", "forward", "plain", 64, torch.device("cpu"), config.Tile) is None
+
+
+def test_tuning_needs_a_gpu_and_a_known_kernel():
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA or ROCm device"):
+            tune.run()
+    with pytest.raises(ValueError, match="kernel must be one of attention.backward_bias"):
+        tune.run(("attention.sideways",))
+
+
+def test_every_key_has_a_problem_of_its_kind():
+    for key, tile in tune.keys(dims=(64,)):
+        op, kernel, kind, _ = key.split(".")
+        assert all(t != tile for t in tune.neighbours(tile))
+        problem = tune.problem_of(kernel, kind, 16, "cpu") if op == "attention" else None
+        if problem is not None:
+            rich = any(t is not None for t in (problem.kv_range, problem.key_bias, problem.bias))
+            assert config.kind_of(problem.query.element_size(), rich) == kind, key
+            sizes = (problem.query.shape[0], problem.key.shape[0], 16, 1)
+            assert (config.splits_for(*sizes) > 1) == (kernel == "split")

@@ -14,11 +14,15 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+_trials: dict[str, tuple[int, int, int, int]] = {}
 
 
 def cache_path() -> Path:
@@ -51,10 +55,21 @@ def _device_name(device: torch.device) -> str:
 
 def tuned(op: str, kernel: str, kind: str, dim: int, device: torch.device, tile: Callable[..., Any]) -> Any:
     """The tile this machine was tuned to, made by ``tile(block_m, block_n, warps, stages)``, or None."""
-    if not _cache():
+    if not _trials and not _cache():
         return None
-    found = _cache().get(_device_name(device), {}).get(f"{op}.{kernel}.{kind}.{dim}")
+    key = f"{op}.{kernel}.{kind}.{dim}"
+    found = _trials.get(key) or _cache().get(_device_name(device), {}).get(key)
     return tile(*found) if found is not None else None
+
+
+@contextmanager
+def trying(key: str, tile: tuple[int, int, int, int]) -> Iterator[None]:
+    """Within this block launches for ``key`` take ``tile``, whatever the cache says."""
+    _trials[key] = tile
+    try:
+        yield
+    finally:
+        del _trials[key]
 
 
 def tune(

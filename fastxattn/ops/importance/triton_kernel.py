@@ -21,16 +21,9 @@ from fastxattn.ops.attention.triton.common import (
 )
 from fastxattn.ops.attention.triton.config import Tile
 from fastxattn.ops.attention.triton.launch import Launch, on_device, tiles
+from fastxattn.ops.importance.config import TILES
 from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.runtime import tuning
-
-_HALF = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)}
-_SINGLE = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)}
-
-
-def shipped() -> list[tuple[str, int, Tile]]:
-    """Every (kind, widest head dim, tile)."""
-    return [(kind, d, t) for kind, table in (("half", _HALF), ("single", _SINGLE)) for d, t in table.items()]
 
 
 @triton.jit
@@ -88,8 +81,8 @@ def importance(
 
 def tile_for(query: Tensor, dim: int) -> Tile:
     """The tuned tile, or the shipped one."""
-    kind, table = ("half", _HALF) if query.element_size() == 2 else ("single", _SINGLE)
-    return tuning.tuned("importance", "importance", kind, dim, query.device, Tile) or table[dim]
+    kind = "half" if query.element_size() == 2 else "single"
+    return tuning.tuned("importance", "importance", kind, dim, query.device, Tile) or TILES[kind][dim]
 
 
 def launch(problem: ImportanceProblem) -> Tensor:

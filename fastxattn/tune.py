@@ -1,0 +1,142 @@
+"""Measures tile sizes of the Triton kernels on this machine's GPU and writes the fastest to the tuning cache.
+
+:func:`run` is what ``fastxattn tune`` calls. From the shipped tile it walks to the neighbour that is fastest (half or
+twice either block, other warps, one pipeline stage more or less) until none is faster, and leaves the answer in
+:func:`fastxattn.runtime.tuning.cache_path` for every later process. A tile changes speed, never a result's meaning.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from fastxattn.ops.attention.autograd import BACKWARD, FORWARD
+from fastxattn.ops.attention.problem import Problem
+from fastxattn.ops.attention.schema import NEEDS
+from fastxattn.ops.attention.triton import config
+from fastxattn.ops.importance.autograd import FORWARD as IMPORTANCE
+from fastxattn.ops.importance.problem import ImportanceProblem
+from fastxattn.runtime import tuning
+
+Tile = tuple[int, int, int, int]
+Call = Callable[[], object]
+STEPS = 3  # walks at most this far from the shipped tile
+_WANTED = {
+    "backward_query": NEEDS["query"], "backward_key": NEEDS["key"] + NEEDS["value"], "backward_bias": NEEDS["bias"],
+}  # fmt: skip
+
+
+def keys(kernels: tuple[str, ...] = (), dims: tuple[int, ...] = ()) -> list[tuple[str, Tile]]:
+    """(op.kernel.kind.dim, shipped tile) of everything that can be tuned, or of the kernels and head dims named."""
+    from fastxattn.ops.importance.config import shipped
+
+    found = [(f"attention.{k}.{kind}.{dim}", tile) for k, kind, dim, tile in config.shipped()]
+    found += [(f"importance.importance.{kind}.{dim}", tile) for kind, dim, tile in shipped()]
+    known = sorted({key.rsplit(".", 2)[0] for key, _ in found})
+    for kernel in kernels:
+        if kernel not in known:
+            raise ValueError(f"kernel must be one of {', '.join(known)}; got {kernel!r}")
+    return [
+        (key, (tile.block_m, tile.block_n, tile.warps, tile.stages))
+        for key, tile in found
+        if (not kernels or key.rsplit(".", 2)[0] in kernels) and (not dims or int(key.rsplit(".", 1)[1]) in dims)
+    ]
+
+
+def neighbours(tile: Tile) -> Iterator[Tile]:
+    """Tiles one step away."""
+    m, n, warps, stages = tile
+    for block_m in (m // 2, m * 2):
+        if 16 <= block_m <= 128:
+            yield block_m, n, warps, stages
+    for block_n in (n // 2, n * 2):
+        if 16 <= block_n <= 128:
+            yield m, block_n, warps, stages
+    yield m, n, 12 - warps, stages  # 4 and 8
+    for depth in (stages - 1, stages + 1):
+        if 1 <= depth <= 4:
+            yield m, n, warps, depth
+
+
+def problem_of(kernel: str, kind: str, dim: int, device: str) -> Problem:
+    """A problem that ``kernel`` runs, of the kind the table calls ``kind``."""
+    dtype = torch.float32 if kind == "single" else torch.bfloat16
+    few = kernel == "split"
+    batch, queries, keys_ = (16, 32, 4096) if few else (16, 512, 512)
+    g = torch.Generator(device).manual_seed(0)
+    query = torch.randn(batch * queries, 8, dim, generator=g, device=device).to(dtype)
+    key, value = (torch.randn(batch * keys_, 8, dim, generator=g, device=device).to(dtype) for _ in range(2))
+    offsets_q, offsets_k = (
+        torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=device) for n in (queries, keys_)
+    )
+    problem = Problem(query, key, value, offsets_q, offsets_k, scale=dim**-0.5)
+    if kind == "rich":
+        problem = problem._replace(key_bias=torch.zeros(key.shape[0], device=device))
+    if kernel == "backward_bias":
+        problem = problem._replace(bias=torch.zeros(1, 8, queries, keys_, dtype=dtype, device=device))
+    return problem
+
+
+def call_of(key: str, device: str) -> Call:
+    """What is timed for a key: the operator call in which that kernel does the work that changes."""
+    op, kernel, kind, dim = key.split(".")
+    problem = problem_of(kernel, kind, int(dim), device)
+    if op == "importance":
+        lse = torch.full((8, problem.query.shape[0]), 6.0, device=device)
+        scored = ImportanceProblem(
+            problem.query, problem.key, lse, problem.cu_seqlens_q, problem.cu_seqlens_k, scale=problem.scale
+        )
+        return lambda: IMPORTANCE["triton"](*scored)
+    if kernel in ("forward", "split"):
+        return lambda: FORWARD["triton"](*problem)
+    out, lse = FORWARD["triton"](*problem)
+    return lambda: BACKWARD["triton"](out, None, out, lse, *problem, _WANTED[kernel])
+
+
+def milliseconds(call: Call, rounds: int = 20) -> float:
+    """Median device time of a call."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def run(
+    kernels: tuple[str, ...] = (), dims: tuple[int, ...] = (), report: Callable[[str], object] = print
+) -> Path:  # fmt: skip
+    """Tune every shipped configuration, or those of the named ``op.kernel`` and head dims; returns the cache's path.
+
+    Raises:
+        ValueError: there is no such kernel.
+        RuntimeError: there is no GPU here, or nothing ran on it.
+    """
+    todo = keys(kernels, dims)
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune: no CUDA or ROCm device is visible to torch here; tiles are measured, not guessed")
+    name = torch.cuda.get_device_name()
+    for key, shipped in todo:
+        call, times = call_of(key, "cuda"), {}
+
+        def measure(tile: Tile, key: str = key, call: Call = call, times: dict[Tile, float] = times) -> float:
+            if tile not in times:
+                with tuning.trying(key, tile):
+                    times[tile] = milliseconds(call)
+            return times[tile]
+
+        best = shipped
+        for _ in range(STEPS):
+            before, best = best, tuning.tune(key, (best, *neighbours(best)), measure, name)
+            if best == before:
+                break
+        report(f"{key}: {best}, {times[best]:.3f} ms (shipped {shipped}: {times.get(shipped, float('nan')):.3f} ms)")
+    return tuning.cache_path()
