@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fastxattn.bench import Case, Record, Workload, run_cases, timing, write_csv
-from fastxattn.integrations.pruning import encoder_scores, prune
+from fastxattn.integrations.pruning import prune
+from fastxattn.integrations.pruning_encoder import encoder_scores
 from fastxattn.ops.pruning import STRATEGIES, Budget, bipartite, prune_tokens, select
 from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
@@ -118,44 +119,54 @@ def tome_step(width: int, metric_width: int) -> Workload:
     return Workload({"fastxattn": ours, "eager": eager}, "eager", check)
 
 
-def greedy(mode: int, length: int, keep: int) -> Workload:
+def greedy(mode: int, batch: int, length: int, keep: int) -> Workload:
     width = 1024
     torch.manual_seed(0)
-    x, cu, counts = torch.randn(length, width), offsets(1, length), torch.tensor([keep], dtype=torch.int32)
-    quality = torch.rand(length) + 0.5  # the determinant's; without it every first pick is a tie
+    x, cu = torch.randn(batch * length, width), offsets(batch, length)
+    counts = torch.full((batch,), keep, dtype=torch.int32)
+    quality = torch.rand(batch * length) + 0.5  # the determinant's; without it every first pick is a tie
+
+    def max_min(image: Tensor, weight: Tensor) -> Tensor:
+        """The formulation of DivPrune's own code."""
+        unit = image / image.norm(dim=1, keepdim=True)
+        distance = 1 - unit @ unit.T
+        picked = torch.empty(keep, dtype=torch.long)
+        for step in range(keep):
+            if step == 0:
+                value = distance.topk(2, dim=0, largest=False).values[1]
+            else:
+                value = distance.index_select(0, picked[:step]).min(0).values
+                value[picked[:step]] = -torch.inf
+            picked[step] = value.argmax()
+        return picked
+
+    def determinant(image: Tensor, weight: Tensor) -> Tensor:
+        """Greedy MAP of a determinantal process, as CDPruner's code does it."""
+        unit = image / image.norm(dim=1, keepdim=True)
+        similarity = unit @ unit.T * weight * weight[:, None]
+        picked = torch.empty(keep, dtype=torch.long)
+        factors = torch.zeros(keep, length)
+        residual = similarity.diagonal().clone()
+        for step in range(keep):
+            best = residual.argmax()
+            picked[step] = best
+            factor = (similarity[best] - factors[:step, best] @ factors[:step]) / residual[best].sqrt()
+            factors[step] = factor
+            residual -= factor**2
+            residual[best] = -torch.inf
+        return picked
 
     def eager() -> Tensor:
-        unit = x / x.norm(dim=1, keepdim=True)
-        similarity = unit @ unit.T
-        picked = torch.empty(keep, dtype=torch.long)
-        if mode == MAX_MIN:  # the formulation of DivPrune's own code
-            distance = 1 - similarity
-            for step in range(keep):
-                if step == 0:
-                    value = distance.topk(2, dim=0, largest=False).values[1]
-                else:
-                    value = distance.index_select(0, picked[:step]).min(0).values
-                    value[picked[:step]] = -torch.inf
-                picked[step] = value.argmax()
-        else:  # greedy MAP of a determinantal process, as CDPruner's code does it
-            similarity = similarity * quality * quality[:, None]
-            factors = torch.zeros(keep, length)
-            residual = similarity.diagonal().clone()
-            for step in range(keep):
-                best = residual.argmax()
-                picked[step] = best
-                factor = (similarity[best] - factors[:step, best] @ factors[:step]) / residual[best].sqrt()
-                factors[step] = factor
-                residual -= factor**2
-                residual[best] = -torch.inf
-        return picked
+        search = max_min if mode == MAX_MIN else determinant
+        images = zip(x.split(length), quality.split(length), strict=True)
+        return torch.cat([search(image, weight) + b * length for b, (image, weight) in enumerate(images)])
 
     def ours() -> Tensor:
         scores = run("greedy", x, "auto", x, quality, cu, counts, None, mode, keep)
-        return scores.topk(keep).indices
+        return scores.view(batch, length).topk(keep).indices + cu[:-1, None]
 
     def check() -> str:
-        return verdict(set(ours().tolist()) == set(eager().tolist()), "other tokens than eager")
+        return verdict(set(ours().flatten().tolist()) == set(eager().tolist()), "other tokens than eager")
 
     return Workload({"fastxattn": ours, "eager loop": eager}, "eager loop", check)
 
@@ -169,9 +180,10 @@ def cases() -> list[Case]:
         ("select_gather", "select + gather 64x1024x1024, keep 50 %", bf16, lambda: select_and_gather(bf16, 0.5)),
         ("merge", "ToMe step 16x576x1024, metric 64, merge 144", f32, lambda: tome_step(1024, 64)),
         ("merge", "ToMe step 16x576x1024, metric 1024, merge 144", f32, lambda: tome_step(1024, 1024)),
-        ("max_min", "max-min 576x1024, keep 64", f32, lambda: greedy(MAX_MIN, 576, 64)),
-        ("max_min", "max-min 576x1024, keep 144", f32, lambda: greedy(MAX_MIN, 576, 144)),
-        ("determinant", "determinant 576x1024, keep 64", f32, lambda: greedy(DETERMINANT, 576, 64)),
+        ("max_min", "max-min 576x1024, keep 64", f32, lambda: greedy(MAX_MIN, 1, 576, 64)),
+        ("max_min", "max-min 576x1024, keep 144", f32, lambda: greedy(MAX_MIN, 1, 576, 144)),
+        ("max_min", "max-min 8x576x1024, keep 144", f32, lambda: greedy(MAX_MIN, 8, 576, 144)),
+        ("determinant", "determinant 576x1024, keep 64", f32, lambda: greedy(DETERMINANT, 1, 576, 64)),
     ]
     return [Case(op, name, "forward", dtype, build) for op, name, dtype, build in table]
 

@@ -248,6 +248,36 @@ def test_every_strategy_on_ragged_batches(name: str, backend: str) -> None:
         assert (single.keep_index + 34).tolist() == index[kept.cu_seqlens[3] : kept.cu_seqlens[4]]
 
 
+def test_the_uniform_grid_spreads_over_both_axes(backend: str) -> None:
+    """No row or column is crowded or left out; a quarter in sequence order would be whole columns."""
+    lengths, widths = [16 * 32, 12 * 12], torch.tensor([32, 12])
+    x, cu = torch.randn(656, 4), offsets(lengths)
+    kept = STRATEGIES["uniform"](x, cu, Budget.ratio(0.25), columns=widths, backend=backend)
+    assert kept.cu_seqlens.diff().tolist() == [128, 36]
+    mask = (kept.assignment >= 0)[:512].view(16, 32)
+    assert mask.sum(0).tolist() == pytest.approx([4] * 32, abs=1)
+    assert mask.sum(1).tolist() == pytest.approx([8] * 16, abs=2)
+    alone = STRATEGIES["uniform"](x[512:], offsets([144]), Budget.ratio(0.25), columns=12, backend=backend)
+    assert (alone.keep_index + 512).tolist() == kept.keep_index[128:].tolist()
+
+
+def test_pooling_over_the_grid_joins_the_nearest_kept_patch(backend: str) -> None:
+    x, cu = torch.randn(101, 3), offsets([101])
+    x[50] = float("nan")
+    cls = torch.arange(101) == 0
+    kept = STRATEGIES["pool"](x, cu, Budget.count(13), columns=10, protected=cls, backend=backend)
+    assert kept.keep_index[0] == 0 and kept.sizes()[0] == 1  # the CLS token stands alone
+    place = torch.stack([torch.arange(100) // 10, torch.arange(100) % 10], 1).float()
+    seats = kept.keep_index[1:].long() - 1
+    for i in range(100):
+        if i == 49 and 49 not in seats.tolist():
+            assert kept.assignment[50] == -1  # not finite: averaged into nothing
+            continue
+        distance = (place[seats] - place[i]).norm(dim=1)
+        assert distance[kept.assignment[i + 1] - 1] <= distance.min() + 0.3
+    assert kept.reduce(x).isfinite().all() or kept.assignment[50] >= 0
+
+
 def test_probe_and_received_scores_are_rows_and_columns_of_the_map() -> None:
     torch.manual_seed(0)
     cu, heads, dim = offsets([7, 0, 9]), 4, 8

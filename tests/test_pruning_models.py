@@ -78,6 +78,58 @@ def test_vision_encoders_prune_and_undo(name: str) -> None:
         assert torch.equal(model(pixels).last_hidden_state, before)  # undone
 
 
+def test_an_encoder_prunes_in_stages_and_carries_sizes() -> None:
+    """ToMe at three layers: every token of the image is accounted for, and undoing leaves nothing behind."""
+    model, pixels = encoder("dinov2"), torch.randn(2, 3, 32, 32)
+    lengths: list[int] = []
+    biases: list[Any] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        lengths.append(args[0].shape[1])
+        biases.append(args[1] if len(args) > 1 else kwargs.get("attention_mask"))
+
+    with torch.no_grad():
+        before = model(pixels).last_hidden_state
+        with prune(model, keep=0.5, strategy="tome", at=[1, 2, 3]):
+            hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in model.encoder.layer]
+            model(pixels)
+            for hook in hooks:
+                hook.remove()
+        assert lengths == [17, 9, 5, 3]  # CLS and 16, 8, 4, 2 patches
+        for bias in biases[1:]:
+            torch.testing.assert_close(bias.exp().sum(-1).flatten(), torch.full((2,), 17.0))
+        with prune(model, keep=0.5, at=(1, 3)) as pruning:  # PyramidDrop
+            assert model(pixels).last_hidden_state.shape[1] == 5
+            assert pruning.last.source_cu_seqlens.tolist() == [0, 9, 18]
+        assert torch.equal(model(pixels).last_hidden_state, before)
+
+
+def test_pruned_models_run_on_the_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """attn_implementation="fastxattn" sees fewer tokens and the sizes of merged ones, as sdpa does."""
+    from fastxattn.integrations import core
+    from fastxattn.integrations.transformers import register
+
+    register()
+    monkeypatch.setattr(core, "SMALL", 0)
+    model, pixels = encoder("clip"), torch.randn(2, 3, 32, 32)
+    llm, inputs = llava(), llava_inputs()
+    with torch.no_grad():
+        for strategy in ("attention", "tome", "evit", "divprune"):
+            found = []
+            for attention in ("sdpa", "fastxattn"):
+                model.set_attn_implementation(attention)
+                with prune(model, keep=0.5, strategy=strategy, at=[1, 3]):
+                    found.append(model(pixels).last_hidden_state)
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        for at in (0, 2):
+            found = []
+            for attention in ("sdpa", "fastxattn"):
+                llm.set_attn_implementation(attention)
+                with prune(llm, keep=0.25, at=at):
+                    found.append(llm(**inputs).logits)
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_encoder_attention_is_the_models_own() -> None:
     """The kept patches are those the CLS token's eager attention map ranks first."""
     model, pixels = encoder("clip"), torch.randn(2, 3, 32, 32)
@@ -237,6 +289,8 @@ def test_unsuitable_models_and_settings_are_refused_and_left_alone() -> None:
     for kwargs, words in (
         ({"keep": 0.5, "strategy": "magic"}, "strategy must be one of"),
         ({"keep": 0.5, "at": 9}, "at must lie in"),
+        ({"keep": 0.5, "at": [2, 9]}, "at must lie in"),
+        ({"keep": 0.5, "at": []}, "at must name a layer"),
         ({"keep": Budget.mass(0.5)}, "keep must be a count or ratio"),
         ({"keep": 2.0}, "r must lie in"),
     ):
@@ -244,22 +298,8 @@ def test_unsuitable_models_and_settings_are_refused_and_left_alone() -> None:
             prune(model, **kwargs)
     with pytest.raises(ValueError, match="strategy must not need attention at layer 0"):
         prune(qwen(), keep=0.5, strategy="attention", at=0)
+    with pytest.raises(TypeError, match="at must be an int"):
+        prune(llava(), keep=0.5, at=[1, 2])
     with pytest.raises(ValueError, match="model must be"):
         prune(torch.nn.Linear(2, 2), keep=0.5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_the_overlay_picture(tmp_path: Any) -> None:
-    skimage = pytest.importorskip("skimage.data")
-    image = pytest.importorskip("PIL.Image")
-    pytest.importorskip("matplotlib")
-    from fastxattn.ops.pruning.overlay import prune_photo
-
-    photo, out = tmp_path / "photo.png", tmp_path / "kept.png"
-    image.fromarray(skimage.astronaut()).save(photo)
-    assert prune_photo(photo, out, "divprune", 0.25) == (196, 784)
-    assert out.stat().st_size > 10_000
-    with pytest.raises(ValueError, match=r"keep must lie in \(0, 1\]"):
-        prune_photo(photo, out, "norm", 0.0)
-    with pytest.raises(ValueError, match="strategy must be one of"):
-        prune_photo(photo, out, "nope", 0.5)

@@ -226,6 +226,11 @@ def test_positions() -> None:
     assert kept.positions(grid).tolist() == [[0, 0], [1, 0]]
     merged = kept.merged(torch.tensor([0, 0, 1, 1], dtype=torch.int32), torch.ones(4))
     assert merged.positions(grid, mode="mean").tolist() == [[0, 0.5], [1, 0.5]]
+    # A scheme of one's own: rows and columns renumbered without gaps.
+    dense = kept.positions(grid * 5, mode=lambda s, p: torch.unique(s.gather(p.float())[:, 0], return_inverse=True)[1])
+    assert dense.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="mode must be a function or one of"):
+        kept.positions(mode="spread")
 
 
 def test_gradients_of_everything() -> None:
@@ -354,13 +359,19 @@ def test_bad_budgets_are_named() -> None:
         (lambda: Budget.count(-1), "k must not be negative"),
         (lambda: Budget.ratio(1.5), "r must lie in"),
         (lambda: Budget.mass(-0.1), "p must lie in"),
-        (lambda: Budget.threshold(math.nan), "t must be a number"),
+        (lambda: Budget.threshold(math.nan), "t must lie in"),
+        (lambda: Budget.total(-1), "n must not be negative"),
+        (lambda: Budget.mass(0.5, minimum=-2), "minimum must not be negative"),
+        (lambda: Budget.mass(0.5, minimum=3, maximum=2), "maximum must be at least the minimum, 3; got 2"),
+        (lambda: Budget("most", 3), "kind must be one of"),
         (lambda: Budget.total(3, by="luck"), "by must be length or score"),
     ):
         with pytest.raises(ValueError, match=words):
             make()
     with pytest.raises(TypeError, match="k must be an int"):
         Budget.count(0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="n must be an int"):
+        Budget.total(2.5)  # type: ignore[arg-type]
 
 
 def test_bad_rows_are_refused_before_memory_is_touched() -> None:

@@ -42,10 +42,16 @@ static void pack_panel(const T* x, const int32_t* index, int64_t rows, int64_t c
       finite[at] = scale[j] == scale[j];
       if (finite[at]) from[j] = row;
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      float lanes[W];
-      for (int j = 0; j < W; ++j) lanes[j] = from[j] != nullptr ? to_f32(from[j][c]) * scale[j] : 0.0f;
-      std::memcpy(panel + c * kPanel + base, lanes, sizeof(lanes));
+    int64_t c = 0;
+    for (; c + W <= channels; c += W) {
+      vf tile[W];
+      for (int j = 0; j < W; ++j) tile[j] = from[j] != nullptr ? load_as_f32(from[j] + c) * splat(scale[j]) : zero();
+      transpose(tile);
+      for (int j = 0; j < W; ++j) store(panel + (c + j) * kPanel + base, tile[j]);
+    }
+    for (; c < channels; ++c) {
+      for (int j = 0; j < W; ++j)
+        panel[c * kPanel + base + j] = from[j] != nullptr ? to_f32(from[j][c]) * scale[j] : 0.0f;
     }
   }
 }
@@ -57,9 +63,17 @@ void pruning_pack(const void* x, DType dtype, const int32_t* index, int64_t rows
   pack_panel(static_cast<const f16_t*>(x), index, rows, channels, panel, finite);
 }
 
+// Depth after which a partial sum is put away, so that both panels' share of it stays in the first-level cache.
+static constexpr int64_t kDepth = 64;
+
 // All products of two panels: out[i * ld + j] = <row i of a, row j of b>.
 FXA_INLINE void panel_products(const float* a, const float* b, int64_t channels, float* out, int64_t ld) {
-  gemm<float, AOrder::columns, Init::zero>(kPanel, kPanel, channels, a, kPanel, b, kPanel, out, ld);
+  gemm<float, AOrder::columns, Init::zero>(kPanel, kPanel, channels < kDepth ? channels : kDepth, a, kPanel, b, kPanel,
+                                           out, ld);
+  for (int64_t k = kDepth; k < channels; k += kDepth) {
+    gemm<float, AOrder::columns, Init::add>(kPanel, kPanel, channels - k < kDepth ? channels - k : kDepth,
+                                            a + k * kPanel, kPanel, b + k * kPanel, kPanel, out, ld);
+  }
 }
 
 // One panel of A (places [begin, end) of a_index) against every panel of its sequence's B.
@@ -121,36 +135,66 @@ static const float* similarity_row(const GreedyScratch& s, int64_t i, int64_t pa
   return s.row;
 }
 
-static int64_t first_best(const float* value, int64_t n) {
-  int64_t at = -1;
-  for (int64_t i = 0; i < n; ++i) {
-    if (value[i] == value[i] && (at < 0 || value[i] > value[at])) at = i;
+// The first of the largest values; NaN stands for what was picked already. `value` is padded with NaN.
+static int64_t first_best(const float* value, int64_t padded) {
+  vf top = splat(-__builtin_inff());
+  vi where = splat(-1), lane;
+  for (int l = 0; l < W; ++l) lane[l] = l;
+  for (int64_t i = 0; i < padded; i += W) {
+    const vf here = load(value + i);
+    const vi better = here > top;
+    top = better ? here : top;
+    where = better ? lane + static_cast<int32_t>(i) : where;
   }
+  int64_t at = -1;
+  for (int l = 0; l < W; ++l) {
+    if (where[l] >= 0 && (at < 0 || top[l] > value[at] || (top[l] == value[at] && where[l] < at))) at = where[l];
+  }
+  for (int64_t i = 0; at < 0 && i < padded; ++i) at = value[i] == value[i] ? i : -1;  // nothing above -inf
   return at;
 }
 
-// Fills the stored matrix (one triangle computed, the other mirrored), and with `nearest` value[i] = minus the largest
-// similarity of i to another finite token.
-static void similarities(const GreedyScratch& s, int64_t n, int64_t padded, int64_t channels, bool stored,
-                         bool nearest) {
-  for (int64_t i = 0; i < padded; i += kPanel) {
-    float* strip = stored ? s.gram + i * padded : s.gram;
-    for (int64_t j = stored ? i : 0; j < padded; j += kPanel) {
-      panel_products(s.panel_memory + i * channels, s.panel_memory + j * channels, channels, strip + j, padded);
-      if (!stored || i == j) continue;
-      for (int64_t r = 0; r < kPanel; ++r)
-        for (int64_t c = 0; c < kPanel; ++c) s.gram[(j + r) * padded + i + c] = strip[c * padded + j + r];
+// One tile of the similarity matrix and, across the diagonal, its mirror image.
+void pruning_gram(const GreedyScratch& s, int64_t i, int64_t j, int64_t padded, int64_t channels) {
+  float* tile = s.gram + i * kPanel * padded + j * kPanel;
+  panel_products(s.panel_memory + i * kPanel * channels, s.panel_memory + j * kPanel * channels, channels, tile,
+                 padded);
+  if (i == j) return;
+  float* mirror = s.gram + j * kPanel * padded + i * kPanel;
+  for (int64_t r = 0; r < kPanel; r += W)
+    for (int64_t c = 0; c < kPanel; c += W) {
+      vf block[W];
+      for (int l = 0; l < W; ++l) block[l] = load(tile + (r + l) * padded + c);
+      transpose(block);
+      for (int l = 0; l < W; ++l) store(mirror + (c + l) * padded + r, block[l]);
     }
-    if (!nearest) continue;
-    // The strip's part left of the diagonal was mirrored into it by earlier strips.
+}
+
+// value[i] = minus the largest similarity of i to another finite token. Spoils the diagonal of a stored matrix, which
+// nothing reads afterwards.
+static void nearest_others(const GreedyScratch& s, int64_t n, int64_t padded, int64_t channels, bool stored) {
+  float* shut = s.row;
+  for (int64_t j = 0; j < padded; ++j) shut[j] = j < n && s.finite[j] ? 0.0f : -__builtin_inff();
+  for (int64_t i = 0; i < n; i += kPanel) {
+    float* strip = stored ? s.gram + i * padded : s.gram;
+    for (int64_t j = 0; !stored && j < padded; j += kPanel)
+      panel_products(s.panel_memory + i * channels, s.panel_memory + j * channels, channels, strip + j, padded);
     for (int64_t r = i; r < i + kPanel && r < n; ++r) {
-      const float* row = strip + (r - i) * padded;
-      float top = -__builtin_inff();
-      for (int64_t j = 0; j < n; ++j)
-        if (j != r && s.finite[j] && row[j] > top) top = row[j];
-      s.value[r] = -top;
+      float* row = strip + (r - i) * padded;
+      row[r] = -__builtin_inff();
+      vf top = splat(-__builtin_inff());
+      for (int64_t j = 0; j < padded; j += W) top = max(load(row + j) + load(shut + j), top);
+      s.value[r] = -reduce_max(top);
     }
   }
+}
+
+static bool is_zero(const GreedyScratch& s, int64_t i, int64_t padded, int64_t channels, bool stored) {
+  if (stored) return s.gram[i * padded + i] == 0.0f;
+  const float* column = s.panel_memory + i / kPanel * kPanel * channels + i % kPanel;
+  for (int64_t c = 0; c < channels; ++c)
+    if (column[c * kPanel] != 0.0f) return false;
+  return true;
 }
 
 static void update_nearest(const GreedyScratch& s, const float* row, int64_t padded) {
@@ -177,21 +221,12 @@ static void update_residual(const GreedyScratch& s, const float* similarity, con
   }
 }
 
-// One sequence. `quality` (padded) holds the token's weights, 0 for tokens that cannot be used.
+// The search in one sequence, whose rows are packed and, up to kStoredGram of them, whose similarities are known.
+// `quality` (padded) holds the token's weights, 0 for tokens that cannot be used.
 void pruning_greedy(const GreedyParams& p, int64_t b, const GreedyScratch& s, float* quality) {
   const int64_t begin = p.cu[b], n = p.cu[b + 1] - begin, padded = panels(n) * kPanel;
-  const int64_t most = n < p.max_count ? n : p.max_count;
-  const int64_t count = p.counts[b] < 0 ? 0 : (p.counts[b] < most ? p.counts[b] : most);
-  const bool stored = n <= kStoredGram;
-  const int64_t element = dtype_size(p.dtype);
-  for (int64_t i = 0; i < n; ++i) p.scores[begin + i] = -__builtin_inff();
-  if (count == 0) return;
-  const bool maxmin = p.mode == GreedyMode::max_min;
-  for (int64_t i = 0; i < padded; i += kPanel) {
-    const int64_t rows = n - i < kPanel ? n - i : kPanel;
-    pruning_pack(static_cast<const char*>(p.x) + (begin + i) * p.channels * element, p.dtype, nullptr, rows, p.channels,
-                 s.panel_memory + i * p.channels, s.finite + i);
-  }
+  const int64_t count = picks_of(p, b);
+  const bool stored = n <= kStoredGram, maxmin = p.mode == GreedyMode::max_min;
   float largest = 0;
   for (int64_t i = 0; i < padded; ++i) {
     quality[i] = i < n && p.quality != nullptr ? p.quality[begin + i] : 1.0f;
@@ -205,19 +240,17 @@ void pruning_greedy(const GreedyParams& p, int64_t b, const GreedyScratch& s, fl
     return seed < n ? seed++ : -1;
   };
   int64_t pick = next_seed();
-  if (stored || (maxmin && pick < 0)) similarities(s, n, padded, p.channels, stored, maxmin && pick < 0);
+  if (maxmin && pick < 0) nearest_others(s, n, padded, p.channels, stored);
   for (int64_t i = 0; i < padded; ++i) {
     if (!maxmin) {
-      const float* column = s.panel_memory + i / kPanel * kPanel * p.channels + i % kPanel;
-      float diagonal = 0;
-      for (int64_t c = 0; c < p.channels; ++c) diagonal += column[c * kPanel] * column[c * kPanel];
-      s.value[i] =
-          diagonal > 0 ? quality[i] * quality[i] : 0.0f;  // a unit row's similarity to itself is 1, not nearly 1
+      // A unit row's similarity to itself is 1, not nearly 1.
+      s.value[i] = is_zero(s, i, padded, p.channels, stored) ? 0.0f : quality[i] * quality[i];
       largest = s.value[i] > largest ? s.value[i] : largest;
     } else if (pick >= 0) {
       s.value[i] = __builtin_inff();
     }
     if (i < n && !s.finite[i]) s.value[i] = -__builtin_inff();
+    if (i >= n) s.value[i] = __builtin_nanf("");
   }
   const float floor = 1e-6f * largest;
   if (!maxmin)
@@ -225,7 +258,7 @@ void pruning_greedy(const GreedyParams& p, int64_t b, const GreedyScratch& s, fl
       if (s.value[i] >= 0 && s.value[i] <= floor) s.value[i] = 0;
   int64_t steps = 0;
   for (int64_t step = 0; step < count; ++step) {
-    if (pick < 0) pick = first_best(s.value, n);
+    if (pick < 0) pick = first_best(s.value, padded);
     if (maxmin) {
       if (step == 0)
         for (int64_t i = 0; i < n; ++i)

@@ -102,6 +102,13 @@ struct GreedyScratch {
   uint8_t* finite;      // (padded)
 };
 
+// How many tokens a greedy search takes of sequence b.
+inline int64_t picks_of(const GreedyParams& p, int64_t b) {
+  const int64_t n = p.cu[b + 1] - p.cu[b];
+  const int64_t most = n < p.max_count ? n : p.max_count;
+  return p.counts[b] < 0 ? 0 : (p.counts[b] < most ? p.counts[b] : most);
+}
+
 void select(const SelectParams& p, int64_t batch, const Parallel& parallel);
 void gather(const GatherParams& p, const Parallel& parallel);
 void merge(const MergeParams& p, const Parallel& parallel);

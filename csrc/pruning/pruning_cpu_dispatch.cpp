@@ -15,6 +15,7 @@ FXA_DECLARE(void, pruning_merge, (const MergeParams&, const int32_t*, const int3
 FXA_DECLARE(void, pruning_pack, (const void*, DType, const int32_t*, int64_t, int64_t, float*, uint8_t*))
 FXA_DECLARE(void, pruning_match,
             (const MatchParams&, int64_t, int64_t, int64_t, int64_t, const float*, const uint8_t*, float*, float*))
+FXA_DECLARE(void, pruning_gram, (const GreedyScratch&, int64_t, int64_t, int64_t, int64_t))
 FXA_DECLARE(void, pruning_greedy, (const GreedyParams&, int64_t, const GreedyScratch&, float*))
 
 namespace fastxattn::pruning {
@@ -28,6 +29,7 @@ FXA_PICK(pruning_gather)
 FXA_PICK(pruning_merge)
 FXA_PICK(pruning_pack)
 FXA_PICK(pruning_match)
+FXA_PICK(pruning_gram)
 FXA_PICK(pruning_greedy)
 #undef FXA_PICK
 
@@ -129,37 +131,60 @@ void match(const MatchParams& p, const Parallel& parallel) {
 }
 
 void greedy(const GreedyParams& p, const Parallel& parallel) {
-  const auto kernel = pick_pruning_greedy();
+  const auto pack = pick_pruning_pack();
+  const auto gram = pick_pruning_gram();
+  const auto search = pick_pruning_greedy();
   const int64_t longest_n = longest(p.cu, p.batch);
   const int64_t padded = panels(longest_n) * kPanel;
   int64_t picks = 0;
-  for (int64_t b = 0; b < p.batch; ++b) picks = p.counts[b] > picks ? p.counts[b] : picks;
-  picks = picks < p.max_count ? picks : p.max_count;
-  picks = p.mode == GreedyMode::determinant ? (picks < longest_n ? picks : longest_n) : 0;
+  for (int64_t b = 0; b < p.batch && p.mode == GreedyMode::determinant; ++b)
+    picks = picks_of(p, b) > picks ? picks_of(p, b) : picks;
   // Shorter sequences may store their matrix even where the longest does not.
   const int64_t stored = longest_n <= kStoredGram ? padded : panels(kStoredGram) * kPanel;
-  const int64_t gram = stored * stored > kPanel * padded ? stored * stored : kPanel * padded;
+  const int64_t matrix = stored * stored > kPanel * padded ? stored * stored : kPanel * padded;
   struct Memory {
     std::unique_ptr<float[]> floats;
     std::unique_ptr<uint8_t[]> finite;
   };
-  std::vector<Memory> memory(static_cast<size_t>(parallel.workers));
-  for_each_task(parallel, p.batch, [&](int64_t b, int64_t worker) {
+  const bool whole = p.batch >= kWholeSequences;
+  std::vector<Memory> memory(static_cast<size_t>(whole ? parallel.workers : 1));
+
+  // One sequence in its worker's memory; `inner` shares the packing and the similarities among threads.
+  const auto sequence = [&](int64_t b, int64_t worker, const Parallel& inner) {
+    const int64_t begin = p.cu[b], n = p.cu[b + 1] - begin;
+    for (int64_t i = 0; i < n; ++i) p.scores[begin + i] = -__builtin_inff();
+    if (picks_of(p, b) == 0) return;
     Memory& mine = memory[static_cast<size_t>(worker)];
     if (!mine.floats) {
-      mine.floats = scratch<float>(padded * p.channels + gram + padded * (3 + picks));
+      mine.floats = scratch<float>(padded * p.channels + matrix + padded * (3 + picks));
       mine.finite = scratch<uint8_t>(padded);
     }
     GreedyScratch s;
     s.panel_memory = mine.floats.get();
     s.gram = s.panel_memory + padded * p.channels;
-    s.value = s.gram + gram;
+    s.value = s.gram + matrix;
     s.row = s.value + padded;
     float* quality = s.row + padded;
     s.factors = quality + padded;
     s.finite = mine.finite.get();
-    kernel(p, b, s, quality);
-  });
+    const int64_t count = panels(n);
+    for_each_task(inner, count, [&](int64_t i, int64_t) {
+      const int64_t first = i * kPanel, rows = n - first < kPanel ? n - first : kPanel;
+      const char* x = static_cast<const char*>(p.x) + (begin + first) * p.channels * dtype_size(p.dtype);
+      pack(x, p.dtype, nullptr, rows, p.channels, s.panel_memory + first * p.channels, s.finite + first);
+    });
+    if (n <= kStoredGram) {
+      for_each_task(inner, count * count, [&](int64_t tile, int64_t) {
+        if (tile % count >= tile / count) gram(s, tile / count, tile % count, count * kPanel, p.channels);
+      });
+    }
+    search(p, b, s, quality);
+  };
+  if (whole) {
+    for_each_task(parallel, p.batch, [&](int64_t b, int64_t worker) { sequence(b, worker, Parallel{}); });
+  } else {
+    for (int64_t b = 0; b < p.batch; ++b) sequence(b, 0, parallel);
+  }
 }
 
 }  // namespace fastxattn::pruning

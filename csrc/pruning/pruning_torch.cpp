@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "bindings/torch_glue.h"
+#include "core/pages.h"
 #include "pruning/pruning.h"
 
 namespace fastxattn::pruning {
@@ -45,6 +46,13 @@ void check_matrix(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "fastxattn: x must be a contiguous matrix (rows, channels)");
 }
 
+// (rows, channels of x), to be written from end to end.
+Tensor new_rows(const Tensor& x, int64_t rows) {
+  Tensor out = torch::stable::new_empty(x, {rows, x.size(1)});
+  ask_for_huge_pages(out.mutable_data_ptr(), rows * x.size(1) * dtype_size(dtype_of(x, "x")));
+  return out;
+}
+
 Tensor gather_op(const Tensor& x, const Tensor& index, const OptionalTensor& coefficient) {
   check_matrix(x);
   const int64_t rows = index.size(0);
@@ -52,7 +60,7 @@ Tensor gather_op(const Tensor& x, const Tensor& index, const OptionalTensor& coe
   p.x = x.const_data_ptr();
   p.index = index_of(index, "index", rows, -1, x.size(0));
   p.coefficient = vector_of<float>(coefficient, "coefficient", ScalarType::Float, rows);
-  Tensor out = torch::stable::new_empty(x, {rows, x.size(1)});
+  Tensor out = new_rows(x, rows);
   p.out = out.mutable_data_ptr();
   p.rows = rows;
   p.channels = x.size(1);
@@ -103,7 +111,7 @@ Tensor merge_op(const Tensor& x, const Tensor& assignment, const OptionalTensor&
   p.total = x.size(0);
   p.assignment = index_of(assignment, "assignment", p.total, -1, rows);
   p.coefficient = vector_of<float>(coefficient, "coefficient", ScalarType::Float, p.total);
-  Tensor out = torch::stable::new_empty(x, {rows, x.size(1)});
+  Tensor out = new_rows(x, rows);
   p.out = out.mutable_data_ptr();
   p.rows = rows;
   p.channels = x.size(1);

@@ -16,7 +16,8 @@ from fastxattn.ops.pruning.segments import offsets_of
 from fastxattn.ops.pruning.strategies import STRATEGIES
 
 if TYPE_CHECKING:
-    from fastxattn.integrations.pruning import Pruning, QueriesAndKeys
+    from fastxattn.integrations.pruning import Pruning
+    from fastxattn.integrations.pruning_encoder import QueriesAndKeys
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

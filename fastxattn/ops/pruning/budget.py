@@ -12,6 +12,7 @@ from fastxattn.ops.pruning import segments
 from fastxattn.ops.pruning.ops import run
 
 STATIC = ("count", "ratio", "total")
+KINDS = (*STATIC, "threshold", "mass", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,17 @@ class Budget:
     minimum: int = 0
     maximum: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
+        _natural("minimum", self.minimum)
+        if self.maximum is not None and _natural("maximum", self.maximum) < self.minimum:
+            raise ValueError(f"maximum must be at least the minimum, {self.minimum}; got {self.maximum}")
+
     @classmethod
     def count(cls, k: int) -> Budget:
         """Keep ``k`` tokens of each sequence."""
-        if not isinstance(k, int) or isinstance(k, bool):
-            raise TypeError(f"k must be an int; got {type(k).__name__}")
-        if k < 0:
-            raise ValueError(f"k must not be negative; got {k}")
-        return cls("count", k)
+        return cls("count", _natural("k", k))
 
     @classmethod
     def ratio(cls, r: float, *, minimum: int = 0) -> Budget:
@@ -55,8 +59,7 @@ class Budget:
     @classmethod
     def total(cls, n: int, *, by: str = "length") -> Budget:
         """Keep ``n`` tokens in all, shared ``by`` "length", or by "score": the ``n`` best of the whole batch."""
-        if n < 0:
-            raise ValueError(f"n must not be negative; got {n}")
+        _natural("n", n)
         if by not in ("length", "score"):
             raise ValueError(f"by must be length or score; got {by!r}")
         return cls("total", n, by)
@@ -64,9 +67,7 @@ class Budget:
     @classmethod
     def threshold(cls, t: float, *, minimum: int = 0, maximum: int | None = None) -> Budget:
         """Keep tokens that score at least ``t``."""
-        if math.isnan(t):
-            raise ValueError("t must be a number; got NaN")
-        return cls("threshold", t, minimum=minimum, maximum=maximum)
+        return cls("threshold", _within("t", t, -math.inf, math.inf), minimum=minimum, maximum=maximum)
 
     @classmethod
     def mass(cls, p: float, *, minimum: int = 0, maximum: int | None = None) -> Budget:
@@ -171,6 +172,14 @@ def _passing(passes: Tensor, cu_seqlens: Tensor, protected: Tensor | None) -> Te
 
 def _ceil(value: float) -> int:
     return math.ceil(value - 1e-6)
+
+
+def _natural(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative; got {value}")
+    return value
 
 
 def _within(name: str, value: float, low: float, high: float) -> float:

@@ -168,12 +168,14 @@ def contextual(dominant: Selection, features: Tensor, count: int, *, backend: st
     return _join(kept, left & ~context, target[:total], torch.ones(total, device=features.device))
 
 
-def even_spacing(cu_seqlens: Tensor, total: int, count: int) -> Tensor:
-    """(total,) bool: ``count`` evenly spaced tokens of each sequence (all, where it has fewer)."""
+def even_spacing(cu_seqlens: Tensor, total: int, count: int | Tensor) -> Tensor:
+    """(total,) bool: ``count`` (int or (batch,)) evenly spaced tokens of each sequence, all where it has fewer."""
     row = segments.sequence_ids(cu_seqlens, total)
     length = torch.nn.functional.pad(cu_seqlens.diff(), (0, 1))[row].long()
     place = torch.arange(total, device=cu_seqlens.device) - torch.nn.functional.pad(cu_seqlens, (0, 1))[row]
-    k = torch.minimum(length, torch.full_like(length, count))
+    if isinstance(count, Tensor):
+        count = torch.nn.functional.pad(count, (0, 1))[row].long()
+    k = torch.minimum(length, torch.full_like(length, count) if isinstance(count, int) else count)
     # Token i is taken where floor((i + 1) k / n) steps up.
     return (place + 1) * k // length.clamp_min(1) > place * k // length.clamp_min(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,23 +132,28 @@ class Selection:
         shown = (self.assignment >= 0).reshape(-1, *(1 for _ in source.shape[1:]))
         return torch.where(shown, gather_rows(y, self.assignment), source)
 
-    def positions(self, positions: Tensor | None = None, *, mode: str = "keep") -> Tensor:
+    def positions(
+        self, positions: Tensor | None = None, *, mode: str | Callable[[Selection, Tensor], Tensor] = "keep"
+    ) -> Tensor:
         """Positions of the kept rows.
 
         Args:
             positions: (total, ...) of the tokens, for example (total, 2) or (total, 3) for rotary positions of images
                 and videos; places in the sequence when None.
             mode: "keep" their own; "compact": 0, 1, 2, ... in each sequence (as if nothing had been there); "mean":
-                the average over the tokens each row stands for, float32.
+                the average over the tokens each row stands for, float32; or a function ``(selection, positions) ->
+                (kept, ...)``, for rotary schemes of a model's own (it is given the places when positions are None).
         """
-        if mode not in POSITIONS:
-            raise ValueError(f"mode must be one of {', '.join(POSITIONS)}; got {mode!r}")
+        if not callable(mode) and mode not in POSITIONS:
+            raise ValueError(f"mode must be a function or one of {', '.join(POSITIONS)}; got {mode!r}")
         if mode == "compact":
             return _places(self.cu_seqlens, self.rows)
         if positions is None:
             positions = _places(self.source_cu_seqlens, self.assignment.shape[0])
         if positions.shape[0] != self.assignment.shape[0]:
             raise ValueError(f"positions must have {self.assignment.shape[0]} rows; got shape {tuple(positions.shape)}")
+        if callable(mode):
+            return mode(self, positions)
         if mode == "mean":
             return self.reduce(positions.float())
         if positions.shape[0] == 0:

@@ -130,27 +130,63 @@ def random_tokens(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, seed: i
     return select(scores, cu_seqlens, budget, **options)
 
 
-def uniform_grid(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
-    """Baseline: evenly spaced tokens in sequence order (row-major patches)."""
-    zeros = tokens.new_zeros(tokens.shape[0], dtype=torch.float32)
+def _grid_places(
+    cu_seqlens: Tensor, total: int, columns: int | Tensor, protected: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(total,) float64 row and column of each token in its image's grid of patches; protected tokens stand outside."""
+    sequence = segments.sequence_ids(cu_seqlens, total)
+    counted = torch.ones(total, dtype=torch.int64, device=cu_seqlens.device)
+    if protected is not None:
+        counted = (~protected).to(torch.int64)
+    before = torch.nn.functional.pad(counted.cumsum(0), (1, 0))[:-1]
+    start = torch.nn.functional.pad(before, (0, 1))[torch.nn.functional.pad(cu_seqlens[:-1], (0, 1)).long()]
+    width = torch.as_tensor(columns, device=cu_seqlens.device).expand(cu_seqlens.shape[0] - 1)
+    width = torch.nn.functional.pad(width, (0, 1), value=1)[sequence]
+    place = before - start[sequence]
+    return (place // width).double(), (place % width).double()
+
+
+def uniform_grid(
+    tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, columns: int | Tensor | None = None, **options: Any
+) -> Selection:
+    """Baseline: evenly spread tokens; in sequence order, or with ``columns`` over the grid of patches.
+
+    ``columns`` is the width of each image's grid (one int, or (batch,) of them; row-major patches, protected tokens not
+    counted). Any number of patches is then spread over both axes by a lattice (the fractional part of two irrational
+    steps), where every n-th in sequence order would keep whole columns.
+    """
+    total = tokens.shape[0]
+    if columns is not None:
+        row, column = _grid_places(cu_seqlens, total, columns, options.get("protected"))
+        return select((row * 0.7548776662466927 + column * 0.5698402909980532) % 1, cu_seqlens, budget, **options)
+    zeros = tokens.new_zeros(total, dtype=torch.float32)
     counts = budget.counts(zeros, cu_seqlens, None, backend=options.get("backend", "auto"))
-    row = segments.sequence_ids(cu_seqlens, tokens.shape[0])
-    length = torch.nn.functional.pad(cu_seqlens.diff(), (0, 1))[row].long()
-    k = torch.nn.functional.pad(counts, (0, 1))[row].long()
-    place = torch.arange(tokens.shape[0], device=tokens.device) - torch.nn.functional.pad(cu_seqlens, (0, 1))[row]
-    taken = (place + 1) * k // length.clamp_min(1) > place * k // length.clamp_min(1)
-    return select(taken.float(), cu_seqlens, budget, **options)
+    return select(merge.even_spacing(cu_seqlens, total, counts).float(), cu_seqlens, budget, **options)
 
 
-def average_pool(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
-    """Baseline: runs of neighbours averaged into the token at the end of each run (1-D pooling; all tokens count)."""
-    kept = uniform_grid(tokens, cu_seqlens, budget, **options)
+def average_pool(
+    tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, columns: int | Tensor | None = None, **options: Any
+) -> Selection:
+    """Baseline: evenly spread tokens become the average of their neighbourhood; all tokens count.
+
+    Without ``columns`` the token at the end of each run of neighbours stands for the run (1-D pooling); with it each
+    patch joins the nearest kept one of the grid (2-D pooling for any budget).
+    """
+    kept = uniform_grid(tokens, cu_seqlens, budget, columns=columns, **options)
+    finite = tokens.detach().flatten(1).isfinite().all(1) | (kept.assignment >= 0)
+    if columns is not None:
+        # Places on a sphere of large radius: the highest cosine is the smallest distance.
+        row, column = _grid_places(cu_seqlens, tokens.shape[0], columns, options.get("protected"))
+        place = torch.stack([row, column, torch.full_like(row, 64.0)], 1).float()
+        if (protected := options.get("protected")) is not None:
+            place = torch.where(protected[:, None], place * 0, place)  # no patch is near a CLS token
+        place = torch.where(finite[:, None], place, torch.nan)
+        return merge.nearest(kept, place, backend=options.get("backend", "auto"))
     before = torch.nn.functional.pad((kept.assignment >= 0).cumsum(0), (1, 0))[:-1].to(torch.int32)
     row = segments.sequence_ids(cu_seqlens, tokens.shape[0])
     last = torch.nn.functional.pad(kept.cu_seqlens[1:], (0, 1))[row]
     first = torch.nn.functional.pad(kept.cu_seqlens[:-1], (0, 1))[row]
     place = torch.where(last > first, torch.minimum(before, last - 1), -1).to(torch.int32)
-    finite = tokens.flatten(1).isfinite().all(1) | (kept.assignment >= 0)
     return kept.merged(torch.where(finite, place, -1), torch.ones_like(kept.scores))
 
 
@@ -173,3 +209,5 @@ STRATEGIES: dict[str, Callable[..., Selection]] = {
     "norm": norm,
 }
 NEEDS_ATTENTION = frozenset({"attention", "evit", "visionzip", "prumerge"})
+TAKES_COLUMNS = frozenset({"uniform", "pool"})
+TAKES_SIZES = frozenset({"tome"})
