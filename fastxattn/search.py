@@ -8,6 +8,7 @@ crops it has not seen, before and after, in both directions, with :func:`fastxat
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -195,8 +196,27 @@ def crop(image: Tensor, unseen: bool, generator: torch.Generator) -> Tensor:
     return nn.functional.interpolate(square, size=(SIZE, SIZE), mode="area")[0]
 
 
-def run(output: Path | str | None = None, *, seed: int = 0, steps: int = 300) -> Report:
-    """Train, search and measure; with ``output`` also write ``similarity.png`` and ``search.json`` there."""
+def run(
+    output: Path | str | None = None,
+    *,
+    seed: int = 0,
+    steps: int = 300,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Train, search and measure; with ``output`` also write ``similarity.png`` and ``search.json`` there.
+
+    Args:
+        output: folder of the heat map and the figures; None writes nothing.
+        seed: of the scenes, the split and the weights.
+        steps: training steps on scenes; photographs take half as many more.
+        progress: told what happens next.
+
+    Raises:
+        ValueError: ``steps`` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    progress("rendering scenes")
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     photos = photographs()
@@ -221,6 +241,7 @@ def run(output: Path | str | None = None, *, seed: int = 0, steps: int = 300) ->
         rows = torch.randint(0, len(pool[1]), (size,), generator=generator)
         return pool[0][rows], [pool[1][i] for i in rows.tolist()]
 
+    progress(f"learning {steps} batches of scenes")
     train(model, words, steps, from_pool)
     image_side, text_side = features(model, words, test_images, test_captions)
     report.recall["scenes, after training"] = recall_at_k(image_side, text_side, (1, 5))
@@ -229,6 +250,7 @@ def run(output: Path | str | None = None, *, seed: int = 0, steps: int = 300) ->
     if output is not None:
         report.heat_map = _heat_map(Path(output), image_side[:16], text_side[:16], test_captions[:16])
     if photos:
+        progress(f"learning crops of {len(photos)} photographs")
         _photographs(report, model, words, photos, from_pool, generator, steps)
     if output is not None:
         facts = {"recall": report.recall, "queries": report.queries, "compositional": report.compositional}

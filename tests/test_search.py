@@ -27,3 +27,21 @@ def test_alignment_is_learned(tmp_path):
     assert (tmp_path / "similarity.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "search.json").read_text())["recall"] == report.recall
     assert "told apart" in str(report)
+
+
+def test_the_command_prints_a_table_and_writes_the_heat_map(tmp_path):
+    testing = pytest.importorskip("typer.testing")
+    from fastxattn.cli import app
+
+    def run(*options: str):
+        return testing.CliRunner().invoke(app, ["search", "--out", str(tmp_path), "--steps", "2", *options])
+
+    done = run()
+    assert done.exit_code == 0, done.output
+    for words in ("scenes, before training", "scenes, after training", "told apart", "[image of ", "similarity.png"):
+        assert words in done.output
+    done = run("--json")
+    facts = json.loads(done.stdout)
+    assert facts["recall"] == json.loads((tmp_path / "search.json").read_text())["recall"]
+    assert (tmp_path / "similarity.png").read_bytes().startswith(b"\x89PNG")
+    assert run("--steps", "0").exit_code == 2
