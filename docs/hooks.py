@@ -19,10 +19,8 @@ def expand(entry: Any, docs: Path) -> list[Any]:
         ((name, inside),) = entry.items()
         return [{name: inside if isinstance(inside, str) else [e for i in inside for e in expand(i, docs)]}]
     if isinstance(entry, str) and entry.endswith("/*"):
-        pages = (docs / entry[:-2]).glob("*.md")
-        return [
-            page.relative_to(docs).as_posix() for page in sorted(pages, key=lambda p: (p.stem != "index", title(p)))
-        ]
+        pages = sorted((docs / entry[:-2]).glob("*.md"), key=lambda page: (page.stem != "index", title(page)))
+        return [page.relative_to(docs).as_posix() for page in pages]
     return [entry]
 
 

@@ -1,4 +1,4 @@
-"""Prune the image tokens of a vision-language model before and inside its language model: what it saves and what is kept.
+"""Prune the image tokens of a vision-language model before and inside its language model: what it saves.
 
     python examples/prune_vlm.py [--layers 4] [--rounds 5] [--out docs/images/example_prune_vlm.png]
 

@@ -100,24 +100,6 @@ def test_shell_completion_completes_commands() -> None:
     assert run(**asked).stdout.split() == ["explain", "export"]
 
 
-def test_prune_draws_what_it_keeps(tmp_path: Path) -> None:
-    from PIL import Image
-
-    Image.effect_noise((96, 64), 60).convert("RGB").save(tmp_path / "photo.png")
-    done = run("prune", str(tmp_path / "photo.png"), "--out", str(tmp_path / "kept.png"), "--keep", "0.5", "--json")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    assert facts["kept"] * 2 == facts["patches"]
-    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_search_writes_its_figures(tmp_path: Path) -> None:
-    done = run("search", "--steps", "4", "--out", str(tmp_path), "--json")
-    assert done.returncode == 0, done.stderr
-    assert "scenes, after training" in json.loads(done.stdout)["recall"]
-    assert (tmp_path / "similarity.png").exists()
-
-
 def test_demo_agrees_with_eager_and_draws_its_chart(tmp_path: Path) -> None:
     done = run("demo", "--layers", "2", "--out", str(tmp_path), "--json")
     assert done.returncode == 0, done.stderr

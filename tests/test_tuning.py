@@ -100,7 +100,7 @@ def test_tuning_needs_a_gpu_and_a_known_kernel():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA or ROCm device"):
             tune.run()
-    with pytest.raises(ValueError, match="kernel must be one of attention.backward_bias"):
+    with pytest.raises(ValueError, match=r"kernel must be one of attention\.backward_bias"):
         tune.run(("attention.sideways",))
 
 

@@ -34,9 +34,8 @@ class Peak:
         Returns:
             NaN when there is nothing to compare with.
         """
-        least = [
-            work / (peak * 1e9) for work, peak in ((flops, self.gflops), (moved, self.gbytes)) if work and peak > 0
-        ]
+        bounds = (flops, self.gflops), (moved, self.gbytes)
+        least = [work / (peak * 1e9) for work, peak in bounds if work and peak > 0]
         return max(least) / seconds if least else math.nan
 
 

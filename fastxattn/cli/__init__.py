@@ -14,11 +14,11 @@ except ImportError:  # the library itself needs neither typer nor rich
     sys.exit("the fastxattn command needs typer and rich: pip install 'fastxattn[cli]'")
 
 from fastxattn.cli import demos, environment, measure, onnx_files
-from fastxattn.cli.common import run
+from fastxattn.cli.common import app
 
-__all__ = ["demos", "environment", "main", "measure", "onnx_files"]
+__all__ = ["app", "demos", "environment", "main", "measure", "onnx_files"]
 
 
 def main() -> None:
     """Entry point of the ``fastxattn`` command."""
-    run()
+    app(prog_name="fastxattn")

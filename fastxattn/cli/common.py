@@ -6,14 +6,35 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+# What a person can put right: one line and exit code 2. Anything else is a fault of ours and keeps its traceback.
+_EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+
+
+class Commands(TyperGroup):
+    """Turns what a person can put right into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # RuntimeErrors, too
+            raise
+        except _EXPECTED as error:
+            if ctx.params.get("traceback"):
+                raise
+            typer.echo(f"error: {error} (--traceback before the command shows where)", err=True)
+            raise typer.Exit(2) from error
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -24,29 +45,12 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")]
 
-# What a person can put right: one line and exit code 2. Anything else is a fault of ours and keeps its traceback.
-_EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
-_traceback = False
-
 
 @app.callback()
 def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="show where an error arose")] = False,
 ) -> None:
     """Options before the command."""
-    global _traceback
-    _traceback = traceback
-
-
-def run() -> None:
-    """Run the command line of this process; errors are one line on stderr."""
-    try:
-        app(prog_name="fastxattn")
-    except _EXPECTED as error:
-        if _traceback:
-            raise
-        typer.echo(f"error: {error} (--traceback before the command shows where)", err=True)
-        sys.exit(2)
 
 
 def plain(value: Any) -> Any:

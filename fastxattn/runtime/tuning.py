@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-
 _trials: dict[str, tuple[int, int, int, int]] = {}
 
 
