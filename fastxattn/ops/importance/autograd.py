@@ -130,8 +130,9 @@ def _grad_tokens(
     value, grad_out = _columns(problem, grad)
     needs = NEEDS["query"] * needed["query"] + NEEDS["key"] * needed["key"]
     out = torch.zeros(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
+    lse = problem.lse.double() if backend == "cpu" else problem.lse  # the form in which attention's forward keeps it
     grad_query, grad_key, *_ = attention.BACKWARD[backend](
-        grad_out, None, out, problem.lse, *problem.attention(value), needs
+        grad_out, None, out, lse.contiguous(), *problem.attention(value), needs
     )
     return grad_query, grad_key
 
