@@ -51,7 +51,7 @@ test-interpreted: native
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(INTERPRETED)
 
 docs: $(VENV)/.test
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 # The rooms; whole models take longer than the ten minutes that this has.
 bench: $(VENV)/.test native
