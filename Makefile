@@ -55,7 +55,7 @@ docs: $(VENV)/.test
 
 # The rooms; whole models take longer than the ten minutes that this has.
 bench: $(VENV)/.test native
-	$(PY) -m fastxattn bench attention context contrastive export pruning
+	$(PY) -m fastxattn bench
 	$(PY) -m benchmarks.tables
 
 bench-full: $(VENV)/.test native

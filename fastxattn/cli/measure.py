@@ -11,30 +11,36 @@ import typer
 
 from fastxattn.cli.common import Json, app, checkout, emit, working
 
+# How a benchmark is asked for everything it has; whole models always take their time, and are left out unless asked for.
+FULL = {"pruning": ["--models", "both"], "models": []}
+SLOW = ("models",)
+
 
 @app.command(epilog="Example: fastxattn bench attention contrastive")
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="attention, contrastive, ...; all when none is named")
+        list[str] | None, typer.Argument(help="attention, contrastive, ...; all but models when none is named")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="more shapes, slower rivals")] = False,
+    full: Annotated[bool, typer.Option("--full", help="more shapes, slower rivals, whole models")] = False,
     as_json: Json = False,
 ) -> None:
     """Run the benchmarks of a source checkout: CSVs in benchmarks/results, tables here, charts in docs/images."""
     root = checkout()
     known = sorted(p.stem.removeprefix("bench_") for p in (root / "benchmarks").glob("bench_*.py"))
-    for name in names or known:
+    for name in names or ():
         if name not in known:
             raise typer.BadParameter(f"must be one of {', '.join(known)}; got {name!r}")
-    for name in names or known:
-        command = [sys.executable, "-m", f"benchmarks.bench_{name}", *(["--full"] if full else [])]
+    chosen = names or [name for name in known if full or name not in SLOW]
+    for name in chosen:
+        more = FULL.get(name, ["--full"]) if full else []
+        command = [sys.executable, "-m", f"benchmarks.bench_{name}", *more]
         done = subprocess.run(command, cwd=root, check=False, stdout=sys.stderr if as_json else None)
         if done.returncode != 0:
             raise RuntimeError(f"benchmark {name} ended with exit code {done.returncode}")
     if as_json:
         from fastxattn.bench import read_csv
 
-        files = [root / f"benchmarks/results/{name}.csv" for name in names or known]
+        files = [root / f"benchmarks/results/{name}.csv" for name in chosen]
         emit({f.stem: read_csv(f) for f in files if f.exists()}, True)
 
 

@@ -82,7 +82,8 @@ def _attention(s: Shape) -> Call:
 
 def _importance(s: Shape) -> Call:
     query, key = s.rows(s.lengths_q, s.heads, s.dim), s.rows(s.lengths_k, s.kv_heads, s.dim)
-    return fastxattn.key_importance, (query, key, query.new_zeros(query.shape[1::-1]).float(), *s.cu), {}
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return fastxattn.key_importance, (query, key, query.new_zeros(query.shape[1::-1], dtype=wide), *s.cu), {}
 
 
 def _bidirectional(s: Shape) -> Call:
