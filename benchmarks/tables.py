@@ -1,7 +1,7 @@
 """Rewrites the tables in README.md and docs/: ``python -m benchmarks.tables [--check]``.
 
-A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``, where NAME is a file of benchmarks/results, or
-``backends`` for what runs where, which is asked of the code. No number in a table is typed by hand.
+A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``, where NAME is a file of benchmarks/results,
+or ``backends`` for what runs where, which is asked of the code. No number in a table is typed by hand.
 """
 
 from __future__ import annotations

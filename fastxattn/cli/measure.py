@@ -11,7 +11,7 @@ import typer
 
 from fastxattn.cli.common import Json, app, checkout, emit, working
 
-# How a benchmark is asked for everything it has; whole models always take their time, and are left out unless asked for.
+# How a benchmark is asked for everything it has. Whole models always take their time: left out unless asked for.
 FULL = {"pruning": ["--models", "both"], "models": []}
 SLOW = ("models",)
 
