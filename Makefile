@@ -76,9 +76,10 @@ soak: $(VENV)/.test native
 	$(PY) -m benchmarks.soak --minutes $(SOAK_MINUTES) --write
 
 wheels: $(VENV)/.demo
-	rm -rf dist
-	$(PY) setup.py -q sdist --dist-dir dist
-	FASTXATTN_BUILD_NATIVE=1 $(PY) setup.py -q bdist_wheel --dist-dir dist
+	rm -rf dist && mkdir -p build
+	mkdir dist
+	$(PY) -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" > build/sdist.log
+	FASTXATTN_BUILD_NATIVE=1 $(PY) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
 
 check-wheels: $(VENV)/.demo
 	$(PY) .ci/check_wheels.py dist

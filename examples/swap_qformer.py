@@ -16,7 +16,7 @@ import transformers
 import fastxattn
 from fastxattn.bench import interleaved
 
-QUERIES, WIDTH, LONGEST = 32, 1408, 1024
+QUERIES, WIDTH = 32, 1408
 
 
 def inputs(model: torch.nn.Module, lengths: list[int]) -> dict[str, torch.Tensor]:
@@ -30,11 +30,11 @@ def inputs(model: torch.nn.Module, lengths: list[int]) -> dict[str, torch.Tensor
     }
 
 
-def batches(size: int) -> dict[str, list[int]]:
+def batches(size: int, longest: int) -> dict[str, list[int]]:
     """The same longest image each time, the others shorter and shorter."""
     shares = {"no padding": 1.0, "a quarter": 0.5, "half": 0.0}
     return {
-        name: torch.linspace(LONGEST * low, LONGEST, size).round().int().clamp(min=1).tolist()
+        name: torch.linspace(longest * low, longest, size).round().int().clamp(min=1).tolist()
         for name, low in shares.items()
     }
 
@@ -44,20 +44,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=6)
+    parser.add_argument("--longest", type=int, default=1024, help="patches of the largest image")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("docs/images/example_swap_qformer.png"))
     options = parser.parse_args()
+    sizes = batches(options.batch, options.longest)
     torch.manual_seed(0)
     config = transformers.Blip2QFormerConfig(num_hidden_layers=options.layers)
     model = transformers.Blip2QFormerModel(config).eval()
 
     # One line. `verify` runs both and a float64 copy, and undoes the swap if it were wrong or slower.
-    report = fastxattn.accelerate(model, verify=inputs(model, batches(options.batch)["half"]))
+    report = fastxattn.accelerate(model, verify=inputs(model, sizes["half"]))
     print(report)
     fastxattn.restore(model)
 
     times: dict[str, list[float]] = {"transformers": [], "fastxattn": []}
-    for name, lengths in batches(options.batch).items():
+    for name, lengths in sizes.items():
         batch = inputs(model, lengths)
         fast = transformers.Blip2QFormerModel(config).eval()
         fast.load_state_dict(model.state_dict())
@@ -68,7 +70,7 @@ def main() -> None:
             times[provider].append(timing.median * 1e3)
         ratio = found["fastxattn"].ratio_to(found["transformers"])
         print(f"{name:<12} padding {1 - sum(lengths) / len(lengths) / max(lengths):.0%}: {ratio:.2f}x")
-    draw(times, list(batches(options.batch)), options.out)
+    draw(times, list(sizes), options.out)
 
 
 def draw(times: dict[str, list[float]], names: list[str], path: Path) -> None:

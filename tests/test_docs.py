@@ -74,6 +74,14 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert "exceeds the budget" not in str(found)
 
 
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    sources = [*(ROOT / "fastxattn").rglob("*.py"), ROOT / "build_native.py"]
+    said = "\n".join(path.read_text() for path in sources)
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*|\*\*`([^`]+)`\.\*\*", (ROOT / "docs/troubleshooting.md").read_text())
+    assert len(quoted) > 15
+    assert [a or b for a, b in quoted if (a or b) not in said] == []
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     done = subprocess.run(

@@ -13,7 +13,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {
-    "swap_qformer.py": (["--layers", "2", "--batch", "3", "--rounds", "1"], "swapped", "swap_qformer.png"),
+    "swap_qformer.py": (
+        ["--layers", "2", "--batch", "3", "--longest", "200", "--rounds", "1"], "swapped", "swap_qformer.png"
+    ),
     "train_clip.py": (
         ["--batch", "64", "--steps", "3", "--chunk", "16", "--sizes", "64", "128"], "loss", "train_clip.png"
     ),
