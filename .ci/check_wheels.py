@@ -64,6 +64,7 @@ def install(what: Path, expect: str, torch_from: str | None, **variables: str) -
         if torch_from:
             (site,) = Path(folder).glob("lib/python*/site-packages")
             (site / "torch_from.pth").write_text(torch_from + "\n")
+            run(python, "-m", "pip", "install", "-q", "-U", "setuptools>=70.1", "wheel")
         else:
             run(python, "-m", "pip", "install", "-q", "-r", str(ROOT / "requirements/build.txt"))
         command = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", str(what)]
