@@ -1,10 +1,10 @@
 """Everything a GPU proves, in parts that can be resumed: ``python benchmarks/gpu.py [--part NAME] [--fresh]``.
 
 Parts: ``tests`` (the Triton contracts on the device), ``sanitizer`` (compute-sanitizer's memcheck over a part of them,
-when the tool is there), ``attention`` and ``importance`` (against SDPA, varlen_attn,
-compiled FlexAttention and flash-attn). A
-part that has finished on this device and revision is skipped. Written on a machine without a GPU: until somebody runs
-it on one, no figure of it exists.
+when the tool is there), ``attention`` (against SDPA, varlen_attn, compiled FlexAttention and flash-attn),
+``importance`` (against the forward and flash-colreduce) and ``bidirectional`` (against two calls of attention). A part
+that has finished on this device and revision is skipped. Written on a machine without a GPU: until somebody runs it on
+one, no figure of it exists.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fastxattn
+from fastxattn.ops.bidirectional.dispatch import ONE_PASS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 STATE = ROOT / "build/gpu-state.json"
 Provider = Callable[[], object]
-TESTS = ("tests/test_attention_triton.py", "tests/test_importance.py")
+TESTS = ("tests/test_attention_triton.py", "tests/test_importance.py", "tests/test_bidirectional.py")
 
 
 def lengths(low: int, high: int, batch: int, seed: int) -> list[int]:
@@ -133,23 +135,79 @@ def bench_attention() -> None:
 
 
 def bench_importance() -> None:
-    """Key importance beside the forward of the same shape."""
+    """Key importance beside the forward of the same shape and, where a shape is dense, flash-colreduce."""
+    try:
+        from flash_colreduce import flash_colreduce
+    except ImportError:
+        flash_colreduce = None
+        print(
+            "gpu: flash-colreduce is not installed (pip install flash-colreduce); importance has no rival in this run"
+        )
     rows: list[dict[str, object]] = []
     for shape, (of_q, of_k) in SHAPES.items():
         q = torch.randn(sum(of_q), 16, 64, device="cuda", dtype=torch.bfloat16)
         k = torch.randn(sum(of_k), 16, 64, device="cuda", dtype=torch.bfloat16)
         cu_q, cu_k = offsets(of_q), offsets(of_k)
         _, lse = fastxattn.varlen_cross_attention(q, k, k, cu_q, cu_k, return_lse=True)
-        # Loop variables are bound by default arguments: the calls happen before the next round.
         ways: dict[str, Provider] = {
-            "forward": lambda q=q, k=k, cu_q=cu_q, cu_k=cu_k: fastxattn.varlen_cross_attention(q, k, k, cu_q, cu_k),
-             # type: ignore[misc]
-            "importance": lambda q=q, k=k, lse=lse, cu_q=cu_q, cu_k=cu_k: fastxattn.key_importance(q, k, lse, cu_q,
-            cu_k),  # type: ignore[misc]
-        }  # fmt: skip
+            "forward": partial(fastxattn.varlen_cross_attention, q, k, k, cu_q, cu_k),
+            "importance": partial(fastxattn.key_importance, q, k, lse, cu_q, cu_k),
+        }
+        dense = (
+            [x.unflatten(0, (len(of_q), -1)).transpose(1, 2) for x in (q, k)] if equal(of_q) and equal(of_k) else None
+        )
+        exact = None
+        if dense is not None:
+            scores = (dense[0][0].double() @ dense[1][0].double().mT) / 8
+            exact = scores.softmax(-1).sum(1).mean(0)  # of the first sequence
+            if flash_colreduce is not None:
+                rival = partial(flash_colreduce, *(x.contiguous() for x in dense), reduction="sum")
+                if gate(shape, "flash-colreduce", rival()[0].double().mean(0), exact):
+                    ways["flash-colreduce"] = rival
+            if not gate(
+                shape, "importance", fastxattn.key_importance(q, k, lse, cu_q, cu_k)[: of_k[0]].double(), exact
+            ):
+                raise SystemExit(f"gpu: {shape}: key importance is wrong; no speed is reported")
         for name, time in milliseconds(ways).items():
             rows.append({"shape": shape, "provider": name, "ms": f"{time:.4f}"})
     write("gpu_importance", rows)
+
+
+def equal(of: list[int]) -> bool:
+    """Whether all lengths are the same."""
+    return min(of) == max(of)
+
+
+def gate(shape: str, name: str, found: Tensor, exact: Tensor) -> bool:
+    """Whether column sums are right to what 16-bit products allow; says so when not."""
+    error = ((found - exact).abs() / exact.abs().clamp(min=1e-3)).max().item()
+    if error > 0.02:
+        print(f"gpu: {shape}: {name} is off by {error:.1%} against float64; no speed is reported for it")
+    return error <= 0.02
+
+
+def bench_bidirectional() -> None:
+    """Forward and backward of co-attention: shared scores against two calls of attention."""
+    from fastxattn.ops.bidirectional import triton as room
+
+    rows: list[dict[str, object]] = []
+    for shape, (of_a, of_b) in SHAPES.items():
+        a, b = (
+            torch.randn(sum(of), 16, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for of in (of_a, of_b)
+        )
+        cu_a, cu_b = offsets(of_a), offsets(of_b)
+
+        def step(pays: bool, a: Tensor = a, b: Tensor = b, cu_a: Tensor = cu_a, cu_b: Tensor = cu_b) -> None:
+            ONE_PASS["triton"] = lambda problem: pays
+            out_a, out_b = fastxattn.bidirectional_attention(a, b, a, b, cu_a, cu_b)
+            torch.autograd.grad((out_a, out_b), (a, b), (out_a, out_b))
+
+        try:
+            found = milliseconds({"shared scores": partial(step, True), "two calls": partial(step, False)})
+        finally:
+            ONE_PASS["triton"] = room.pays
+        rows += [{"shape": shape, "provider": name, "ms": f"{time:.4f}"} for name, time in found.items()]
+    write("gpu_bidirectional", rows)
 
 
 def run_tests() -> None:
@@ -184,6 +242,7 @@ PARTS = {
     "sanitizer": run_sanitizer,
     "attention": bench_attention,
     "importance": bench_importance,
+    "bidirectional": bench_bidirectional,
 }
 
 

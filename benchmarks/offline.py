@@ -81,36 +81,45 @@ def expected_matrix(kernel: str, dtype: str, arch: str) -> str | None:
 POINTERS = {
     "p_cu": "*i32", "p_used": "*i32", "p_index": "*i32", "p_slot": "*i32", "p_range": "*i32", "p_seed": "*i64",
     "p_lse": "*fp32", "p_dlse": "*fp32", "p_delta": "*fp32", "p_part": "*fp32", "p_key_bias": "*fp32",
-    "p_norm": "*fp32", "p_dkey_bias": "*fp32", "p_bias": "*fp32", "p_dbias": "*fp32", "p_row_weight": "*fp32",
+    "p_center": "*fp32", "p_totals": "*fp32", "p_rests": "*fp32", "p_norm": "*fp32", "p_dkey_bias": "*fp32",
+    "p_bias": "*fp32", "p_dbias": "*fp32", "p_row_weight": "*fp32",
     "p_seen": "*i32",
     "p_score": "*fp32", "p_grad": "*fp32", "p_scale": "*fp32",
 }  # fmt: skip
 INDICES = ("p_index_q", "p_index_k", "p_used_q", "p_used_k")
 OPTIONAL = {
     "plain": INDICES,
-    "rich": (*INDICES, "p_range", "p_key_bias", "p_bias", "p_seed", "p_dlse", "p_dkey_bias", "p_row_weight"),
-}
+    "rich": (
+        *INDICES, "p_range", "p_key_bias", "p_bias", "p_seed", "p_dlse", "p_dkey_bias", "p_row_weight", "p_bias_x",
+        "p_bias_y", "p_seed_x", "p_seed_y", "p_dbias_x",
+    ),
+}  # fmt: skip
 ALWAYS_OPTIONAL = {*OPTIONAL["rich"], "p_slot_q", "p_slot_k"}
 
 
 def cases() -> Iterator[Case]:
-    """Every shipped configuration, with every argument its class of problems may have; float32 only without options."""
+    """Every shipped configuration, with every argument its class of problems may have."""
     from fastxattn.ops.attention.triton import config
+    from fastxattn.ops.bidirectional import config as bidirectional
+    from fastxattn.ops.importance import config as importance
 
     for kernel, kind, dim, tile in config.shipped():
-        dtype = "fp32" if kind == "single" else "fp16"
-        name = f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
-        for variant in ("plain" if kind == "single" else kind,):
-            if kernel == "backward_bias" and variant == "plain":
-                continue
-            yield Case("attention", kernel, dtype, dim, variant, name)
-            if kernel == "split" and kind == "plain":
-                yield Case("attention", "merge", dtype, dim, "plain", name)
-    from fastxattn.ops.importance import config as importance_config
+        dtype = "fp32" if kind.startswith("single") else "fp16"
+        variant = "rich" if kind in ("rich", "single_rich") else "plain"
+        yield Case("attention", kernel, dtype, dim, variant, _named(tile))
+        if kernel == "split" and kind == "plain":
+            yield Case("attention", "merge", dtype, dim, "plain", _named(tile))
+        if kernel == "backward_query" and dtype == "fp32":
+            yield Case("attention", "backward_sums", dtype, dim, variant, _named(tile))
+    for op, kernel, table in (
+        ("importance", "importance", importance.shipped()), ("bidirectional", "backward", bidirectional.shipped()),
+    ):  # fmt: skip
+        for kind, dim, tile in table:
+            yield Case(op, kernel, "fp32" if kind == "single" else "fp16", dim, "rich", _named(tile))
 
-    for kind, dim, tile in importance_config.shipped():
-        name = f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
-        yield Case("importance", "importance", "fp32" if kind == "single" else "fp16", dim, "rich", name)
+
+def _named(tile: Any) -> str:
+    return f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
 
 
 def compile_case(case: Case, arch: str) -> Row:
@@ -127,7 +136,7 @@ def compile_case(case: Case, arch: str) -> Row:
     attributes: dict[Any, Any] = {}
     for i, name in enumerate(kernel.arg_names):
         absent = name in ALWAYS_OPTIONAL and name not in OPTIONAL[case.variant]
-        if name.isupper() or absent or (name == "p_norm" and case.dtype != "fp32"):
+        if name.isupper() or absent or (name.startswith("p_norm") and case.dtype != "fp32"):
             signature[name] = "constexpr"
             constexprs[(i,)] = constants.get(name)
         else:
@@ -151,19 +160,22 @@ def compile_case(case: Case, arch: str) -> Row:
 
 
 def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
-    from fastxattn.ops.attention.triton import backward, config, forward
+    from fastxattn.ops.attention.triton import backward, backward_bias, config, forward
+    from fastxattn.ops.bidirectional import triton_kernel as bidirectional
     from fastxattn.ops.importance import triton_kernel
 
     kernels = {
         "forward": forward.attention_forward, "split": forward.attention_forward, "merge": forward.attention_merge,
         "backward_query": backward.attention_backward_query, "backward_key": backward.attention_backward_key,
-        "backward_bias": backward.attention_backward_bias, "importance": triton_kernel.importance,
+        "backward_bias": backward_bias.attention_backward_bias, "importance": triton_kernel.importance,
+        "backward_sums": backward.attention_backward_sums, "backward": bidirectional.bidirectional_backward_rows,
     }  # fmt: skip
     full = case.variant == "rich"
     constants: dict[str, Any] = {
         "GROUP": 1, "SOFTCAP": True, "KEY_BIAS_HEADS": full, "HEAD_DIM": case.dim, "VALUE_DIM": case.dim,
         "BLOCK_D": case.dim,
-        "BLOCK_DV": case.dim, "SPLITS": 8 if case.kernel in ("split", "merge") else 1, "SPLIT_KEYS": config.SPLIT_KEYS,
+        "BLOCK_DV": case.dim, "DIM_X": case.dim, "DIM_Y": case.dim, "BLOCK_X": case.dim, "BLOCK_Y": case.dim,
+        "SPLITS": 8 if case.kernel in ("split", "merge") else 1, "SPLIT_KEYS": config.SPLIT_KEYS,
         "PRECISION": "ieee", "NEED_DQ": True, "BATCH_SHARED": True, "HEADS_SHARED": False, "ROWS_SHARED": False,
         "COLUMNS_SHARED": False,
     }  # fmt: skip

@@ -17,6 +17,10 @@ from fastxattn.ops.attention.autograd import BACKWARD, FORWARD
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.ops.attention.triton import config
+from fastxattn.ops.bidirectional import config as bidirectional
+from fastxattn.ops.bidirectional.autograd import BACKWARD as BOTH
+from fastxattn.ops.bidirectional.problem import BidirectionalProblem
+from fastxattn.ops.importance import config as importance
 from fastxattn.ops.importance.autograd import FORWARD as IMPORTANCE
 from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.runtime import tuning
@@ -31,10 +35,9 @@ _WANTED = {
 
 def keys(kernels: tuple[str, ...] = (), dims: tuple[int, ...] = ()) -> list[tuple[str, Tile]]:
     """(op.kernel.kind.dim, shipped tile) of everything that can be tuned, or of the kernels and head dims named."""
-    from fastxattn.ops.importance.config import shipped
-
     found = [(f"attention.{k}.{kind}.{dim}", tile) for k, kind, dim, tile in config.shipped()]
-    found += [(f"importance.importance.{kind}.{dim}", tile) for kind, dim, tile in shipped()]
+    found += [(f"importance.importance.{kind}.{dim}", tile) for kind, dim, tile in importance.shipped()]
+    found += [(f"bidirectional.backward.{kind}.{dim}", tile) for kind, dim, tile in bidirectional.shipped()]
     known = sorted({key.rsplit(".", 2)[0] for key, _ in found})
     for kernel in kernels:
         if kernel not in known:
@@ -63,7 +66,7 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
 
 def problem_of(kernel: str, kind: str, dim: int, device: str) -> Problem:
     """A problem that ``kernel`` runs, of the kind the table calls ``kind``."""
-    dtype = torch.float32 if kind == "single" else torch.bfloat16
+    dtype = torch.float32 if kind.startswith("single") else torch.bfloat16
     few = kernel == "split"
     batch, queries, keys_ = (16, 32, 4096) if few else (16, 512, 512)
     g = torch.Generator(device).manual_seed(0)
@@ -73,7 +76,7 @@ def problem_of(kernel: str, kind: str, dim: int, device: str) -> Problem:
         torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=device) for n in (queries, keys_)
     )
     problem = Problem(query, key, value, offsets_q, offsets_k, scale=dim**-0.5)
-    if kind == "rich":
+    if kind.endswith("rich"):
         problem = problem._replace(key_bias=torch.zeros(key.shape[0], device=device))
     if kernel == "backward_bias":
         problem = problem._replace(bias=torch.zeros(1, 8, queries, keys_, dtype=dtype, device=device))
@@ -90,6 +93,11 @@ def call_of(key: str, device: str) -> Call:
             problem.query, problem.key, lse, problem.cu_seqlens_q, problem.cu_seqlens_k, scale=problem.scale
         )
         return lambda: IMPORTANCE["triton"](*scored)
+    if op == "bidirectional":
+        q, k, v, offsets = problem.query, problem.key, problem.value, problem.cu_seqlens_q
+        lse = torch.full((8, q.shape[0]), 6.0, device=device)
+        both = BidirectionalProblem(q, k, v, v, offsets, offsets, scale=problem.scale)
+        return lambda: BOTH["triton"](q, k, v, v, lse, lse, *both, 15)
     if kernel in ("forward", "split"):
         return lambda: FORWARD["triton"](*problem)
     out, lse = FORWARD["triton"](*problem)

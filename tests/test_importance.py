@@ -15,6 +15,7 @@ from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.ops.importance.reference import importance_reference
 from fastxattn.runtime import native
 from fastxattn.testing import measure_error
+from fastxattn.testing.bounds import checked_accesses
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAVES = ("query", "key", "lse", "key_bias", "row_weight")
@@ -26,12 +27,13 @@ FEATURES = {
     "probe": {"probe": True, "key_index": True, "kv_range": True},
     "wide": {"dim": 200, "heads": 2, "kv_heads": 2},
     "narrow": {"dim": 3},
+    "more_keys": {"lse_shift": 0.7, "row_weight": 1},  # lse of a set of keys of which these are a part
 }
 
 
 def make(dtype, lengths_q=(5, 0, 37, 1), lengths_k=(40, 33, 70, 7), heads=4, kv_heads=4, dim=64, key_bias=0,
 row_weight=0,
-         kv_range=False, softcap=0.0, probe=False, key_index=False, device="cpu", seed=0):  # fmt: skip
+         kv_range=False, softcap=0.0, probe=False, key_index=False, lse_shift=0.0, device="cpu", seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     offsets_q = torch.tensor([0, *torch.tensor(lengths_q).cumsum(0)], dtype=torch.int32)
     offsets_k = torch.tensor([0, *torch.tensor(lengths_k).cumsum(0)], dtype=torch.int32)
@@ -58,7 +60,7 @@ row_weight=0,
             query_index=last[there].contiguous(),
             cu_seqlens_q=torch.cat([torch.zeros(1), there.cumsum(0)]).int(),
         )
-    problem = problem._replace(lse=lse.float())
+    problem = problem._replace(lse=(lse + lse_shift).float())
     return problem._replace(**{n: t.to(device) for n, t in problem._asdict().items() if isinstance(t, torch.Tensor)})
 
 
@@ -108,10 +110,15 @@ def test_triton(feature, dtype, monkeypatch):
     from fastxattn.ops.attention.triton.config import Tile
     from fastxattn.ops.importance import triton_kernel
 
-    if TRITON_DEVICE == "cpu":
-        monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
-        monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
-    check("triton", make(dtype, device=TRITON_DEVICE, **FEATURES[feature]))
+    if TRITON_DEVICE == "cuda":
+        return check("triton", make(dtype, device=TRITON_DEVICE, **FEATURES[feature]))
+    monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
+    monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
+    short = FEATURES[feature] | {"lengths_q": (5, 0, 33, 1), "lengths_k": (20, 9, 40, 7)}
+    if "heads" not in short:
+        short |= {"heads": 2, "kv_heads": 2}
+    with checked_accesses():
+        check("triton", make(dtype, **short))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])

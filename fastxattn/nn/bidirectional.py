@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fastxattn.nn.packing import Tokens, check_same_batch, pack
-from fastxattn.nn.projected import Absorb, ContextKV, KeyValueWeights, attend, cross_attend
+from fastxattn.nn.projected import Absorb, KeyValueWeights, cross_attend
+from fastxattn.ops.bidirectional import bidirectional_attention
 from fastxattn.packed import PackedTokens
 
 
@@ -78,13 +79,12 @@ class BidirectionalCrossAttention(nn.Module):
         image_key, image_value = heads(images, self.vision_proj), heads(images, self.values_vision_proj)
         text_key, text_value = heads(texts, self.text_proj), heads(texts, self.values_text_proj)
         dropout = self.dropout if self.training else 0.0
-        text_kv = ContextKV(text_key, text_value, texts.cu_seqlens, texts.max_seqlen)
-        image_kv = ContextKV(image_key, image_value, images.cu_seqlens, images.max_seqlen)
-        to_image = attend(image_key, images, text_kv, dropout_p=dropout)
-        to_text = attend(text_key, texts, image_kv, dropout_p=dropout)
+        to_image, to_text = bidirectional_attention(
+            image_key, text_key, image_value, text_value, images.cu_seqlens, texts.cu_seqlens, dropout_p=dropout
+        )
         return (
-            image_layout.restore(self.out_vision_proj(to_image)),
-            text_layout.restore(self.out_text_proj(to_text)),
+            image_layout.restore(self.out_vision_proj(to_image.flatten(1))),
+            text_layout.restore(self.out_text_proj(to_text.flatten(1))),
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastxattn.ops.attention import varlen_cross_attention
+from fastxattn.ops.attention.dispatch import seed_tensor
 from fastxattn.ops.bidirectional.checks import check_sides
+from fastxattn.ops.bidirectional.dispatch import attend
+from fastxattn.ops.bidirectional.problem import BidirectionalProblem
 
 
 def bidirectional_attention(
@@ -32,9 +35,11 @@ def bidirectional_attention(
         out_a_i = sum_j softmax_j(s_ij + bias_b_j) value_b_j          a reads b
         out_b_j = sum_i softmax_i(s_ij + bias_a_i) value_a_i          b reads a
 
-    as in GroundingDINO's fusion layer and in LXMERT with shared projections. No matrix of scores is stored: each
-    direction is one call of the attention kernel with the sides swapped, so it runs on every backend that has one, and
-    the product query_a . query_b is computed once per direction.
+    as in GroundingDINO's fusion layer and in LXMERT with shared projections. No matrix of scores is stored. The CPU
+    kernel computes every tile of scores once and feeds both softmaxes from it, forward and backward; the Triton kernels
+    share it in the backward pass; on other backends each direction is a call of attention with the sides swapped.
+    GroundingDINO clamps its scores to +-50000 against overflow in float16; here they are float32 and each softmax
+    subtracts its own maximum, so there is nothing to clamp.
 
     Args:
         query_a: (total_a, heads, head_dim) float32, bfloat16, float16 or float64.
@@ -48,7 +53,7 @@ def bidirectional_attention(
         bias_a: (total_a,) or (total_a, heads) float32, added where side a is read (the log of a merged token's size).
         bias_b: the same for side b.
         dropout_p: probability of dropping an attention weight, drawn for each direction on its own.
-        dropout_seed: int or (1,) int64 tensor; the directions use it and its successor. None draws two.
+        dropout_seed: int or (1,) int64 tensor; the directions use it and its successor. None draws one.
         backend: ``"auto"``, or a name that is used or refused.
 
     Returns:
@@ -66,13 +71,11 @@ def bidirectional_attention(
     Liu et al., Grounding DINO (2023); Tan and Bansal, LXMERT (2019); Li et al., GLIP (2022).
     """
     check_sides(query_a, query_b, value_a, value_b)
-    second = None if dropout_seed is None else dropout_seed + 1
-    out_a = varlen_cross_attention(
-        query_a, query_b, value_b, cu_seqlens_a, cu_seqlens_b, scale=scale, softcap=softcap, key_bias=bias_b,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
-    )  # fmt: skip
-    out_b = varlen_cross_attention(
-        query_b, query_a, value_a, cu_seqlens_b, cu_seqlens_a, scale=scale, softcap=softcap, key_bias=bias_a,
-        dropout_p=dropout_p, dropout_seed=second, backend=backend,
-    )  # fmt: skip
-    return out_a, out_b
+    seeds = None
+    if dropout_p:
+        first = seed_tensor(dropout_seed, query_a.device)
+        seeds = torch.cat([first, first + 1]) if isinstance(first, Tensor) else first
+    problem = BidirectionalProblem(
+        query_a, query_b, value_a, value_b, cu_seqlens_a, cu_seqlens_b, bias_a, bias_b, 1.0, softcap, dropout_p, seeds
+    )
+    return attend(problem, scale, backend)

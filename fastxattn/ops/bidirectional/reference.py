@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastxattn.ops.attention.dropout import keep_mask
+
 
 def bidirectional_reference(
     query_a: Tensor,
@@ -18,8 +20,10 @@ def bidirectional_reference(
     softcap: float = 0.0,
     bias_a: Tensor | None = None,
     bias_b: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out_a, out_b); arguments as in :func:`fastxattn.bidirectional_attention`."""
+    """(out_a, out_b); arguments as in :func:`fastxattn.bidirectional_attention`, ``dropout_seed`` (2,)."""
     out_a = query_a.new_zeros(query_a.shape[0], query_a.shape[1], value_b.shape[2])
     out_b = query_b.new_zeros(query_b.shape[0], query_b.shape[1], value_a.shape[2])
     ends_a, ends_b = cu_seqlens_a.tolist(), cu_seqlens_b.tolist()
@@ -31,8 +35,13 @@ def bidirectional_reference(
             scores = softcap * torch.tanh(scores / softcap)
         rows = scores if bias_b is None else scores + _spread(bias_b[b0:b1])[:, None, :]
         columns = scores if bias_a is None else scores + _spread(bias_a[a0:a1])[:, :, None]
-        one = torch.einsum("hij,jhd->ihd", rows.softmax(2).to(value_b.dtype), value_b[b0:b1])
-        other = torch.einsum("hij,ihd->jhd", columns.softmax(1).to(value_a.dtype), value_a[a0:a1])
+        reads_b, reads_a = rows.softmax(2), columns.softmax(1)
+        if dropout_p and dropout_seed is not None:
+            i, j, heads = torch.arange(a0, a1), torch.arange(b0, b1), query_a.shape[1]
+            reads_b = reads_b * keep_mask(i, j - b0, heads, dropout_p, dropout_seed[:1]) / (1 - dropout_p)
+            reads_a = reads_a * keep_mask(j, i - a0, heads, dropout_p, dropout_seed[1:]).mT / (1 - dropout_p)
+        one = torch.einsum("hij,jhd->ihd", reads_b.to(value_b.dtype), value_b[b0:b1])
+        other = torch.einsum("hij,ihd->jhd", reads_a.to(value_a.dtype), value_a[a0:a1])
         out_a = out_a.index_copy(0, torch.arange(a0, a1, device=out_a.device), one)
         out_b = out_b.index_copy(0, torch.arange(b0, b1, device=out_b.device), other)
     return out_a, out_b

@@ -3,7 +3,7 @@ r"""The gradient of key importance, made of attention's operators.
 With a gradient g of the score, d loss / d s_hij = w_hi g_hj p_hij: what attention's backward computes for values g,
 output gradient w and delta = 0. So no kernel is written twice, and no map exists here either::
 
-    grad query, key = attention_backward(value = g, grad_out = w, out = 0)
+    grad query, key = attention_backward(value = g, grad_out = w, delta = 0)
     grad key_bias_j = sum_h g_hj score_hj
     r_hi = sum_j g_hj p_hij = attention(value = g)           grad row_weight = r        grad lse = -w r
 
@@ -129,11 +129,18 @@ def _grad_tokens(
     """Gradients of query and, by slot, of key in its own heads."""
     value, grad_out = _columns(problem, grad)
     needs = NEEDS["query"] * needed["query"] + NEEDS["key"] * needed["key"]
-    out = torch.zeros(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
-    lse = problem.lse.double() if backend == "cpu" else problem.lse  # the form in which attention's forward keeps it
-    grad_query, grad_key, *_ = attention.BACKWARD[backend](
-        grad_out, None, out, lse.contiguous(), *problem.attention(value), needs
-    )
+    lse, given = problem.lse, problem.attention(value)
+    grad_lse = None
+    if problem.query.dtype == lse.dtype:
+        # float32 attention divides weights by what they add up to and sums delta itself: the first is undone by the
+        # ratio of both normalisers, the second by a gradient of lse that is delta.
+        out, total = attention.FORWARD[backend](*given)
+        grad_out = grad_out * _ratio(total, lse).T[:, :, None]
+        grad_lse, lse = (out * grad_out).sum(2).T.contiguous(), total
+    else:
+        out = torch.zeros(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
+        lse = lse.double() if backend == "cpu" else lse
+    grad_query, grad_key, *_ = attention.BACKWARD[backend](grad_out, grad_lse, out, lse, *given, needs)
     return grad_query, grad_key
 
 

@@ -21,7 +21,8 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LN2_HIGH = tl.constexpr(0.693145751953125)  # 16 bits: its products with whole numbers are exact
+LN2_LOW = tl.constexpr(1.42860676533018704e-06)
 
 
 @triton.constexpr_function
@@ -32,9 +33,12 @@ def unit_of(dtype):
 
 @triton.jit
 def power(b_x, UNIT: tl.constexpr):
-    """E to the power of scores in these units."""
+    """E to the power of scores in these units; natural ones are reduced by ln 2 first, as a rounded x log2(e) shows."""
     if UNIT == 1.0:
-        b_x = b_x * LOG2E
+        b_x = tl.where(b_x < -104.0, -104.0, b_x)  # 0 from here on; the order keeps NaN
+        b_whole = tl.floor(b_x * LOG2E + 0.5)
+        b_x = (b_x - b_whole * LN2_HIGH) - b_whole * LN2_LOW
+        return tl.exp2(b_x * LOG2E) * tl.exp2(b_whole)
     return tl.exp2(b_x)
 
 

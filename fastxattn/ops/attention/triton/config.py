@@ -1,7 +1,7 @@
 """Tile sizes of the Triton attention kernels, from the problem and the architecture alone.
 
 A shipped configuration is one that tests/offline compiles for every architecture without a spill. The tables are short
-on purpose: three head-dim classes x three kinds of problem. ``fastxattn.runtime.tuning`` may put better
+on purpose: three head-dim classes x four kinds of problem. ``fastxattn.runtime.tuning`` may put better
 ones, measured on a machine that has the GPU, in front of them.
 """
 
@@ -47,9 +47,15 @@ _SINGLE: Table = {
     "split": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_key": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+_SINGLE_RICH: Table = {
+    "forward": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "split": {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_key": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_bias": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
-_TABLES = {"plain": _PLAIN, "rich": _RICH, "single": _SINGLE}
+_TABLES = {"plain": _PLAIN, "rich": _RICH, "single": _SINGLE, "single_rich": _SINGLE_RICH}
 
 SPLIT_KEYS = 512
 """Keys per chunk of the split-KV schedule; a sequence longer than MAX_SPLITS of them gets longer chunks."""
@@ -61,13 +67,15 @@ SPLIT_LENGTH = 1024
 
 
 def kind_of(itemsize: int, rich: bool) -> str:
-    """Which table: ``single`` (float32), ``rich`` (16-bit with a range, a bias or dropout) or ``plain``."""
-    return "single" if itemsize == 4 else "rich" if rich else "plain"
+    """Which table: ``plain``, ``rich`` with a range, a bias or dropout; in float32 ``single`` and ``single_rich``."""
+    if itemsize == 4:
+        return "single_rich" if rich else "single"
+    return "rich" if rich else "plain"
 
 
 def pick(kernel: str, kind: str, dim: int) -> Tile:
     """The shipped tile of ``kernel`` for padded head dims up to ``dim``."""
-    return _TABLES[kind].get(kernel, _RICH.get(kernel, {}))[max(64, dim)]
+    return _TABLES[kind][kernel][max(64, dim)]
 
 
 def shipped() -> list[tuple[str, str, int, Tile]]:

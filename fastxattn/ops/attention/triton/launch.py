@@ -10,12 +10,17 @@ from torch import Tensor
 
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
-from fastxattn.ops.attention.triton import backward, config, forward
+from fastxattn.ops.attention.triton import backward, backward_bias, config, forward
 from fastxattn.ops.attention.triton.config import Tile
 from fastxattn.runtime import tuning
 
 allow_tf32 = False
 """True lets float32 products run on the tensor cores in TF32 (10 bits of mantissa)."""
+
+
+def precision() -> str:
+    """How float32 products are formed."""
+    return "tf32" if allow_tf32 else "ieee"
 
 
 def padded_dim(dim: int) -> int:
@@ -71,6 +76,23 @@ class Launch:
             kernel, kind, dim
         )
 
+    @property
+    def splits(self) -> int:
+        """Chunks that keys are cut into."""
+        return config.splits_for(self.slots_q, self.slots_k, self.batch, self.group)
+
+    def by_rows(self, kernel: str, splits: int) -> tuple[tuple[int], dict[str, Any]]:
+        """Grid and compile-time arguments of a kernel whose programs are (tile of rows, key/value head, chunk)."""
+        tile = self.tile(kernel)
+        programs = tiles(self.slots_q, self.batch, self.group, tile.block_m) * self.problem.key.shape[1] * splits
+        return (programs,), self.constants(tile) | {"SPLITS": splits, "SPLIT_KEYS": config.SPLIT_KEYS}
+
+    def gradients(self, grad_out: Tensor, lse: Tensor) -> dict[str, Any]:
+        """Arguments that every backward kernel has besides."""
+        return {
+            "p_dout": grad_out, "p_lse": lse, "stride_or": grad_out.stride(0), "stride_oh": grad_out.stride(1),
+        }  # fmt: skip
+
     def runtime(self) -> dict[str, Any]:
         """Arguments of every kernel that reads queries and keys."""
         p = self.problem
@@ -98,7 +120,7 @@ class Launch:
             "GROUP": self.group, "SOFTCAP": p.softcap != 0.0,
             "KEY_BIAS_HEADS": p.key_bias is not None and p.key_bias.ndim == 2,
             "HEAD_DIM": p.query.shape[2], "VALUE_DIM": p.value.shape[2], "BLOCK_D": block_d, "BLOCK_DV": block_dv,
-            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PRECISION": "tf32" if allow_tf32 else "ieee",
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PRECISION": precision(),
             "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
 
@@ -172,35 +194,44 @@ def _launch_backward(
     p = launch.problem
     rows, heads, head_dim = p.query.shape
     need_query, exact = "query" in wanted, p.query.dtype == torch.float32
-    splits = 1
-    if need_query or exact:
-        splits = config.splits_for(launch.slots_q, launch.slots_k, launch.batch, launch.group)
-    norm = lse.new_zeros(splits, heads, rows) if exact else None
-    grad_query = grads["query"]
-    if splits > 1:
-        grad_query = p.query.new_zeros(splits, rows, heads, head_dim, dtype=torch.float32)
-    shared = launch.runtime() | {
-        "p_dout": grad_out, "p_lse": lse, "p_delta": torch.empty_like(lse), "p_norm": norm,
-        "stride_or": grad_out.stride(0), "stride_oh": grad_out.stride(1),
-    }  # fmt: skip
-    tile = launch.tile("backward_query")
-    programs = tiles(launch.slots_q, launch.batch, launch.group, tile.block_m) * p.key.shape[1]
-    backward.attention_backward_query[(programs * splits,)](
-        **shared, p_out=out, p_dlse=None if grad_lse is None else grad_lse.contiguous(), p_dq=grad_query,
-        NEED_DQ=need_query, SPLITS=splits, SPLIT_KEYS=config.SPLIT_KEYS, **launch.constants(tile),
-    )  # fmt: skip
-    if splits > 1:
-        total = grad_query.sum(0)
-        if norm is not None:
-            norm = norm.sum(0)
-            shared["p_norm"] = norm = torch.where(norm == 0, 1.0, norm)
-            total = total / norm.T[:, :, None]
-        if need_query:
-            grads["query"].copy_(total)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    shared = launch.runtime() | launch.gradients(grad_out, lse)
+    if exact:
+        norm, delta = exact_rows(launch, out, grad_out, lse)
+        shared |= {"p_norm": norm, "p_delta": delta if grad_lse is None else delta - grad_lse}
+    else:
+        shared |= {"p_norm": None, "p_delta": torch.empty_like(lse)}
+    if need_query or not exact:
+        splits = launch.splits if need_query else 1
+        grid, constants = launch.by_rows("backward_query", splits)
+        grad_query = grads["query"]
+        if splits > 1:
+            grad_query = p.query.new_zeros(splits, rows, heads, head_dim, dtype=torch.float32)
+        backward.attention_backward_query[grid](
+            **shared, p_out=out, p_dlse=grad_lse, p_dq=grad_query, NEED_DQ=need_query, **constants
+        )
+        if need_query and splits > 1:
+            grads["query"].copy_(grad_query.sum(0))
     if wanted & {"key", "value", "key_bias"}:
         _launch_backward_key(launch, shared, grads, wanted)
     if "bias" in wanted and p.bias is not None:
         _launch_backward_bias(launch, shared, grads)
+
+
+def exact_rows(launch: Launch, out: Tensor, grad_out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What P adds up to by row and sum P dP, each (heads, rows) float32, as the float32 backward wants them."""
+    rows, heads = out.shape[:2]
+    splits = launch.splits
+    grid, constants = launch.by_rows("backward_query", splits)
+    center = (out * grad_out).sum(2).T.contiguous()
+    totals, rests = lse.new_zeros(2, splits, heads, rows)
+    backward.attention_backward_sums[grid](
+        **launch.runtime(), **launch.gradients(grad_out, lse), p_center=center, p_totals=totals, p_rests=rests,
+        **constants,
+    )  # fmt: skip
+    totals = totals.sum(0)
+    norm = torch.where(totals == 0, 1.0, totals)
+    return norm, center + rests.sum(0) / norm
 
 
 def _launch_backward_key(launch: Launch, shared: dict[str, Any], grads: dict[str, Tensor], wanted: set[str]) -> None:
@@ -237,7 +268,7 @@ def _launch_backward_bias(launch: Launch, shared: dict[str, Any], grads: dict[st
     column_blocks = -(-columns // tile.block_n) if columns > 1 or places_k == 1 else 1
     grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
     arguments = {k: v for k, v in shared.items() if k not in ("p_index_q", "p_index_k", "kv_heads")}
-    backward.attention_backward_bias[(batch * heads * row_blocks * column_blocks,)](
+    backward_bias.attention_backward_bias[(batch * heads * row_blocks * column_blocks,)](
         **arguments,
         p_dbias=grad,
         p_slot_q=_slot_of_row(p.query_index, p.cu_seqlens_q, p.seqused_q, p.query.shape[0]),

@@ -1,0 +1,1 @@
+#include "bidirectional/bidirectional_cpu.inl"

@@ -1,0 +1,55 @@
+"""The co-attention operators' gradient, the same for every compiled backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.bidirectional.problem import BidirectionalProblem
+from fastxattn.ops.bidirectional.schema import NEEDS
+
+FORWARD = {name: getattr(torch.ops.fastxattn, f"bidirectional_{name}").default for name in ("cpu", "triton")}
+BACKWARD = {name: getattr(torch.ops.fastxattn, f"bidirectional_backward_{name}").default for name in ("cpu", "triton")}
+_TENSORS = BidirectionalProblem._fields.index("scale")
+
+
+class Bidirectional(torch.autograd.Function):
+    """out_a, out_b, lse_a, lse_b = Bidirectional.apply(backend, *problem); no gradient goes through the last two."""
+
+    @staticmethod
+    def forward(backend: str, *problem: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run the backend's forward operator."""
+        out_a, out_b, lse_a, lse_b = FORWARD[backend](*problem)
+        return out_a, out_b, lse_a, lse_b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what the backward operator needs."""
+        backend, *arguments = inputs
+        problem = BidirectionalProblem(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.backend = backend
+        ctx.numbers = (problem.scale, problem.softcap, problem.dropout_p)
+        ctx.save_for_backward(*problem[:_TENSORS], problem.dropout_seed, *output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_a: Tensor | None, grad_b: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """Gradients of queries, values and biases."""
+        *tensors, seed, out_a, out_b, lse_a, lse_b = ctx.saved_tensors
+        problem = BidirectionalProblem(*tensors, *ctx.numbers, seed)
+        outs = [
+            torch.zeros_like(out) if grad is None else grad if grad.stride(2) == 1 else grad.contiguous()
+            for grad, out in ((grad_a, out_a), (grad_b, out_b))
+        ]
+        needed = dict(zip(BidirectionalProblem._fields, ctx.needs_input_grad[1:], strict=True))
+        needs = sum(bit for name, bit in NEEDS.items() if needed[name])
+        grads = dict(zip(NEEDS, BACKWARD[ctx.backend](*outs, out_a, out_b, lse_a, lse_b, *problem, needs), strict=True))
+        for name in ("bias_a", "bias_b"):
+            bias = getattr(problem, name)
+            if needed[name] and bias is not None:
+                grads[name] = grads[name].T if bias.ndim == 2 else grads[name].sum(0)
+        return None, *(grads[name] if needed[name] else None for name in BidirectionalProblem._fields)

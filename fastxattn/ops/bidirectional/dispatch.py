@@ -1,0 +1,91 @@
+"""From arguments to a backend, and from there to one pass or to two calls of attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastxattn.ops.attention import checks as attention_checks
+from fastxattn.ops.attention import cpu as attention_cpu
+from fastxattn.ops.attention import dispatch as attention
+from fastxattn.ops.attention.problem import Problem
+from fastxattn.ops.bidirectional import cpu, triton
+from fastxattn.ops.bidirectional.autograd import FORWARD, Bidirectional
+from fastxattn.ops.bidirectional.problem import BidirectionalProblem
+from fastxattn.runtime import backend as explaining
+from fastxattn.runtime import env
+from fastxattn.runtime.backend import Backend, resolve
+
+_CPU = ("auto", "cpu")
+Both = tuple[Problem, Problem]
+
+
+def _both(one: Backend) -> Backend:
+    def supports(directions: object) -> str | None:
+        assert isinstance(directions, tuple)
+        return next((reason for d in directions if (reason := one.supports(d)) is not None), None)
+
+    return Backend(one.name, supports)
+
+
+BACKENDS = tuple(_both(b) for b in attention.BACKENDS)
+ONE_PASS = {"cpu": cpu.pays, "triton": triton.pays}
+"""Backends with kernels of their own, and where those are faster than two calls of attention."""
+
+
+def attend(problem: BidirectionalProblem, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
+    """(out_a, out_b) of a problem whose ``scale`` is yet to be filled in; its seed is (2,) or None."""
+    if (found := _short(problem, scale, backend)) is not None:
+        return found
+    directions = _prepared(problem, scale)
+    if not torch.compiler.is_compiling():  # while tracing, the operator's fake checks
+        for direction in directions:
+            attention_checks.check_shapes(direction)
+            if direction.query.is_cpu or env.validate_on_gpu:
+                attention_checks.check_contents(direction)
+    name = resolve("bidirectional", BACKENDS, directions, backend)
+    prepared = _joined(problem, *directions)
+    # An exported graph keeps to attention, which other runtimes know.
+    if name in ONE_PASS and not torch.compiler.is_exporting() and ONE_PASS[name](prepared):
+        return one_pass(name, prepared)
+    return attention.run(name, directions[0])[0], attention.run(name, directions[1])[0]
+
+
+def _short(problem: BidirectionalProblem, scale: float | None, backend: str) -> tuple[Tensor, Tensor] | None:
+    """The short way for plain CPU calls: the operator checks all it relies on; None sends the call the checked way."""
+    if (
+        torch.compiler.is_compiling()
+        or not attention_cpu.ready
+        or backend not in _CPU
+        or env.default_backend not in _CPU
+        or explaining.explaining_in is not None
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    try:
+        whole = problem._replace(scale=problem.query_a.shape[2] ** -0.5 if scale is None else scale)
+        return one_pass("cpu", whole) if ONE_PASS["cpu"](whole) else None
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+
+
+def one_pass(name: str, problem: BidirectionalProblem) -> tuple[Tensor, Tensor]:
+    """Run a backend's own kernels on a problem that is known to be sound, differentiably."""
+    tensors = (*problem[:4], problem.bias_a, problem.bias_b)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return Bidirectional.apply(name, *problem)[:2]  # type: ignore[no-any-return]
+    out_a, out_b, _, _ = FORWARD[name](*problem)
+    return out_a, out_b
+
+
+def _prepared(problem: BidirectionalProblem, scale: float | None) -> Both:
+    one, other = (attention.prepare(*problem.direction(i)._replace(scale=scale)) for i in (0, 1))  # type: ignore[arg-type]
+    # What both directions share was prepared alike; it is the same tensor again.
+    return one, other._replace(query=one.key, key=one.query)
+
+
+def _joined(problem: BidirectionalProblem, one: Problem, other: Problem) -> BidirectionalProblem:
+    return problem._replace(
+        query_a=one.query, query_b=one.key, value_a=other.value, value_b=one.value, cu_seqlens_a=one.cu_seqlens_q,
+        cu_seqlens_b=one.cu_seqlens_k, bias_a=other.key_bias, bias_b=one.key_bias, scale=one.scale,
+    )  # fmt: skip
