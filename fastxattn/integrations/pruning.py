@@ -6,6 +6,7 @@ hidden states of a language model back in place on the way out. Removing the hoo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,8 @@ from fastxattn.integrations.pruning_language import LanguagePruning
 from fastxattn.ops.pruning import Budget, Selection
 from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, STRATEGIES
 
+_CLAIMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
 
 class Pruning:
     """A model that prunes, until :meth:`undo` (or the end of a ``with`` block).
@@ -40,6 +43,13 @@ class Pruning:
         """Give the model back as it was."""
         while self._restore:
             self._restore.pop()()
+
+    def claim(self, layers: nn.ModuleList) -> None:
+        """Hold ``layers`` until the undo: two prunings would not know of each other's lengths."""
+        if layers in _CLAIMED:
+            raise ValueError("model must not be pruned already: undo the first pruning (or give `at` several layers)")
+        _CLAIMED.add(layers)
+        self._restore.append(lambda: _CLAIMED.discard(layers))
 
     def __enter__(self) -> Pruning:
         return self
@@ -82,8 +92,9 @@ def prune(
         A handle; ``undo()`` or the end of a ``with`` block takes the pruning out again.
 
     Raises:
-        ValueError: an unknown model or strategy, a layer out of range, a budget that gives unequal lengths in an
-            encoder of equal lengths, or scores that the model cannot provide there.
+        ValueError: an unknown model or strategy, a model that is pruned already, a layer out of range, a budget that
+            gives unequal lengths in an encoder of equal lengths, or scores that the model cannot provide there.
+        TypeError: several layers for a language model.
 
     Papers: EViT (arXiv 2202.07800), ToMe (2210.09461), FastV (2403.06764), PyramidDrop (2410.17247), VisionZip
     (2412.04467).
@@ -107,6 +118,7 @@ def prune(
 def _prune_language(core: nn.Module, pruning: Pruning, budget: Budget, strategy: str, at: Any, restore: bool) -> None:
     language: Any = core.language_model
     check_layer(at, language.layers, 0)
+    pruning.claim(language.layers)
     provider: Callable[[], Tensor] | None = None
     watch = None
     if strategy in NEEDS_ATTENTION and at == 0:

@@ -125,6 +125,7 @@ class EncoderPruning:
             raise ValueError(
                 f"keep must be a count or ratio in an encoder of equal lengths; got a budget of {budget.kind}"
             )
+        pruning.claim(self.layers)
         self.sizes: Tensor | None = None  # (batch * length,) tokens that each token stands for; None: one
         self.bias: Tensor | None = None  # (batch, 1, 1, length) log of the sizes
 

@@ -15,10 +15,15 @@ from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.selection import Selection
 
 
-def _rows_where(keep: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows with ``keep`` (total,) bool, ascending, and their (batch + 1,) offsets: a selection by a mask."""
+def _keep_where(keep: Tensor, cu_seqlens: Tensor, scores: Tensor | None = None, backend: str = "auto") -> Selection:
+    """The selection of exactly the tokens with ``keep`` (total,) bool; ``scores`` only rank them."""
     counts = segments.segment_sum(keep, cu_seqlens).to(torch.int32)
-    chosen = select(keep.float(), cu_seqlens, counts, protected=keep)
+    return select(keep.float() if scores is None else scores, cu_seqlens, counts, protected=keep, backend=backend)
+
+
+def _rows_where(keep: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with ``keep`` (total,) bool, ascending, and their (batch + 1,) offsets."""
+    chosen = _keep_where(keep, cu_seqlens)
     return chosen.keep_index, chosen.cu_seqlens
 
 
@@ -75,38 +80,23 @@ def bipartite(
     checks.check_offsets("cu_seqlens", cu_seqlens, total)
     if isinstance(merges, int) and merges < 0:
         raise ValueError(f"merges must not be negative; got {merges}")
-    sequence = segments.sequence_ids(cu_seqlens, total)
-    inside = sequence < cu_seqlens.shape[0] - 1
-    free = inside if protected is None else inside & ~protected
+    free = segments.inside(cu_seqlens, total)
+    if protected is not None:
+        free = free & ~protected
+    # Places among the free tokens of a sequence: even ones are A, odd ones B.
     running = torch.nn.functional.pad(free.cumsum(0), (1, 0))
-    place = running[:-1] - running[torch.nn.functional.pad(cu_seqlens[:-1], (0, 1)).long()][sequence]
-    is_a, is_b = free & (place % 2 == 0), free & (place % 2 == 1)
-    a_index, cu_a = _rows_where(is_a, cu_seqlens)
-    b_index, cu_b = _rows_where(is_b, cu_seqlens)
+    starts = running[torch.nn.functional.pad(cu_seqlens[:-1], (0, 1)).long()]
+    place = running[:-1] - starts[segments.sequence_ids(cu_seqlens, total)]
+    a_index, cu_a = _rows_where(free & (place % 2 == 0), cu_seqlens)
+    b_index, cu_b = _rows_where(free & (place % 2 == 1), cu_seqlens)
     best, similarity = best_match(features, a_index, cu_a, b_index, cu_b, backend=backend)
-    # Ranks A by similarity; tokens that are not merged stay, so the *least* similar of A are kept.
     wanted = torch.full_like(cu_a[1:], merges) if isinstance(merges, int) else merges
     wanted = torch.where(cu_b.diff() > 0, torch.minimum(wanted, cu_a.diff()), 0)
-    merged = select(similarity, cu_a, wanted, backend=backend)
-    gone = torch.zeros(total + 1, dtype=torch.bool, device=features.device)
-    source = (
-        torch.where(merged.keep_index >= 0, a_index[merged.keep_index.clamp_min(0).long()], total)
-        if a_index.numel()
-        else merged.keep_index
-    )
-    gone[source.long()] = True
-    keep = inside & ~gone[:total]
-    counts = segments.segment_sum(keep, cu_seqlens).to(torch.int32)
-    kept = select(keep.float(), cu_seqlens, counts, protected=keep, backend=backend)
-    target = torch.full((total + 1,), -1, dtype=torch.int32, device=features.device)
-    if a_index.numel():
-        target[torch.where(a_index >= 0, a_index, total).long()] = best
-    return _join(
-        kept,
-        gone[:total],
-        target[:total],
-        torch.ones(total, device=features.device) if sizes is None else sizes.float(),
-    )
+    merged = select(similarity, cu_a, wanted, backend=backend).assignment >= 0  # of A
+    gone = segments.scattered(a_index, merged, total, False)
+    kept = _keep_where(segments.inside(cu_seqlens, total) & ~gone, cu_seqlens, backend=backend)
+    target = segments.scattered(a_index, best, total, -1)
+    return _join(kept, gone, target, torch.ones(total, device=features.device) if sizes is None else sizes.float())
 
 
 def _join(kept: Selection, joins: Tensor, target: Tensor, weight: Tensor) -> Selection:
@@ -128,18 +118,13 @@ def nearest(
         weight: (total,) float32 of the average: attention received, in PruMerge; equal when None.
         backend: auto, triton, cpu or reference.
     """
-    total = selection.assignment.shape[0]
-    sequence = segments.sequence_ids(selection.source_cu_seqlens, total)
-    dropped = (selection.assignment < 0) & (sequence < selection.source_cu_seqlens.shape[0] - 1)
+    cu_seqlens, total = selection.source_cu_seqlens, selection.assignment.shape[0]
     # A token that is not finite would spoil the average it joined; it stays dropped.
-    dropped = dropped & features.isfinite().all(1)
-    a_index, cu_a = _rows_where(dropped, selection.source_cu_seqlens)
-    b_index = selection.keep_index
-    best, _ = best_match(features, a_index, cu_a, b_index, selection.cu_seqlens, backend=backend)
-    target = torch.full((total + 1,), -1, dtype=torch.int32, device=features.device)
-    target[torch.where(a_index >= 0, a_index, total).long()] = best
-    ones = torch.ones(total, device=features.device)
-    return _join(selection, dropped, target[:total], ones if weight is None else weight.float())
+    dropped = (selection.assignment < 0) & segments.inside(cu_seqlens, total) & features.isfinite().all(1)
+    a_index, cu_a = _rows_where(dropped, cu_seqlens)
+    best, _ = best_match(features, a_index, cu_a, selection.keep_index, selection.cu_seqlens, backend=backend)
+    target = segments.scattered(a_index, best, total, -1)
+    return _join(selection, dropped, target, torch.ones_like(selection.scores) if weight is None else weight.float())
 
 
 def contextual(dominant: Selection, features: Tensor, count: int, *, backend: str = "auto") -> Selection:
@@ -150,22 +135,15 @@ def contextual(dominant: Selection, features: Tensor, count: int, *, backend: st
     if count < 0:
         raise ValueError(f"count must not be negative; got {count}")
     cu_seqlens, total = dominant.source_cu_seqlens, dominant.assignment.shape[0]
-    sequence = segments.sequence_ids(cu_seqlens, total)
-    left = (dominant.assignment < 0) & (sequence < cu_seqlens.shape[0] - 1) & features.isfinite().all(1)
+    left = (dominant.assignment < 0) & segments.inside(cu_seqlens, total) & features.isfinite().all(1)
     left_index, cu_left = _rows_where(left, cu_seqlens)
-    spaced = even_spacing(cu_left, left_index.shape[0], count)
-    chosen = torch.zeros(total + 1, dtype=torch.bool, device=features.device)
-    chosen[torch.where(spaced & (left_index >= 0), left_index, total).long()] = True
-    context = chosen[:total]
-    keep = context | (dominant.assignment >= 0)
-    counts = segments.segment_sum(keep, cu_seqlens).to(torch.int32)
-    kept = select(dominant.scores, cu_seqlens, counts, protected=keep, backend=backend)
-    target = torch.full((total + 1,), -1, dtype=torch.int32, device=features.device)
+    context = segments.scattered(left_index, even_spacing(cu_left, left_index.shape[0], count), total, False)
+    kept = _keep_where(context | (dominant.assignment >= 0), cu_seqlens, dominant.scores, backend)
     a_index, cu_a = _rows_where(left & ~context, cu_seqlens)
     b_index, cu_b = _rows_where(context, cu_seqlens)
     best, _ = best_match(features, a_index, cu_a, b_index, cu_b, backend=backend)
-    target[torch.where(a_index >= 0, a_index, total).long()] = best
-    return _join(kept, left & ~context, target[:total], torch.ones(total, device=features.device))
+    target = segments.scattered(a_index, best, total, -1)
+    return _join(kept, left & ~context, target, torch.ones_like(dominant.scores))
 
 
 def even_spacing(cu_seqlens: Tensor, total: int, count: int | Tensor) -> Tensor:
@@ -191,8 +169,7 @@ def leftover(selection: Selection, *, backend: str = "auto") -> Selection:
     counts = torch.minimum(selection.cu_seqlens.diff() + 1, cu_seqlens.diff())
     kept = select(selection.scores, cu_seqlens, counts, protected=selection.protected, backend=backend)
     total = selection.assignment.shape[0]
-    sequence = segments.sequence_ids(cu_seqlens, total)
-    inside = sequence < cu_seqlens.shape[0] - 1
+    sequence, inside = segments.sequence_ids(cu_seqlens, total), segments.inside(cu_seqlens, total)
     seat = inside & (kept.assignment >= 0) & (selection.assignment < 0)
     places = torch.full((cu_seqlens.shape[0],), -1, dtype=torch.int32, device=seat.device)
     places = places.scatter_reduce(0, sequence, torch.where(seat, kept.assignment, -1), "amax")

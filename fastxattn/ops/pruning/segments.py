@@ -12,6 +12,18 @@ def sequence_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True)
 
 
+def inside(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(rows,) bool: whether each row belongs to a sequence."""
+    return torch.arange(rows, device=cu_seqlens.device) < cu_seqlens[-1]
+
+
+def scattered(index: Tensor, values: Tensor, rows: int, fill: float) -> Tensor:
+    """(rows,) of ``fill``, with ``values`` (n,) at the rows ``index`` (n,) names; an index of -1 writes nothing."""
+    out = torch.full((rows + 1,), fill, dtype=values.dtype, device=values.device)
+    out[torch.where(index >= 0, index, rows).long()] = values
+    return out[:rows]
+
+
 def offsets_of(lengths: Tensor) -> Tensor:
     """(batch + 1,) int32 running sum of (batch,) lengths, from 0."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
