@@ -52,6 +52,8 @@ def contents(dist: Path) -> tuple[Path, Path]:
     wanted = {"build_native.py", "setup.py", "LICENSE", "csrc/core/isa.h", "csrc/attention/attention_forward.inl"}
     if missing := wanted - inside:
         raise SystemExit(f"{sdist.name}: lacks {', '.join(sorted(missing))}")
+    if built := [n for n in inside if n.endswith((".so", ".o", ".pyc"))]:
+        raise SystemExit(f"{sdist.name}: carries what was built here: {', '.join(sorted(built))}")
     print(f"ok: {wheel.name} ({wheel.stat().st_size / 2**20:.1f} MiB), {sdist.name}", flush=True)
     return wheel, sdist
 
