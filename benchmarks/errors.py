@@ -1,7 +1,8 @@
 """Errors of every operation, backend and dtype beside their budget: ``python -m benchmarks.errors``.
 
 Writes benchmarks/results/errors.csv from the attention contract's cases and from fixed random problems of the other
-operations (those of the soak), for the report.
+operations (those of the soak), for the report. ``bound`` says which budget it is: the tests', or the wider one that the
+soak holds operations without an eager twin to.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastxattn.testing import attention as contract
 from fastxattn.testing import measure_error
 
 SEEDS = range(6)
-Row = tuple[str, str, str, str, str, float, float]
+Row = tuple[str, str, str, str, str, str, float, float]
 
 
 def attention(backend: str) -> Iterator[Row]:
@@ -34,7 +35,7 @@ def attention(backend: str) -> Iterator[Row]:
             for name, value in ours.items():
                 found = measure_error(name, value, truth[name], eager[name], backward=name.startswith("grad"))
                 kind = str(dtype).removeprefix("torch.")
-                yield "attention", backend, kind, str(case), name, found.max_error, found.max_budget
+                yield "attention", backend, kind, str(case), name, "tests", found.max_error, found.max_budget
 
 
 def others(backend: str) -> Iterator[Row]:
@@ -46,7 +47,7 @@ def others(backend: str) -> Iterator[Row]:
                 found = judge(trial, backend)
                 if not trial.exact:
                     kind = str(dtype).removeprefix("torch.")
-                    yield op, backend, kind, trial.case, found.result, found.error, found.budget
+                    yield op, backend, kind, trial.case, found.result, "soak", found.error, found.budget
 
 
 def main() -> None:
@@ -54,10 +55,10 @@ def main() -> None:
     where = (device_name(), versions(), git_sha())
     with (RESULTS / "errors.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        columns = ("op", "backend", "dtype", "case", "result", "max_error", "budget")
+        columns = ("op", "backend", "dtype", "case", "result", "bound", "max_error", "budget")
         writer.writerow([*columns, "device", "versions", "git_sha"])
         for row in (*attention("cpu"), *others("cpu")):
-            writer.writerow([*row[:5], f"{row[5]:.4g}", f"{row[6]:.4g}", *where])
+            writer.writerow([*row[:6], f"{row[6]:.4g}", f"{row[7]:.4g}", *where])
             file.flush()
 
 

@@ -201,6 +201,7 @@ def errors(table: Table) -> str:
     groups: dict[str, list[float]] = {}
     for r in table.rows:
         title = " ".join(r[c] for c in ("op", "backend", "dtype") if r.get(c))
+        title += f" ({r['bound']} bound)" if r.get("bound") else ""
         groups.setdefault(title, []).append(number(r["max_error"]) / max(number(r["budget"]), 1e-300))
 
     def draw(axes: Any) -> None:
