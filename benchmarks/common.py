@@ -29,6 +29,8 @@ def main(name: str, cases: Callable[[bool], Iterable[Case]], provider: str = "fa
     torch.set_num_threads(options.threads)
     seconds = math.inf if options.full else options.seconds
     records = run_cases(cases(options.full), rounds=options.rounds, match=options.match, max_seconds=seconds)
+    if not records:
+        return
     print_table(records, f"{name}, {options.threads} threads")
     if not options.no_save:
         write_csv(RESULTS / f"{name}.csv", records)

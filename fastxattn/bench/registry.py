@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -83,11 +85,22 @@ def run_case(case: Case, *, rounds: int = 11, max_seconds: float = math.inf) -> 
 def run_cases(
     cases: Iterable[Case], *, rounds: int = 11, match: str = "", max_seconds: float = math.inf
 ) -> list[Record]:
-    """Run every case whose title contains ``match``, with a progress bar."""
+    """Run every case whose title contains ``match``, with a progress bar.
+
+    No case begins after the moment in the environment variable FASTXATTN_BENCH_UNTIL (seconds since 1970): how
+    ``fastxattn bench --minutes`` ends in time. What was left out is said.
+    """
     from rich.progress import track
 
+    until = float(os.environ.get("FASTXATTN_BENCH_UNTIL", "inf"))
     chosen = [case for case in cases if match in f"{case.op} {case.title}"]
     records: list[Record] = []
+    left_out = []
     for case in track(chosen, description="benchmarks"):
-        records += run_case(case, rounds=rounds, max_seconds=max_seconds)
+        if time.time() < until:
+            records += run_case(case, rounds=rounds, max_seconds=max_seconds)
+        else:
+            left_out.append(case.title)
+    if left_out:
+        print(f"out of time, not measured: {'; '.join(left_out)}")
     return records
