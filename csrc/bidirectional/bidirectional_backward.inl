@@ -146,7 +146,7 @@ static void weight_tiles(const BidirectionalParams& p, int64_t at, int64_t ld, i
                          const BidirectionalBackward<T>& s) {
   using E = Element<T>;
   const ScoreUnits units(p);
-  gemm<E, AOrder::rows, Init::zero>(keys, ld, s.depth, s.keys, s.key_ld, s.lanes + at * s.depth, ld, s.scores, ld);
+  tile_product<E>(keys, ld, s.depth, s.keys, s.key_ld, s.lanes + at * s.depth, s.scores);
   units.apply(s.scores, keys * ld, s.slope);
   const vf unit = splat(units.unit);
   for (int64_t j = 0; j < keys; ++j) {
@@ -160,10 +160,8 @@ static void weight_tiles(const BidirectionalParams& p, int64_t at, int64_t ld, i
       store(s.across + j * ld + i, exp(reading) * key_norm);
     }
   }
-  gemm<E, AOrder::rows, Init::zero>(keys, ld, s.key_depth, s.key_values, s.key_value_ld,
-                                    s.lane_grads + at * s.key_depth, ld, s.down_grads, ld);
-  gemm<E, AOrder::rows, Init::zero>(keys, ld, s.lane_depth, s.key_grads, s.lane_ld, s.lane_values + at * s.lane_depth,
-                                    ld, s.across_grads, ld);
+  tile_product<E>(keys, ld, s.key_depth, s.key_values, s.key_value_ld, s.lane_grads + at * s.key_depth, s.down_grads);
+  tile_product<E>(keys, ld, s.lane_depth, s.key_grads, s.lane_ld, s.lane_values + at * s.lane_depth, s.across_grads);
 }
 
 // Drops the same entries of one tile of each direction as the forward pass did.
@@ -182,7 +180,7 @@ template <class T>
 static void add_sums(int64_t at, int64_t ld, int64_t k, int64_t keys, const KeyGradients& sums,
                      const BidirectionalBackward<T>& s) {
   for (int64_t j = 0; j < keys; ++j) {
-    vf total = load(sums.first + (k + j) * W), rest = load(sums.second + (k + j) * W);
+    vf total = zero(), rest = zero();  // of the tile: shorter chains of additions lose less
     for (int64_t i = 0; i < ld; i += W) {
       const vf down = load(s.down + j * ld + i), across = load(s.across + j * ld + i);
       store(s.lane_first + at + i, load(s.lane_first + at + i) + down);
@@ -191,8 +189,8 @@ static void add_sums(int64_t at, int64_t ld, int64_t k, int64_t keys, const KeyG
       total = total + across;
       rest = fma(across, load(s.across_grads + j * ld + i) - splat(s.key_delta[j]), rest);
     }
-    store(sums.first + (k + j) * W, total);
-    store(sums.second + (k + j) * W, rest);
+    store(sums.first + (k + j) * W, load(sums.first + (k + j) * W) + total);
+    store(sums.second + (k + j) * W, load(sums.second + (k + j) * W) + rest);
   }
 }
 
@@ -204,7 +202,7 @@ static void add_gradients(const BidirectionalParams& p, const BidirectionalItem&
   constexpr int64_t P = Operand<T>::kPair;
   const int64_t lane_dim = p.side[item.lane_side].value_dim;
   for (int64_t j = 0; j < keys; ++j) {
-    vf key_sum = load(sums.first + (k + j) * W);
+    vf key_sum = zero();
     const vf key_delta = splat(s.key_delta[j]);
     for (int64_t i = 0; i < ld; i += W) {
       const int64_t e = j * ld + i;
@@ -216,7 +214,7 @@ static void add_gradients(const BidirectionalParams& p, const BidirectionalItem&
       if (s.slope != nullptr) d = d * load(s.slope + e);
       store(s.down_grads + e, d);
     }
-    store(sums.first + (k + j) * W, key_sum);
+    store(sums.first + (k + j) * W, load(sums.first + (k + j) * W) + key_sum);
   }
   if (p.dropout_p > 0.0f) drop_tiles(p, item, at, ld, k, keys, s.down, s.across);
   pair_tile<T>(s.down_grads, keys, ld, s.rows_b, s.pairs_b);

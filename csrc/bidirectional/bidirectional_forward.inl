@@ -190,7 +190,7 @@ static void bidirectional_forward_item(const BidirectionalParams& p, const Bidir
     if (key.bias != nullptr) bias_of(key, key_row + k, keys, keys, item.head, units.unit, s.key_bias);
     for (int64_t at = 0; at < count; at += kLaneBlock) {
       const int64_t n = least(kLaneBlock, count - at), ld = round_up(n, W);
-      gemm<E, AOrder::rows, Init::zero>(keys, ld, s.depth, s.keys, s.key_ld, s.lanes + at * s.depth, ld, s.scores, ld);
+      tile_product<E>(keys, ld, s.depth, s.keys, s.key_ld, s.lanes + at * s.depth, s.scores);
       units.apply(s.scores, keys * ld, nullptr);
       softmax_across(s.scores, keys, ld, s.lane_bias + at, c, sums, k, s.key_alpha, s.across);
       for (int64_t j = 0; key.bias != nullptr && j < keys; ++j) {

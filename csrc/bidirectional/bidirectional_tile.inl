@@ -39,6 +39,16 @@ struct ScoreUnits {
   }
 };
 
+// tile[key][lane] = keys . lanes, a long depth in pieces: one chain of additions loses more digits than several.
+template <class E>
+static void tile_product(int64_t keys, int64_t ld, int64_t depth, const E* a, int64_t lda, const E* b, float* tile) {
+  constexpr int64_t kPiece = 128;
+  gemm<E, AOrder::rows, Init::zero>(keys, ld, least(depth, kPiece), a, lda, b, ld, tile, ld);
+  for (int64_t k = kPiece; k < depth; k += kPiece) {
+    gemm<E, AOrder::rows, Init::add>(keys, ld, least(depth - k, kPiece), a + k, lda, b + k * ld, ld, tile, ld);
+  }
+}
+
 // Addresses of rows [first, first + n) of one head of a (rows, heads, depth) tensor.
 template <class T>
 static void rows_at(const void* base, int64_t row_stride, int64_t head_stride, int64_t first, int64_t n, int64_t head,
