@@ -272,16 +272,37 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set_title(f"{task}: {mine[0].images} images, {mine[0].clusters} sources; 95 % intervals", fontsize=9)
         axis.set_xticks(range(len(SHARES)), [f"{s:.0%}" for s in SHARES])
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7, ncols=2, loc="lower left")
+    axes[0][-1].legend(fontsize=7, ncols=2, loc="best")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
+
+
+def markdown(rows: list[Row], task: str) -> str:
+    """A table of one task: mean and interval at each share; + and - where it is told apart from random."""
+    mine = [r for r in rows if r.task == task]
+    marks = {"better than random": " +", "worse": " -"}
+    lines = ["| strategy | " + " | ".join(f"{s:.0%} kept" for s in SHARES) + " |", "|---" * (len(SHARES) + 1) + "|"]
+    for name in NAMES:
+        cells = []
+        for share in SHARES:
+            found = [r for r in mine if r.strategy == name and r.keep == share]
+            cells.append(f"{r.mean:.3f} ± {r.ci95:.3f}{marks.get(r.verdict, '')}" if found and (r := found[0]) else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    first = mine[0]
+    unpruned = f"Unpruned: {first.mean:.3f} ± {first.ci95:.3f}"
+    return "\n".join([*lines, f"\n{unpruned}; {first.measure}, {first.images} images from {first.clusters} sources."])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few training steps: checks the script, proves nothing")
     parser.add_argument("--task", choices=("digits", "photographs"), help="measure one, keep the other's rows")
+    parser.add_argument("--tables", action="store_true", help="print the tables of the CSV and draw it again")
     options = parser.parse_args()
+    if options.tables:
+        for task in dict.fromkeys(r.task for r in read()):
+            print(f"{task}\n\n{markdown(read(), task)}\n")
+        return plot(read(), PICTURE)
     rows: list[Row] = []
     images = 60 if options.quick else 1000
     if options.task in (None, "digits"):
