@@ -43,8 +43,8 @@ def batches(size: int, longest: int) -> dict[str, list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--longest", type=int, default=1024, help="patches of the largest image")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--longest", type=int, default=512, help="patches of the largest image")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("docs/images/example_swap_qformer.png"))
     options = parser.parse_args()
