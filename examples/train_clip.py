@@ -1,6 +1,6 @@
 """Train a small CLIP with a batch that is large for the machine: encoders in chunks, no N x N logits.
 
-    python examples/train_clip.py [--batch 2048] [--steps 30] [--out docs/images/example_train_clip.png]
+    python examples/train_clip.py [--batch 1024] [--steps 20] [--out docs/images/example_train_clip.png]
 
 The scenes and captions are those of ``fastxattn.search``. Afterwards the peak memory of the loss is measured against
 the batch, beside the formula that builds the logits.
@@ -73,8 +73,8 @@ def memory(sizes: list[int]) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--out", type=Path, default=Path("docs/images/example_train_clip.png"))
