@@ -230,14 +230,44 @@ def test_rows_whose_every_score_is_minus_infinity(backend):
     assert d_bias.isfinite().all()
 
 
-def test_ranges_are_clamped(backend):
-    """A range that leaves its sequence sees what is inside; a reversed one sees nothing."""
-    reach = torch.tensor([[-9, 99], [3, 1], [2, 99], [-5, 2], [7, 99], [-9, -1]], dtype=torch.int32)
-    inside = torch.tensor([[0, 4], [0, 0], [2, 5], [0, 2], [0, 0], [0, 0]], dtype=torch.int32)
-    found = call(backend, **good(kv_range=reach))
-    for a, b in zip(found, call(backend, **good(kv_range=inside)), strict=True):
-        assert torch.equal(a, b)
-    assert not found[0][[1, 4, 5]].any()
+BAD_RANGES = {  # by sequence, of 4 and of 5 keys
+    "negative": ([[-1, 2], [0, 4], [0, 5], [0, 5], [0, 5], [0, 5]], "4; got [-1, 2) at query row 0"),
+    "past the end": ([[0, 4], [0, 5], [0, 5], [0, 5], [0, 5], [0, 5]], "4; got [0, 5) at query row 1"),
+    "past the last": ([[0, 4], [0, 4], [0, 5], [0, 5], [0, 5], [3, 6]], "5; got [3, 6) at query row 5"),
+    "reversed": ([[0, 4], [0, 4], [3, 1], [0, 5], [0, 5], [0, 5]], "5; got [3, 1) at query row 2"),
+    "huge": ([[0, 2**31 - 1], *[[0, 4]] * 5], "4; got [0, 2147483647) at query row 0"),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", BAD_RANGES)
+def test_ranges_outside_the_sequence(backend, name, requires_grad):
+    """Refused with the rule, the range and its row; so is the same in the padded layout."""
+    ranges, message = BAD_RANGES[name]
+    ranges = torch.tensor(ranges, dtype=torch.int32)
+    arguments = good(kv_range=ranges)
+    arguments["query"].requires_grad_(requires_grad)
+    rule = "kv_range must satisfy 0 <= start <= end <= the keys of the sequence, "
+    with pytest.raises(ValueError, match=re.escape(rule + message)):
+        fastxattn.varlen_cross_attention(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("wrong", [[-1, 3], [2, 6], [4, 1]])
+def test_padded_ranges_outside_the_axis(backend, masked, wrong):
+    query, key = torch.randn(2, 3, 4, 8), torch.randn(2, 5, 4, 8)
+    ranges = torch.tensor([[0, 5], wrong, [5, 5]], dtype=torch.int32)
+    mask = torch.tensor([[True] * 5, [True, False, True, True, True]]) if masked else None
+    with pytest.raises(ValueError, match="kv_range must satisfy 0 <= start <= end <= the keys of the sequence"):
+        fastxattn.cross_attention(query, key, key, key_mask=mask, kv_range=ranges, backend=backend)
+
+
+def test_ranges_of_nobody_and_of_nothing(backend):
+    """Rows that belong to no sequence may hold anything; start == end sees nothing, at either end too."""
+    ranges = torch.tensor([[0, 0], [4, 4], [2, 2], [1, 3], [-7, 99], [9, 2]], dtype=torch.int32)
+    out, *_ = call(backend, **good(kv_range=ranges, cu_seqlens_q=ints(0, 2, 4)))
+    assert not out[[0, 1, 2, 4, 5]].any()
+    assert out[3].any()
 
 
 def test_strides(backend):
@@ -246,7 +276,7 @@ def test_strides(backend):
     query = big.transpose(0, 1)[:, ::2, 5:37:4]  # last axis not contiguous
     key = torch.randn(1, 1, 8).expand(9, 2, 8)
     value = torch.randn(9, 4, 20)[:, 1:3, 7:12]
-    holes = {"cu_seqlens_q": ints(0, 9, 2, 9, 6)[::2], "kv_range": torch.tensor([[0, 0, 9, 9]] * 6).int()[:, ::2]}
+    holes = {"cu_seqlens_q": ints(0, 9, 2, 9, 6)[::2], "kv_range": torch.tensor([[0, 9, 4, 9]] * 6).int()[:, ::2]}
     strided = call(backend, **good(query=query, key=key, value=value, **holes))
     copies = {name: t.contiguous() for name, t in {"query": query, "key": key, "value": value, **holes}.items()}
     for a, b in zip(strided, call(backend, **good(**copies)), strict=True):

@@ -45,7 +45,10 @@ row_weight=0,
         extra["row_weight"] = torch.randn(*((rows_q,) if row_weight == 1 else (heads, rows_q)), generator=g)
     if kv_range:
         start = torch.randint(-5, 30, (rows_q,), generator=g)
-        extra["kv_range"] = torch.stack([start, start + torch.randint(-5, 40, (rows_q,), generator=g)], 1).int()
+        places = torch.stack([start, start + torch.randint(-5, 40, (rows_q,), generator=g)], 1)
+        keys = torch.repeat_interleave(torch.tensor(lengths_k), torch.tensor(lengths_q))
+        keys = torch.cat([keys, torch.zeros(2, dtype=torch.long)])  # rows that belong to nobody
+        extra["kv_range"] = places.clamp(min=0).minimum(keys[:, None]).sort(1).values.int()
     if key_index:
         extra["key_index"] = torch.randint(0, rows_k, (int(offsets_k[-1]),), generator=g).int()
     query = torch.randn(rows_q, heads, dim, generator=g).to(dtype)
@@ -242,3 +245,20 @@ def test_bad_input(change, error, match):
     given = {n: getattr(p, n) for n in ("query", "key", "lse", "cu_seqlens_q", "cu_seqlens_k")}
     with pytest.raises(error, match=match):
         fastxattn.key_importance(**(given | change))
+
+
+def test_nan_weight_of_a_query_reaches_only_the_keys_it_sees():
+    """A query that sees nothing adds nothing, whatever its weight; one that sees some keys reaches no others."""
+    backends = ("reference", "cpu") if native.cpu_library().reason is None else ("reference",)
+    problem = make(torch.float32, lengths_q=(3, 70), lengths_k=(40, 130), kv_range=False, row_weight=1)
+    ranges = torch.tensor([[0, 40]] * 3 + [[0, 130]] * 70 + [[0, 0]] * 2, dtype=torch.int32)
+    ranges[1], ranges[2], ranges[50] = torch.tensor([7, 7]), torch.tensor([0, 5]), torch.tensor([100, 120])
+    _, lse = attention_reference(*problem._replace(kv_range=ranges).attention())
+    weight = problem.row_weight.clone()
+    weight[[1, 2, 50]] = float("nan")
+    problem = problem._replace(kv_range=ranges, lse=lse, row_weight=weight)
+    nan = torch.zeros(173, dtype=torch.bool)  # three slots belong to nobody
+    nan[:5] = nan[140:160] = True
+    for backend in backends:
+        score = dispatch.score_of(problem, problem.scale, backend)
+        assert torch.equal(score.isnan(), nan.expand_as(score)), backend

@@ -67,6 +67,9 @@ struct AttentionGradients {
   float* grad_key_bias = nullptr;  // (rows_k,) or (rows_k, heads)
   bool key_bias_has_heads = false;
   void* grad_bias = nullptr;  // the shape of bias
+
+  // Whether some result hangs on the gradient of the scores.
+  bool needs_scores() const { return grad_query || grad_key || grad_key_bias || grad_bias; }
 };
 
 // What a walk over offsets and indices found.

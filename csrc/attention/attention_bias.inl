@@ -2,13 +2,13 @@
 // which the bias broadcasts. One thread owns a region of the result and walks the summed axes in order.
 #pragma once
 
-#include "attention/attention_backward.inl"
+#include "attention/attention_backward_tile.inl"
 
 namespace fastxattn::FXA_ISA {
 
 // The next lanes of a sequence whose place lies in the item's range, from slot `slot` on; at most kBackwardLanes.
 static Lanes collect_lanes(const AttentionParams& p, const Sequence& sequence, const BiasItem& item, int64_t& slot,
-                           int64_t* row, int32_t* head, int32_t* begin, int32_t* end) {
+                           int64_t* row, int64_t* number, int32_t* head, int32_t* begin, int32_t* end) {
   const int64_t group = p.group();
   Lanes lanes{0, 0, row, head, nullptr, nullptr, 0, 0, 0, 0};
   for (; slot < sequence.queries && lanes.count + group <= kBackwardLanes; ++slot) {
@@ -16,6 +16,7 @@ static Lanes collect_lanes(const AttentionParams& p, const Sequence& sequence, c
     if (p.bias_size[2] > 1 && (place < item.place_begin || place >= item.place_end)) continue;
     for (int64_t member = 0; member < group; ++member, ++lanes.count) {
       row[lanes.count] = r;
+      number[lanes.count] = slot * group + member;
       head[lanes.count] = static_cast<int32_t>(member);
     }
   }
@@ -39,16 +40,20 @@ static void add_bias(const AttentionParams& p, int64_t b, const Sequence& sequen
 }
 
 template <class T>
-static void bias_item(const AttentionParams& p, const AttentionGradients& g, const BiasItem& item, float* sums,
-                      Arena arena) {
-  const BackwardScratch<T> s(p, arena, kBackwardLanes, kKeyBlock);
+static void bias_item(const AttentionParams& p, const AttentionGradients& g, const BiasItem& item, const int64_t* delta,
+                      const float* workspace, float* sums, Arena arena) {
+  const BackwardScratch<T> s(p, arena, kBackwardLanes, kKeyBlock, 1);
   for (int64_t b = item.batch_begin; b < item.batch_end; ++b) {
     const Sequence sequence = sequence_of(p, b);
+    if (sequence.keys == 0) continue;
     for (int64_t head = item.head_begin; head < item.head_end; ++head) {
       for (int64_t slot = 0; slot < sequence.queries;) {
-        const Lanes all = collect_lanes(p, sequence, item, slot, s.row, s.head, s.begin, s.end);
+        const Lanes all = collect_lanes(p, sequence, item, slot, s.row, s.lane, s.head, s.begin, s.end);
         if (all.count == 0) break;
-        load_lanes<T>(p, g, head, all, s);
+        load_lanes<T>(p, g, head, sequence.keys, all, s);
+        if (kSumsDelta<T> && delta[b] >= 0) {
+          finish_delta<T>(p, g, head, all, workspace + delta[b], sequence.queries * p.group(), s);
+        }
         for (int64_t k = 0; k < sequence.keys; k += kKeyBlock) {
           const int64_t keys = least(kKeyBlock, sequence.keys - k);
           if (!all.sees_any(k, k + keys)) continue;
@@ -57,11 +62,8 @@ static void bias_item(const AttentionParams& p, const AttentionGradients& g, con
             const Lanes lanes = all.slice(at, kLaneBlock);
             if (!lanes.sees_any(k, k + keys)) continue;
             const bool masked = !lanes.sees_all(k, k + keys);
-            tile_weights<T>(p, b, sequence, head, lanes, at, k, keys, masked, s);
-            gemm<Element<T>, AOrder::rows, Init::zero>(keys, lanes.width, s.value_depth, s.values, s.value_ld,
-                                                       s.grads + at * s.value_depth, lanes.width, s.dscores,
-                                                       lanes.width);
-            tile_dscores<T>(p, head, lanes, at, k, keys, masked, s);
+            tile_of_weights<T>(p, g, b, sequence, head, lanes, at, k, keys, s);
+            tile_dscores<T>(lanes, at, k, keys, masked, s);
             add_bias(p, b, sequence, head, lanes, s.key_row, keys, s.dscores, sums);
           }
         }

@@ -89,4 +89,19 @@ std::string check_attention_content(const AttentionParams& p, AttentionContent& 
   return {};
 }
 
+std::string check_attention_ranges(const AttentionParams& p) {
+  if (p.kv_range == nullptr) return {};
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence_of(p, b);
+    for (int64_t i = 0; i < s.queries; ++i) {
+      const int64_t row = query_row_of(p, s.first_q + i);
+      const int64_t begin = p.kv_range[2 * row], end = p.kv_range[2 * row + 1];
+      if (begin >= 0 && begin <= end && end <= s.keys) continue;
+      return "kv_range must satisfy 0 <= start <= end <= the keys of the sequence, " + std::to_string(s.keys) +
+             "; got [" + std::to_string(begin) + ", " + std::to_string(end) + ") at query row " + std::to_string(row);
+    }
+  }
+  return {};
+}
+
 }  // namespace fastxattn

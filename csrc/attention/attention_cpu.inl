@@ -1,6 +1,6 @@
 // The kernels of one instruction set; attention_cpu_<isa>.cpp includes this and nothing else.
 #include "attention/attention_bias.inl"
-#include "attention/attention_few.inl"
+#include "attention/attention_few_backward.inl"
 
 namespace fastxattn::FXA_ISA {
 
@@ -41,20 +41,48 @@ void attention_merge(const AttentionParams& p, const ForwardMerge& merge, const 
 }
 
 template <class T>
-static size_t backward_bytes(const AttentionParams& p, int64_t lanes, int64_t keys) {
+static size_t backward_bytes(const AttentionParams& p, const AttentionGradients& g, const BackwardItem* item) {
   Arena arena{nullptr};
-  BackwardScratch<T>(p, arena, lanes, keys);
+  if (item == nullptr) {
+    BackwardScratch<T>(p, arena, kBackwardLanes, kKeyBlock, 1);
+  } else {
+    const Holding hold(kSumsDelta<T>, g, *item);
+    if (item->few) {
+      FewBackwardScratch<T>(p, arena, hold.tiles);
+    } else {
+      BackwardScratch<T>(p, arena, hold.lanes, hold.keys, hold.tiles);
+    }
+  }
   return arena.used;
 }
 
-// Scratch memory for an item of so many lanes and keys; 0, 0: for a bias item.
-size_t attention_backward_scratch(const AttentionParams& p, int64_t lanes, int64_t keys) {
-  const int64_t held = lanes > 0 ? lanes_held(lanes) : kBackwardLanes;
-  const int64_t sums = keys > 0 ? keys_held(lanes, keys) : kKeyBlock;
+// Scratch memory for an item; null: for a bias item.
+size_t attention_backward_scratch(const AttentionParams& p, const AttentionGradients& g, const BackwardItem* item) {
   switch (p.dtype) {
-    case DType::bf16: return backward_bytes<bf16_t>(p, held, sums);
-    case DType::f16: return backward_bytes<f16_t>(p, held, sums);
-    default: return backward_bytes<float>(p, held, sums);
+    case DType::bf16: return backward_bytes<bf16_t>(p, g, item);
+    case DType::f16: return backward_bytes<f16_t>(p, g, item);
+    default: return backward_bytes<float>(p, g, item);
+  }
+}
+
+// Delta beforehand: planned for float32 only.
+void attention_sum_item(const AttentionParams& p, const AttentionGradients& g, const BackwardItem& item,
+                        float* workspace, void* scratch) {
+  const Arena arena{static_cast<char*>(scratch)};
+  if (item.few) {
+    sum_few<float>(p, g, item, workspace, arena);
+  } else {
+    sum_item<float>(p, g, item, workspace, arena);
+  }
+}
+
+template <class T>
+static void backward_any(const AttentionParams& p, const AttentionGradients& g, const BackwardItem& item,
+                         float* workspace, const Arena& arena) {
+  if (item.few) {
+    backward_few<T>(p, g, item, workspace, arena);
+  } else {
+    backward_item<T>(p, g, item, workspace, arena);
   }
 }
 
@@ -62,19 +90,19 @@ void attention_backward_item(const AttentionParams& p, const AttentionGradients&
                              float* workspace, void* scratch) {
   const Arena arena{static_cast<char*>(scratch)};
   switch (p.dtype) {
-    case DType::bf16: return backward_item<bf16_t>(p, g, item, workspace, arena);
-    case DType::f16: return backward_item<f16_t>(p, g, item, workspace, arena);
-    default: return backward_item<float>(p, g, item, workspace, arena);
+    case DType::bf16: return backward_any<bf16_t>(p, g, item, workspace, arena);
+    case DType::f16: return backward_any<f16_t>(p, g, item, workspace, arena);
+    default: return backward_any<float>(p, g, item, workspace, arena);
   }
 }
 
-void attention_bias_item(const AttentionParams& p, const AttentionGradients& g, const BiasItem& item, float* sums,
-                         void* scratch) {
+void attention_bias_item(const AttentionParams& p, const AttentionGradients& g, const BiasItem& item,
+                         const int64_t* delta, const float* workspace, float* sums, void* scratch) {
   const Arena arena{static_cast<char*>(scratch)};
   switch (p.dtype) {
-    case DType::bf16: return bias_item<bf16_t>(p, g, item, sums, arena);
-    case DType::f16: return bias_item<f16_t>(p, g, item, sums, arena);
-    default: return bias_item<float>(p, g, item, sums, arena);
+    case DType::bf16: return bias_item<bf16_t>(p, g, item, delta, workspace, sums, arena);
+    case DType::f16: return bias_item<f16_t>(p, g, item, delta, workspace, sums, arena);
+    default: return bias_item<float>(p, g, item, delta, workspace, sums, arena);
   }
 }
 

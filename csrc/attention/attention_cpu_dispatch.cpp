@@ -10,13 +10,17 @@ FXA_DECLARE(void, attention_forward_item,
             (const fastxattn::AttentionParams&, const fastxattn::ForwardItem&, float* workspace, void* scratch))
 FXA_DECLARE(void, attention_merge,
             (const fastxattn::AttentionParams&, const fastxattn::ForwardMerge&, const float* workspace))
-FXA_DECLARE(size_t, attention_backward_scratch, (const fastxattn::AttentionParams&, int64_t lanes, int64_t keys))
+FXA_DECLARE(size_t, attention_backward_scratch,
+            (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BackwardItem*))
+FXA_DECLARE(void, attention_sum_item,
+            (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BackwardItem&,
+             float* workspace, void* scratch))
 FXA_DECLARE(void, attention_backward_item,
             (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BackwardItem&,
              float* workspace, void* scratch))
 FXA_DECLARE(void, attention_bias_item,
             (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BiasItem&,
-             float* sums, void* scratch))
+             const int64_t* delta, const float* workspace, float* sums, void* scratch))
 
 namespace fastxattn {
 namespace {
@@ -31,15 +35,16 @@ auto select_merge(Isa isa) -> void (*)(const AttentionParams&, const ForwardMerg
   FXA_SELECT(isa, attention_merge)
 }
 
-auto select_backward_scratch(Isa isa) -> size_t (*)(const AttentionParams&, int64_t, int64_t) {
-  FXA_SELECT(isa, attention_backward_scratch)
-}
-auto select_backward_item(Isa isa)
-    -> void (*)(const AttentionParams&, const AttentionGradients&, const BackwardItem&, float*, void*) {
-  FXA_SELECT(isa, attention_backward_item)
-}
-auto select_bias_item(Isa isa) -> void (*)(const AttentionParams&, const AttentionGradients&, const BiasItem&, float*,
-                                           void*){FXA_SELECT(isa, attention_bias_item)}
+using ItemKernel = void (*)(const AttentionParams&, const AttentionGradients&, const BackwardItem&, float*, void*);
+using BiasKernel = void (*)(const AttentionParams&, const AttentionGradients&, const BiasItem&, const int64_t*,
+                            const float*, float*, void*);
+
+auto select_backward_scratch(Isa isa)
+    -> size_t (*)(const AttentionParams&, const AttentionGradients&,
+                  const BackwardItem*){FXA_SELECT(isa, attention_backward_scratch)} ItemKernel
+    select_sum_item(Isa isa){FXA_SELECT(isa, attention_sum_item)} ItemKernel
+    select_backward_item(Isa isa){FXA_SELECT(isa, attention_backward_item)} BiasKernel
+    select_bias_item(Isa isa){FXA_SELECT(isa, attention_bias_item)}
 
 // Uninitialised floats: every one is written before it is read.
 std::unique_ptr<float[]> floats(int64_t n) {
@@ -80,16 +85,21 @@ void attention_backward(const AttentionParams& p, const AttentionGradients& g, c
   clear(g.grad_value, p.rows_k * p.kv_heads * p.value_dim, !content.every_key_row || plan.keys_left_out);
 
   const auto workspace = floats(plan.workspace);
-  if (g.grad_query || g.grad_key || g.grad_value || g.grad_key_bias) {
-    const auto run_item = select_backward_item(isa);
-    const auto bytes = select_backward_scratch(isa);
+  const auto bytes = select_backward_scratch(isa);
+  const auto run_items = [&](ItemKernel run_item, bool all) {
     for_each_task(parallel, static_cast<int64_t>(plan.tasks.size()), [&](int64_t task, int64_t) {
       for (int64_t i = plan.tasks[task].begin; i < plan.tasks[task].end; ++i) {
         const BackwardItem& item = plan.items[i];
-        void* scratch = thread_scratch(bytes(p, item.lane_end - item.lane_begin, item.key_end - item.key_begin));
-        run_item(p, g, item, workspace.get(), scratch);
+        if (all || item.delta >= 0) run_item(p, g, item, workspace.get(), thread_scratch(bytes(p, g, &item)));
       }
     });
+  };
+  if (!plan.deltas.empty()) {
+    run_items(select_sum_item(isa), false);
+    merge_deltas(plan, workspace.get());
+  }
+  if (g.grad_query || g.grad_key || g.grad_value || g.grad_key_bias) {
+    run_items(select_backward_item(isa), true);
     merge_backward(p, g, content, plan, workspace.get(), parallel);
   }
   if (g.grad_bias != nullptr) {
@@ -100,9 +110,10 @@ void attention_backward(const AttentionParams& p, const AttentionGradients& g, c
     std::memset(sums, 0, static_cast<size_t>(n) * sizeof(float));
     const std::vector<BiasItem> items = plan_bias(p);
     const auto run_item = select_bias_item(isa);
-    const size_t bytes = select_backward_scratch(isa)(p, 0, 0);
-    for_each_task(parallel, static_cast<int64_t>(items.size()),
-                  [&](int64_t i, int64_t) { run_item(p, g, items[i], sums, thread_scratch(bytes)); });
+    const size_t most = bytes(p, g, nullptr);
+    for_each_task(parallel, static_cast<int64_t>(items.size()), [&](int64_t i, int64_t) {
+      run_item(p, g, items[i], plan.delta.data(), workspace.get(), sums, thread_scratch(most));
+    });
     if (wide) narrow(sums, g.grad_bias, p.bias_dtype, n);
   }
 }

@@ -26,23 +26,33 @@ FXA_INLINE vf multiply_elements(const bf16x2*, vf a, vf b, vf sum) {
 }
 #endif
 
+// A vector of a row's values as the operand E: pairs as they lie, or floats.
+template <class E, class T>
+FXA_INLINE vf load_operand_row(const T* p, int64_t left) {
+  if constexpr (__is_same(E, float)) {
+    return load_first_as_f32(p, left);
+  } else {
+    return load_elements(p, left);
+  }
+}
+
 // scores[j * ld] = query . row j, for n rows; the query is a packed row.
-template <class T>
-static void score_rows(const Element<T>* query, const T* const* rows, int64_t n, int64_t depth, float* scores,
-                       int64_t ld) {
-  constexpr int64_t step = W * Operand<T>::kPair;
+template <class E, class T>
+static void score_rows(const E* query, const T* const* rows, int64_t n, int64_t depth, float* scores, int64_t ld) {
+  constexpr int64_t pair = __is_same(E, float) ? 1 : 2, step = W * pair;
   for (int64_t j = 0; j < n; j += W) {
     vf sum[W];
     for (int i = 0; i < W; ++i) sum[i] = zero();
     const int64_t here = least(W, n - j);
     for (int64_t c = 0; c < depth; c += step) {
-      const vf q = load(reinterpret_cast<const float*>(query) + c / Operand<T>::kPair);
+      const vf q = load(reinterpret_cast<const float*>(query) + c / pair);
       if (here == W && c + step <= depth) {
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) sum[i] = multiply_elements(query, q, load_elements(rows[j + i] + c, step), sum[i]);
+        for (int i = 0; i < W; ++i)
+          sum[i] = multiply_elements(query, q, load_operand_row<E>(rows[j + i] + c, step), sum[i]);
       } else {
         for (int64_t i = 0; i < here; ++i) {
-          sum[i] = multiply_elements(query, q, load_elements(rows[j + i] + c, depth - c), sum[i]);
+          sum[i] = multiply_elements(query, q, load_operand_row<E>(rows[j + i] + c, depth - c), sum[i]);
         }
       }
     }
@@ -53,10 +63,9 @@ static void score_rows(const Element<T>* query, const T* const* rows, int64_t n,
 }
 
 // acc[c] = acc[c] * alpha + sum_j weight(j) * rows[j][c]; a null row is skipped. Weights as softmax_step leaves them.
-template <class T>
+template <class E, class T>
 static void add_rows(const float* weights, int64_t ld, const T* const* rows, int64_t n, int64_t columns, float alpha,
                      float* acc) {
-  constexpr int64_t P = Operand<T>::kPair;
   for (int64_t c = 0; c < columns; c += 2 * W) {
     vf low = load(acc + c) * splat(alpha), high = load(acc + c + W) * splat(alpha);
     vf low2 = zero(), high2 = zero();
@@ -64,7 +73,7 @@ static void add_rows(const float* weights, int64_t ld, const T* const* rows, int
     for (int64_t j = 0; j < n; j += 2) {
       const T* a = rows[j];
       const T* b = j + 1 < n ? rows[j + 1] : nullptr;
-      if constexpr (P == 2) {
+      if constexpr (!__is_same(E, float)) {
 #if defined(FXA_HAS_BF16_DOT)
         vf first, second;
         interleave_bf16(a ? load_elements(a + c, left) : zero(), b ? load_elements(b + c, left) : zero(), first,
@@ -141,7 +150,7 @@ static void forward_few(const AttentionParams& p, const ForwardItem& item, float
       const int64_t first = (head - item.head_begin) * per_head;
       prefetch_rows(p, static_cast<const T*>(p.key) + head * p.key_head, p.key_row, p.head_dim, next, next_end);
       for (int64_t i = first; i < first + per_head; ++i) {
-        score_rows<T>(s.queries + i * s.key_ld, s.key_at, keys, p.head_dim, s.scores + i, ld);
+        score_rows<Element<T>>(s.queries + i * s.key_ld, s.key_at, keys, p.head_dim, s.scores + i, ld);
       }
     }
     if (transform || masked) {
@@ -162,7 +171,7 @@ static void forward_few(const AttentionParams& p, const ForwardItem& item, float
                             ? nullptr
                             : static_cast<const T*>(p.value) + s.key_row[j] * p.value_row + head * p.value_head;
       }
-      add_rows<T>(s.weights + i, ld, s.value_at, keys, p.value_dim, s.alpha[i], s.acc + i * acc_ld);
+      add_rows<Element<T>>(s.weights + i, ld, s.value_at, keys, p.value_dim, s.alpha[i], s.acc + i * acc_ld);
     }
   }
 

@@ -241,8 +241,8 @@ static void forward_tiled(const AttentionParams& p, const ForwardItem& item, flo
         const bool masked = !lanes.sees_all(k, k + keys);
         if (!touched[b])
           pack_columns<T>(s.query_at + offset, lanes.count, p.head_dim, s.queries + offset * s.depth, ld);
-        gemm<E, AOrder::rows, Init::zero>(keys, ld, s.depth, s.keys, s.key_ld, s.queries + offset * s.depth, ld,
-                                          s.scores, ld, nullptr, prefetch);
+        gemm_deep<E, AOrder::rows>(keys, ld, s.depth, s.keys, s.key_ld, s.queries + offset * s.depth, ld, s.scores, ld,
+                                   prefetch);
         prefetch.slot = prefetch.end;
         if (transform || masked) {
           if (s.extra != nullptr) gather_bias(p, item.sequence, sequence, head, lanes, s.key_row, keys, s.extra, ld);

@@ -97,6 +97,17 @@ void merge_key_bias(const AttentionParams& p, const AttentionGradients& g, const
 
 void narrow(const float* from, void* to, DType dtype, int64_t n) { store_row(from, to, 0, n, dtype); }
 
+void merge_deltas(const BackwardPlan& plan, float* workspace) {
+  for (const DeltaMerge& m : plan.deltas) {
+    float* delta = workspace + m.at;
+    float* total = delta + m.lanes;
+    sum_parts(delta, m.stride, m.chunks, 2 * m.lanes, delta);
+    for (int64_t i = 0; i < m.lanes; ++i) {
+      if (total[i] != 0.0f) delta[i] /= total[i];
+    }
+  }
+}
+
 void merge_backward(const AttentionParams& p, const AttentionGradients& g, const AttentionContent& content,
                     const BackwardPlan& plan, const float* workspace, const Parallel& parallel) {
   const int64_t sequences = static_cast<int64_t>(plan.merges.size());

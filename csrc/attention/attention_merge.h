@@ -5,6 +5,9 @@
 
 namespace fastxattn {
 
+// Sums every sequence's delta over its key chunks and divides it by the weights' sum, in the first chunk's place.
+void merge_deltas(const BackwardPlan& plan, float* workspace);
+
 void merge_backward(const AttentionParams& p, const AttentionGradients& g, const AttentionContent& content,
                     const BackwardPlan& plan, const float* workspace, const Parallel& parallel);
 

@@ -10,7 +10,7 @@ namespace fastxattn {
 namespace {
 
 constexpr double kGrain = 1 << 20;         // multiply-adds worth handing to another thread
-constexpr int64_t kFewLanes = 4;           // up to so many query rows per key/value head, streaming beats tiling
+constexpr int64_t kFewLanes = 8;           // up to so many query rows per key/value head, streaming beats tiling
 constexpr int64_t kFewSplitKeys = 512;     // fewest keys in a split of a streamed sequence
 constexpr int64_t kFewCost = 8;            // a streamed row of keys costs as much as so many query rows
 constexpr int64_t kUnitsPerSequence = 16;  // pieces below which a long sequence's keys are split
@@ -103,8 +103,8 @@ BackwardPlan plan_backward(const AttentionParams& p, const AttentionGradients& g
   BackwardPlan plan;
   std::vector<double> costs;
   const int64_t bias_heads = g.key_bias_has_heads ? p.heads : p.kv_heads;
-  const int64_t wanted = ceil_div(kUnitsPerSequence, p.kv_heads);
   const double depth = 3.0 * static_cast<double>(p.head_dim) + 2.0 * static_cast<double>(p.value_dim);
+  plan.delta.assign(static_cast<size_t>(p.batch), -1);
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b);
     const int64_t lanes = s.queries * p.group();
@@ -113,6 +113,9 @@ BackwardPlan plan_backward(const AttentionParams& p, const AttentionGradients& g
       plan.keys_left_out |= s.keys > 0;
       continue;
     }
+    const bool few = lanes <= kFewLanes;
+    const int64_t together = few ? std::min(p.kv_heads, kLaneBlock / lanes) : 1;
+    const int64_t wanted = ceil_div(kUnitsPerSequence, ceil_div(p.kv_heads, together));
     const int64_t lane_chunks = std::max<int64_t>(1, std::min({kBackwardCuts, wanted, lanes / kCutSize}));
     const int64_t key_chunks =
         std::max<int64_t>(1, std::min({kBackwardCuts, ceil_div(wanted, lane_chunks), s.keys / kCutSize}));
@@ -132,11 +135,19 @@ BackwardPlan plan_backward(const AttentionParams& p, const AttentionGradients& g
             p.kv_heads * s.keys * (p.head_dim + p.value_dim), lane_chunks, merge.key_partial, merge.key_stride);
     reserve(g.grad_key_bias != nullptr, bias_heads * s.keys, lane_chunks, merge.key_bias_partial,
             merge.key_bias_stride);
+    // The weights of so many keys are not held until delta is known; the bias's own pass asks for it too.
+    const bool beforehand = key_chunks > 1 || s.keys > kHeldTiles * kKeyBlock || g.grad_bias;
+    int64_t delta = -1, delta_stride = 0;
+    reserve(p.dtype == DType::f32 && g.needs_scores() && beforehand, 2 * p.kv_heads * lanes, key_chunks, delta,
+            delta_stride);
+    if (delta >= 0) plan.deltas.push_back({p.kv_heads * lanes, delta, delta_stride, key_chunks});
+    plan.delta[static_cast<size_t>(b)] = delta;
     if (merge.query_partial >= 0 || merge.key_partial >= 0 || merge.key_bias_partial >= 0) plan.merges.push_back(merge);
 
-    const double head_cost = static_cast<double>(round_up(std::min(lane_chunk, lanes), 16)) *
+    const double head_cost = static_cast<double>(few ? kFewCost : round_up(std::min(lane_chunk, lanes), 16)) *
                              static_cast<double>(std::min(key_chunk, s.keys)) * depth;
-    const int64_t grouped = std::clamp<int64_t>(static_cast<int64_t>(kGrain / (head_cost + 1)), 1, p.kv_heads);
+    const int64_t grouped =
+        few ? together : std::clamp<int64_t>(static_cast<int64_t>(kGrain / (head_cost + 1)), 1, p.kv_heads);
     auto part = [](int64_t base, int64_t stride, int64_t i) { return base < 0 ? -1 : base + stride * i; };
     for (int64_t ki = 0; ki < key_chunks; ++ki) {
       for (int64_t qi = 0; qi < lane_chunks; ++qi) {
@@ -146,7 +157,7 @@ BackwardPlan plan_backward(const AttentionParams& p, const AttentionGradients& g
               {b, head, head_end, std::min(qi * lane_chunk, lanes), std::min((qi + 1) * lane_chunk, lanes),
                std::min(ki * key_chunk, s.keys), std::min((ki + 1) * key_chunk, s.keys),
                part(merge.query_partial, merge.query_stride, ki), part(merge.key_partial, merge.key_stride, qi),
-               part(merge.key_bias_partial, merge.key_bias_stride, qi)});
+               part(merge.key_bias_partial, merge.key_bias_stride, qi), delta, part(delta, delta_stride, ki), few});
           costs.push_back(head_cost * static_cast<double>(head_end - head) + 2000);
         }
       }

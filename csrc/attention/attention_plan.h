@@ -14,7 +14,10 @@ inline constexpr int64_t kKeyBlock = 96;        // keys per panel: a multiple of
 inline constexpr int64_t kLaneBlock = 64;       // query rows per score tile
 inline constexpr int64_t kLaneChunk = 256;      // query rows that share one packed panel
 inline constexpr int64_t kBackwardLanes = 512;  // the same in the backward pass
-inline constexpr int64_t kMaxSplits = 16;       // pieces a sequence's keys are cut into at most
+inline constexpr int64_t kTile = kKeyBlock * kLaneBlock;
+inline constexpr int64_t kHeldTiles =
+    24;  // tiles of weights, and of their gradients, held at once in the backward pass
+inline constexpr int64_t kMaxSplits = 16;  // pieces a sequence's keys are cut into at most
 
 // A piece of the forward pass: some heads of one sequence, a run of lanes, a run of keys.
 // A lane is one (query, head of the group) pair: lane = query * group + head_in_group.
@@ -59,6 +62,9 @@ struct BackwardItem {
   int64_t query_partial;     // [kv_head][lane of the sequence][head_dim], its share of grad_query
   int64_t key_partial;       // [kv_head][key of the sequence][head_dim + value_dim], its share of grad_key, grad_value
   int64_t key_bias_partial;  // [bias head][key of the sequence], its share of grad_key_bias
+  int64_t delta;             // [kv_head][lane of the sequence], delta summed beforehand; -1: the item sums it itself
+  int64_t delta_partial;     // where this item's keys' share of that is summed
+  bool few;                  // few query rows: stream the keys instead of tiling
 };
 
 // The partial results of one sequence: how many, and where.
@@ -70,6 +76,13 @@ struct BackwardMerge {
   int64_t key_bias_partial, key_bias_stride;
 };
 
+// A sequence whose delta is summed beforehand: per key chunk, delta and then the weights' own sum, by lane.
+struct DeltaMerge {
+  int64_t lanes;       // kv_heads * lanes of the sequence
+  int64_t at, stride;  // workspace offset of the first chunk, floats from one to the next
+  int64_t chunks;
+};
+
 struct BackwardPlan {
   std::vector<BackwardItem> items;
   std::vector<TaskRange> tasks;
@@ -77,6 +90,8 @@ struct BackwardPlan {
   int64_t workspace = 0;          // floats
   bool queries_left_out = false;  // some query row in use belongs to no item: its gradient is zero
   bool keys_left_out = false;     // the same for key rows
+  std::vector<int64_t> delta;     // by sequence: where its delta lies in the workspace, -1: nowhere
+  std::vector<DeltaMerge> deltas;
 };
 
 BackwardPlan plan_backward(const AttentionParams& p, const AttentionGradients& g, const AttentionContent& content);

@@ -47,6 +47,13 @@ struct Lanes {
   bool sees_all(int64_t key_begin, int64_t key_end) const {
     return begin == nullptr || (inner_begin <= key_begin && inner_end >= key_end);
   }
+  // Lanes [lane, lane + W) that see a key, as a mask; only with ranges.
+  vi seen(int64_t lane, int64_t key) const {
+    const vi first_key = reinterpret_cast<vi>(load(reinterpret_cast<const float*>(begin + lane)));
+    const vi end_key = reinterpret_cast<vi>(load(reinterpret_cast<const float*>(end + lane)));
+    const vi here = splat(static_cast<int32_t>(key));
+    return (here >= first_key) & (here < end_key);
+  }
   bool sees(int64_t lane, int64_t key) const { return begin == nullptr || (begin[lane] <= key && key < end[lane]); }
 };
 
@@ -120,7 +127,6 @@ static void adjust_scores(const AttentionParams& p, float* scores, int64_t keys,
   const vf hidden = splat(-__builtin_inff());
   const vf scale = splat(p.scale), cap = splat(p.softcap), uncap = splat(p.scale / p.softcap);
   for (int64_t j = 0; j < keys; ++j) {
-    const vi key = splat(static_cast<int32_t>(key_begin + j));
     for (int64_t i = 0; i < lanes.width; i += W) {
       vf x = load(scores + j * ld + i);
       if (transform) {
@@ -133,11 +139,7 @@ static void adjust_scores(const AttentionParams& p, float* scores, int64_t keys,
         }
         if (extra != nullptr) x = x + load(extra + j * ld + i);
       }
-      if (masked) {
-        const vi begin = reinterpret_cast<vi>(load(reinterpret_cast<const float*>(lanes.begin + i)));
-        const vi end = reinterpret_cast<vi>(load(reinterpret_cast<const float*>(lanes.end + i)));
-        x = (key >= begin) & (key < end) ? x : hidden;
-      }
+      if (masked) x = lanes.seen(i, key_begin + j) ? x : hidden;
       store(scores + j * ld + i, x);
     }
   }

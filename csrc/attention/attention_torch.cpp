@@ -13,10 +13,6 @@ using torch::stable::Device;
 
 #define FXA_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastxattn::attention: ", __VA_ARGS__)
 
-Tensor allocate(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
-}
-
 // Rows, heads, depth with a contiguous last axis.
 void check_rows(const Tensor& t, const char* name, ScalarType dtype) {
   FXA_CHECK(t.is_cpu(), name, " must be on the CPU");
@@ -103,7 +99,8 @@ AttentionParams make_params(const Tensor& query, const Tensor& key, const Tensor
               "dropout_seed must be an int64 tensor of one element on the CPU");
     std::memcpy(&p.seed, seed->const_data_ptr(), sizeof(p.seed));
   }
-  const std::string fault = check_attention_content(p, content);
+  std::string fault = check_attention_content(p, content);
+  if (fault.empty()) fault = check_attention_ranges(p);
   FXA_CHECK(fault.empty(), fault);
   return p;
 }
@@ -116,8 +113,8 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Ten
   AttentionContent content;
   AttentionParams p = make_params(query, key, value, cu_q, cu_k, used_q, used_k, index_q, index_k, kv_range, key_bias,
                                   bias, scale, softcap, dropout_p, seed, content);
-  Tensor out = allocate({p.rows_q, p.heads, p.value_dim}, query.scalar_type(), query);
-  Tensor lse = allocate({p.heads, p.rows_q}, ScalarType::Double, query);
+  Tensor out = empty_cpu({p.rows_q, p.heads, p.value_dim}, query.scalar_type());
+  Tensor lse = empty_cpu({p.heads, p.rows_q}, ScalarType::Double);
   p.out = out.mutable_data_ptr();
   p.lse_exact = static_cast<double*>(lse.mutable_data_ptr());
   attention_forward(p, content, torch_parallel(), active_isa());
@@ -157,23 +154,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op(
   }
   FXA_CHECK(!(needs & 8) || key_bias.has_value(), "needs names key_bias, which is absent");
   FXA_CHECK(!(needs & 16) || bias.has_value(), "needs names bias, which is absent");
-  auto none = [&] { return allocate({0}, dtype, query); };
-  Tensor grad_query = needs & 1 ? allocate({p.rows_q, p.heads, p.head_dim}, dtype, query) : none();
-  Tensor grad_key = needs & 2 ? allocate({p.rows_k, p.kv_heads, p.head_dim}, dtype, query) : none();
-  Tensor grad_value = needs & 4 ? allocate({p.rows_k, p.kv_heads, p.value_dim}, dtype, query) : none();
+  auto none = [&] { return empty_cpu({0}, dtype); };
+  Tensor grad_query = needs & 1 ? empty_cpu({p.rows_q, p.heads, p.head_dim}, dtype) : none();
+  Tensor grad_key = needs & 2 ? empty_cpu({p.rows_k, p.kv_heads, p.head_dim}, dtype) : none();
+  Tensor grad_value = needs & 4 ? empty_cpu({p.rows_k, p.kv_heads, p.value_dim}, dtype) : none();
   Tensor grad_key_bias = none(), grad_bias = none();
   if (needs & 1) g.grad_query = grad_query.mutable_data_ptr();
   if (needs & 2) g.grad_key = grad_key.mutable_data_ptr();
   if (needs & 4) g.grad_value = grad_value.mutable_data_ptr();
   if (needs & 8) {
     g.key_bias_has_heads = key_bias->dim() == 2;
-    grad_key_bias = g.key_bias_has_heads ? allocate({p.rows_k, p.heads}, ScalarType::Float, query)
-                                         : allocate({p.rows_k}, ScalarType::Float, query);
+    grad_key_bias = g.key_bias_has_heads ? empty_cpu({p.rows_k, p.heads}, ScalarType::Float)
+                                         : empty_cpu({p.rows_k}, ScalarType::Float);
     g.grad_key_bias = static_cast<float*>(grad_key_bias.mutable_data_ptr());
   }
   if (needs & 16) {
     const int64_t* n = p.bias_size;
-    grad_bias = allocate({n[0], n[1], n[2], n[3]}, bias->scalar_type(), query);
+    grad_bias = empty_cpu({n[0], n[1], n[2], n[3]}, bias->scalar_type());
     g.grad_bias = grad_bias.mutable_data_ptr();
   }
   attention_backward(p, g, content, torch_parallel(), active_isa());

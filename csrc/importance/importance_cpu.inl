@@ -62,7 +62,8 @@ static Lanes importance_lanes(const ImportanceParams& params, const Sequence& se
     s.row[i] = row;
     s.head[i] = static_cast<int32_t>(query_head % p.group());
     s.lse[i] = there && lse != -infinity ? lse : infinity;
-    s.weight[i] = !there ? 0.0f
+    // A query that sees nothing adds nothing, whatever its weight.
+    s.weight[i] = !there || lse == -infinity ? 0.0f
                   : params.row_weight == nullptr
                       ? 1.0f
                       : params.row_weight[query_head * params.weight_head + row * params.weight_row];
@@ -91,14 +92,16 @@ static void add_weights(const float* scores, int64_t keys, float c, const float*
     base[n] = exact ? -load(lse + n * W) : load(lse + n * W) * splat(-kLog2e);
     factor[n] = weighted ? load(weight + n * W) : zero();
   }
-  const vf slope = splat(exact ? c : c * kLog2e);
+  const vf slope = splat(exact ? c : c * kLog2e), hidden = splat(-__builtin_inff());
   for (int64_t j = 0; j < keys; ++j) {
     vf sum = load(sums + j * W);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const vf x = fma(load(scores + j * kImportanceLanes + n * W), slope, base[n]);
+      const vf score = load(scores + j * kImportanceLanes + n * W);
+      const vf x = fma(score, slope, base[n]);
       const vf p = exp2(exact ? x * splat(kLog2e) : x);
-      sum = weighted ? fma(p, factor[n], sum) : sum + p;
+      // A hidden key takes nothing even of a weight that is NaN.
+      sum = weighted ? fma(p, score == hidden ? zero() : factor[n], sum) : sum + p;
     }
     store(sums + j * W, sum);
   }

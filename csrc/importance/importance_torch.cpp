@@ -76,7 +76,8 @@ Tensor importance(Tensor query, Tensor key, Tensor lse, Tensor cu_q, Tensor cu_k
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   AttentionContent content;
-  const std::string fault = check_attention_content(p, content);
+  std::string fault = check_attention_content(p, content);
+  if (fault.empty()) fault = check_attention_ranges(p);
   FXA_CHECK(fault.empty(), fault);
   const int64_t shape[] = {p.heads, p.slots_k};
   Tensor score = torch::stable::new_empty(query, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2), ScalarType::Float);

@@ -53,5 +53,6 @@ def time_ranges(
     start = torch.searchsorted(keys, (asked - before).contiguous())
     end = torch.searchsorted(keys, (asked + after).contiguous(), right=True)
     lengths = context.lengths[:, None]
-    ranges = torch.stack([start, torch.minimum(end, lengths)], dim=-1).int()
+    end = torch.minimum(end, lengths)
+    ranges = torch.stack([torch.minimum(start, end), end], dim=-1).int()
     return ranges[query.sequence_ids(), query.positions()]

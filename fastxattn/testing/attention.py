@@ -142,7 +142,7 @@ def _side(lengths: tuple[int, ...], padded: bool, shuffled: bool, g: torch.Gener
 
 
 def _ranges(kind: str, side: _Side, lengths_k: tuple[int, ...], g: torch.Generator) -> Tensor | None:
-    """(rows, 2): random ones may be empty, reversed or leave the sequence."""
+    """(rows, 2): random ones may be empty; those of rows that belong to nobody are senseless."""
     if not kind:
         return None
     ranges = torch.full((side.rows, 2), 7, dtype=torch.int32)
@@ -151,10 +151,11 @@ def _ranges(kind: str, side: _Side, lengths_k: tuple[int, ...], g: torch.Generat
         slots = torch.arange(first, first + n)
         rows = slots if side.index is None else side.index[slots].long()
         if kind == "causal":
-            ends = torch.arange(n) + 1 + keys - n
+            ends = (torch.arange(n) + 1 + keys - n).clamp(min=0)
             ranges[rows] = torch.stack([torch.zeros_like(ends), ends], 1).int()
         else:
-            ranges[rows] = torch.randint(-5, keys + 6, (n, 2), generator=g, dtype=torch.int32)
+            places = torch.randint(-5, keys + 6, (n, 2), generator=g, dtype=torch.int32)
+            ranges[rows] = places.clamp(0, keys).sort(1).values
     return ranges
 
 

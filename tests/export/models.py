@@ -68,6 +68,6 @@ def bare_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     shapes = ((7, HEADS, DIM), (11, 2, DIM), (11, 2, 6))
     q, k, v = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
     cu_q, cu_k = torch.tensor([0, 3, 3, 7], dtype=torch.int32), torch.tensor([0, 4, 5, 9], dtype=torch.int32)
-    spans = torch.tensor([[0, 2], [3, 3], [-1, 9], [0, 4], [1, 2], [2, 4], [9, 9]], dtype=torch.int32)
+    spans = torch.tensor([[0, 2], [3, 3], [0, 4], [0, 4], [1, 2], [2, 4], [4, 4]], dtype=torch.int32)
     index = torch.tensor([3, 1, 0, 7, 5, 10, 9, 9, 2], dtype=torch.int32)
     return q, k, v, cu_q, cu_k, spans, torch.randn(11, HEADS, generator=generator), index

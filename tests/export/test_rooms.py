@@ -76,7 +76,7 @@ def test_room(module: torch.nn.Module, widths: tuple[int, ...], tmp_path: Path) 
 def test_importance_with_every_option(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     text, image = packed(3, 4), packed(5, 6, width=16)
-    spans = torch.tensor([[0, 2], [3, 3], [-1, 9], [0, 4], [1, 2], [2, 4], [9, 9]], dtype=torch.int32)
+    spans = torch.tensor([[0, 2], [3, 3], [0, 5], [0, 4], [1, 2], [2, 4], [6, 6]], dtype=torch.int32)
     bias, weight = torch.randn(11, HEADS, generator=generator), torch.randn(HEADS, 7, generator=generator)
     index = torch.tensor([0, 1, 2, 5, 4, 3, 6], dtype=torch.int32)
 

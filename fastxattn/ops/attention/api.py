@@ -69,8 +69,9 @@ def varlen_cross_attention(
         max_seqlen_k: the same.
         scale: multiplies the scores; 1 / sqrt(head_dim) when None.
         softcap: Gemma 2's soft limit on scores; 0 is off.
-        kv_range: (total_q, 2) int32; query i sees keys [start, end) of its own sequence, clamped to it. For causal,
-            windowed, media and time-aligned attention see :mod:`fastxattn.ops.attention.ranges`.
+        kv_range: (total_q, 2) int32; query i sees keys [start, end) of its own sequence, 0 <= start <= end <= its keys;
+            none when start == end. For causal, windowed, media and time-aligned attention see
+            :mod:`fastxattn.ops.attention.ranges`.
         key_bias: (total_k,) or (total_k, heads) float32, added to the scores of a key (the log of a merged token's
             size: Bolya et al., Token Merging, 2022). Gets its gradient.
         key_index: (kept,) int32; the keys are rows ``key_index`` of key and value, read in place, and
@@ -88,7 +89,7 @@ def varlen_cross_attention(
 
     Raises:
         TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: a shape, device, offset, index or number is wrong, or there is no such backend.
+        ValueError: a shape, device, offset, index, range or number is wrong, or there is no such backend.
         RuntimeError: the backend asked for cannot run this problem; the message says why.
 
     Example:
@@ -153,7 +154,7 @@ def cross_attention(
         query_mask: (batch, Lq) boolean, True where there is a token; any pattern. None: everywhere.
         key_mask: (batch, Lk) boolean.
         kv_range: (batch, Lq, 2) int32, or (1, Lq, 2) or (Lq, 2) for all; query i sees key positions [start, end) of
-            the padded axis, less those that are absent.
+            the padded axis, less those that are absent; 0 <= start <= end <= Lk.
         bias: broadcasts to (batch, heads, Lq, Lk); float32 or the dtype of query; added to the scores. Gets its
             gradient, summed over broadcast axes. -inf hides a key's weight; prefer masks and ranges, which skip work.
         key_bias: (batch, Lk) or (batch, Lk, heads) float32, added to the scores of a key.

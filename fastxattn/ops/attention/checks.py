@@ -4,8 +4,8 @@
 traced, so a comparison of sizes may be symbolic. :func:`check_contents` reads offsets and indices. A plain CPU call
 runs neither: the native operator does its own checks, and only when it refuses do these find the words.
 
-``kv_range`` is not refused when it leaves its sequence, it is clamped, on every backend: a GPU could not refuse it
-without waiting for the device.
+``kv_range`` must stay within its sequence: 0 <= start <= end <= keys, for every query token in use. A GPU could not
+refuse it without waiting for the device: there it is clamped, unless ``FASTXATTN_VALIDATE=1``.
 """
 
 from __future__ import annotations
@@ -169,8 +169,9 @@ def check_contents(problem: Problem) -> None:
 
     Raises:
         ValueError: offsets do not start at 0, decrease or end past the tokens; a length or an index is out of range;
-            a query token is named twice; the bias is too small for the sequences.
+            a query token is named twice; a range leaves its sequence; the bias is too small for the sequences.
     """
+    owners: list[tuple[Tensor, Tensor]] = []  # by side: the rows in use, and the sequence of each
     for side, tokens, axis in (("q", problem.query, 2), ("k", problem.key, 3)):
         offsets_name = f"cu_seqlens_{side}"
         offsets: Tensor = getattr(problem, offsets_name)
@@ -185,8 +186,12 @@ def check_contents(problem: Problem) -> None:
                 f"seqused_{side} must lie between 0 and the sequence's length, {int(lengths[at])}; "
                 f"got {int(used[at])} at sequence {at}"
             )
-        slots = _slots_in_use(offsets, lengths if used is None else used)
+        in_use = lengths if used is None else used
+        slots = _slots_in_use(offsets, in_use)
         rows = slots if index is None else index[slots].long()
+        if side == "k" and problem.kv_range is not None:
+            _check_ranges(problem.kv_range, *owners[0], in_use)
+        owners.append((rows, torch.repeat_interleave(torch.arange(in_use.shape[0], device=rows.device), in_use)))
         if index is not None and rows.numel():
             low, high = int(rows.min()), int(rows.max())
             if low < 0 or high >= tokens.shape[0]:
@@ -201,6 +206,18 @@ def check_contents(problem: Problem) -> None:
                     f"axis {axis} of bias must be 1 or hold every token of a sequence, up to {int(place.max()) + 1}; "
                     f"got shape {_shape(problem.bias)}"
                 )
+
+
+def _check_ranges(ranges: Tensor, rows: Tensor, sequences: Tensor, keys: Tensor) -> None:
+    """That the ranges of ``rows``, which belong to ``sequences``, lie within those sequences' numbers of keys."""
+    start, end = ranges[rows].unbind(1)
+    wrong = (start < 0) | (start > end) | (end > keys[sequences])
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"kv_range must satisfy 0 <= start <= end <= the keys of the sequence, {int(keys[sequences[at]])}; "
+            f"got [{int(start[at])}, {int(end[at])}) at query row {int(rows[at])}"
+        )
 
 
 def check_offsets(name: str, offsets: Tensor, slots: int, index_name: str, index: Tensor | None) -> None:

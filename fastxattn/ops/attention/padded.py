@@ -71,8 +71,9 @@ class Layout(NamedTuple):
         if self.key_mask is not None:
             # How many keys are there before each padded position.
             before = torch.nn.functional.pad(self.key_mask.cumsum(1, dtype=torch.int32), (1, 0))
-            places = kv_range.clamp(0, self.length_k).flatten(1).long()
-            kv_range = before.gather(1, places).unflatten(1, (self.length_q, 2))
+            inside = kv_range.clamp(0, self.length_k)
+            # What leaves the padded axis still leaves the sequence afterwards, to be refused with it.
+            kv_range = before.gather(1, inside.flatten(1).long()).view_as(kv_range) + (kv_range - inside)
         return kv_range.reshape(-1, 2)
 
     def per_key(self, key_bias: Tensor | None) -> Tensor | None:

@@ -6,8 +6,8 @@ Arguments common to all of them:
 * ``cu_seqlens_q/k`` (batch + 1,) int32: where each sequence's *slots* start. Without an index, slot = row;
 * ``seqused_q/k`` (batch,) int32 or None: use only the first so many slots of each sequence;
 * ``query_index`` / ``key_index`` (slots,) int32 or None: the row that a slot stands for;
-* ``kv_range`` (rows_q, 2) int32 or None: by query row, the visible key slots [start, end) of its own sequence,
-  clamped to it;
+* ``kv_range`` (rows_q, 2) int32 or None: by query row, the visible key slots [start, end) of its own sequence; one
+  that leaves it is refused (cpu) or clamped (triton, cuda);
 * ``key_bias`` (rows_k,) or (rows_k, heads) float32 or None: by key row, added to the scaled, capped score;
 * ``bias`` 4-D (batch|1, heads|1, rows of q per sequence|1, rows of k per sequence|1) or None, for the padded layout:
   indexed by the row's place in its sequence (row - cu_seqlens[b]);
