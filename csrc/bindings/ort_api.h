@@ -61,12 +61,6 @@ struct Api {
   Status* attribute(const KernelInfo* info, const char* name, int64_t* out) const {
     return entry<Status*(const KernelInfo*, const char*, int64_t*)>(86)(info, name, out);
   }
-  Status* input_count(const KernelContext* context, size_t* out) const {
-    return entry<Status*(const KernelContext*, size_t*)>(88)(context, out);
-  }
-  Status* output_count(const KernelContext* context, size_t* out) const {
-    return entry<Status*(const KernelContext*, size_t*)>(89)(context, out);
-  }
   Status* input(const KernelContext* context, size_t index, const Value** out) const {
     return entry<Status*(const KernelContext*, size_t, const Value**)>(90)(context, index, out);
   }
@@ -78,6 +72,16 @@ struct Api {
   void release_shape(ShapeInfo* info) const { entry<void(ShapeInfo*)>(99)(info); }
   Status* gpu_stream(const KernelContext* context, void** out) const {
     return entry<Status*(const KernelContext*, void**)>(193)(context, out);
+  }
+  Status* input_count(const KernelInfo* info, size_t* out) const {
+    return entry<Status*(const KernelInfo*, size_t*)>(230)(info, out);
+  }
+  Status* output_count(const KernelInfo* info, size_t* out) const {
+    return entry<Status*(const KernelInfo*, size_t*)>(231)(info, out);
+  }
+  // The value of an input that is a constant of the graph; null where it is not.
+  Status* constant_input(const KernelInfo* info, size_t index, int* constant, const Value** out) const {
+    return entry<Status*(const KernelInfo*, size_t, int*, const Value**)>(249)(info, index, constant, out);
   }
   // Runs call(data, i) for i in [0, total) on the session's intra-op pool.
   Status* parallel_for(const KernelContext* context, void (*call)(void*, size_t), size_t total, size_t batches,

@@ -1,7 +1,7 @@
 // fastxattn::Attention and fastxattn::KeyImportance for ONNX Runtime: the torch operators' arguments, without dropout.
-#include "attention/attention.h"
+#include "bindings/ort_attention.h"
+
 #include "attention/attention_check.h"
-#include "bindings/ort_op.h"
 #include "importance/importance.h"
 
 namespace fastxattn::ort {
@@ -20,11 +20,10 @@ void set_rows(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor
   v.expect({k.size[0], k.size[1], -1}, "(rows_k, kv_heads, value_dim)");
   p.rows_q = q.size[0], p.heads = q.size[1], p.head_dim = q.size[2];
   p.rows_k = k.size[0], p.kv_heads = k.size[1], p.value_dim = v.size[2];
-  require(p.kv_heads > 0 && p.heads > 0 && p.heads % p.kv_heads == 0,
-          "kv_heads must divide heads; got " + std::to_string(p.kv_heads) + " and " + std::to_string(p.heads));
+  require(p.kv_heads > 0 && p.heads > 0 && p.heads % p.kv_heads == 0, "kv_heads must divide heads; got ", p.kv_heads,
+          " and ", p.heads);
   require(p.head_dim >= 1 && p.head_dim <= 256 && p.value_dim >= 1 && p.value_dim <= 256,
-          "head_dim and value_dim must be in 1..256; got " + std::to_string(p.head_dim) + " and " +
-              std::to_string(p.value_dim));
+          "head_dim and value_dim must be in 1..256; got ", p.head_dim, " and ", p.value_dim);
   require(p.rows_q <= INT32_MAX && p.rows_k <= INT32_MAX, "more rows than int32 offsets can name");
   p.query = q.data, p.key = k.data, p.value = v.data;
   p.query_head = p.head_dim, p.query_row = p.heads * p.head_dim;
@@ -56,7 +55,7 @@ void set_bias(AttentionParams& p, const Tensor& bias) {
     stride *= bias.size[i];
   }
   require((p.bias_size[0] == 1 || p.bias_size[0] == p.batch) && (p.bias_size[1] == 1 || p.bias_size[1] == p.heads),
-          "bias must have 1 or batch, and 1 or heads, as its first sizes; got " + bias.shape());
+          "bias must have 1 or batch, and 1 or heads, as its first sizes; got ", bias);
 }
 
 // Offsets, lengths, indices and ranges: seven inputs from `first` on, in the order of the torch operators.
@@ -81,10 +80,10 @@ void set_slots(AttentionParams& p, const Call& call, int first) {
 }
 
 void set_numbers(AttentionParams& p, const Call& call) {
-  p.scale = call.floats[0];
+  p.scale = call.node.floats[0];
   require(p.scale == p.scale, "the attribute scale is missing or NaN");
-  p.softcap = call.floats[1];
-  require(p.softcap >= 0.0f, "softcap must not be negative; got " + std::to_string(p.softcap));
+  p.softcap = call.node.floats[1];
+  require(p.softcap >= 0.0f, "softcap must not be negative; got ", p.softcap);
 }
 
 AttentionContent check_content(const AttentionParams& p) {
@@ -95,29 +94,17 @@ AttentionContent check_content(const AttentionParams& p) {
 }
 
 void compute(Call& call) {
-  AttentionParams p;
-  p.dtype = call.dtype;
-  set_rows(p, call.input(0), call.input(1), call.input(2));
-  set_slots(p, call, 3);
-  set_key_bias(p, call.input(10));
-  set_bias(p, call.input(11));
-  set_numbers(p, call);
+  AttentionParams p = attention_problem(call);
   const AttentionContent content = check_content(p);
   p.out = call.output(0, {p.rows_q, p.heads, p.value_dim});
-  void* lse = call.output(1, {p.heads, p.rows_q});
-  std::vector<float> unread;  // the kernel writes the log-sum-exp in any case
-  if (lse == nullptr) {
-    unread.resize(static_cast<size_t>(p.heads * p.rows_q));
-    lse = unread.data();
-  }
-  p.lse = static_cast<float*>(lse);
+  p.lse = static_cast<float*>(call.output(1, {p.heads, p.rows_q}));
   attention_forward(p, content, call.parallel(), active_isa());
 }
 
 void compute_importance(Call& call) {
   ImportanceParams params;
   AttentionParams& p = params.attention;
-  p.dtype = call.dtype;
+  p.dtype = call.node.dtype;
   const Tensor key = call.input(1);
   set_rows(p, call.input(0), key, key);
   const Tensor lse = call.input(2);
@@ -143,6 +130,17 @@ void compute_importance(Call& call) {
 }
 
 }  // namespace
+
+AttentionParams attention_problem(const Call& call) {
+  AttentionParams p;
+  p.dtype = call.node.dtype;
+  set_rows(p, call.input(0), call.input(1), call.input(2));
+  set_slots(p, call, 3);
+  set_key_bias(p, call.input(10));
+  set_bias(p, call.input(11));
+  set_numbers(p, call);
+  return p;
+}
 
 // The inputs that attention and importance share after their first three.
 static std::vector<Argument> with_slots(std::vector<Argument> first, std::vector<Argument> last) {

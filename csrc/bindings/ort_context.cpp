@@ -10,10 +10,10 @@ void compute(Call& call) {
   query.expect({-1, -1, -1}, "(rows_q, heads, width)");
   context.expect({-1, query.size[2]}, "(rows_k, width), the width of query");
   ContextAttentionParams p{};
-  p.dtype = call.dtype;
+  p.dtype = call.node.dtype;
   p.rows_q = query.size[0], p.heads = query.size[1], p.width = query.size[2];
   p.rows_k = context.size[0];
-  require(p.heads >= 1 && p.width >= 1, "heads and width must be at least 1; got query " + query.shape());
+  require(p.heads >= 1 && p.width >= 1, "heads and width must be at least 1; got query ", query);
   p.batch = check_offsets(cu_q, p.rows_q);
   require(check_offsets(cu_k, p.rows_k) == p.batch, "cu_seqlens_q and cu_seqlens_k must have the same length");
   p.cu_seqlens_q = cu_q.as<int32_t>();
@@ -26,7 +26,7 @@ void compute(Call& call) {
     key_bias.expect({p.rows_k}, "(rows_k,)");
     p.key_bias = key_bias.as<float>();
   }
-  p.scale = call.floats[0];
+  p.scale = call.node.floats[0];
   require(p.scale == p.scale, "the attribute scale is missing or NaN");
   p.query = query.data;
   p.query_stride = p.heads * p.width;

@@ -1,7 +1,8 @@
 // The operator library for ONNX Runtime: `session_options.register_custom_ops_library(libfastxattn_ort.so)`.
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
-#include <mutex>
 
 #include "bindings/ort_op.h"
 
@@ -13,14 +14,6 @@ struct Entry : CustomOp {
   const Spec* spec;
   DType dtype;
   bool shape_references;
-};
-
-// A node: its attributes, read once.
-struct Node {
-  const Api* api;
-  const Entry* entry;
-  std::array<float, 4> floats{};
-  std::array<int64_t, 4> integers{};
 };
 
 const Entry& entry_of(const CustomOp* op) { return *static_cast<const Entry*>(op); }
@@ -45,38 +38,61 @@ T attribute_or(const Api* api, const KernelInfo* info, const char* name, T fallb
   return fallback;
 }
 
-Status* create(const CustomOp* op, const Api* api, const KernelInfo* info, void** kernel) {
-  auto node = std::make_unique<Node>();
-  node->api = api;
-  node->entry = &entry_of(op);
-  const Spec& spec = *node->entry->spec;
-  for (size_t i = 0; i < spec.floats.size(); ++i)
-    node->floats[i] = attribute_or(api, info, spec.floats[i].first, spec.floats[i].second);
-  for (size_t i = 0; i < spec.integers.size(); ++i)
-    node->integers[i] = attribute_or(api, info, spec.integers[i].first, spec.integers[i].second);
-  *kernel = node.release();
-  return nullptr;
+// Whether an optional input is an empty constant, which is how a file says that it is absent.
+bool is_absent(const Node& node, const KernelInfo* info, size_t index) {
+  int constant = 0;
+  const Value* value = nullptr;
+  Status* status = node.api->constant_input(info, index, &constant, &value);
+  if (status != nullptr) node.api->release_status(status);
+  if (status != nullptr || !constant || value == nullptr) return false;
+  Tensor tensor;
+  tensor.name = node.spec->inputs[index].name;
+  describe(node, value, tensor);
+  return tensor.empty();
 }
 
 // Nothing may be thrown through the runtime's frames: every failure becomes a status.
-Status* compute(void* kernel, KernelContext* context) {
-  const Node& node = *static_cast<const Node*>(kernel);
-  const Spec& spec = *node.entry->spec;
-  const auto who = [&spec] { return std::string("fastxattn::") + spec.name + ": "; };
+template <class F>
+Status* guarded(const Api* api, const Spec& spec, F&& body) {
+  const auto status = [&](ErrorCode code, const char* what) {
+    return api->create_status(code, (std::string("fastxattn::") + spec.name + ": " + what).c_str());
+  };
   try {
-    Call call{node.api,           node.entry->shape_references, context, &spec, node.entry->dtype,
-              node.floats.data(), node.integers.data()};
-    check(node.api, node.api->input_count(context, &call.inputs));
-    check(node.api, node.api->output_count(context, &call.outputs));
-    spec.compute(call);
+    body();
     return nullptr;
   } catch (const BadInput& error) {
-    return node.api->create_status(ErrorCode::invalid_argument, (who() + error.what()).c_str());
+    return status(ErrorCode::invalid_argument, error.what());
   } catch (const std::exception& error) {
-    return node.api->create_status(ErrorCode::runtime_exception, (who() + error.what()).c_str());
+    return status(ErrorCode::runtime_exception, error.what());
   } catch (...) {
-    return node.api->create_status(ErrorCode::fail, (who() + "unknown failure").c_str());
+    return status(ErrorCode::fail, "unknown failure");
   }
+}
+
+Status* create(const CustomOp* op, const Api* api, const KernelInfo* info, void** kernel) {
+  const Entry& entry = entry_of(op);
+  const Spec& spec = *entry.spec;
+  return guarded(api, spec, [&] {
+    auto node = std::make_unique<Node>(Node{api, &spec, entry.dtype, entry.shape_references});
+    check(api, api->input_count(info, &node->inputs));
+    check(api, api->output_count(info, &node->outputs));
+    for (size_t i = 0; i < spec.floats.size(); ++i)
+      node->floats[i] = attribute_or(api, info, spec.floats[i].first, spec.floats[i].second);
+    for (size_t i = 0; i < spec.integers.size(); ++i)
+      node->integers[i] = attribute_or(api, info, spec.integers[i].first, spec.integers[i].second);
+    for (size_t i = 0; i < std::min(node->inputs, spec.inputs.size()); ++i) {
+      if (!spec.inputs[i].required && is_absent(*node, info, i)) node->absent |= uint32_t{1} << i;
+    }
+    *kernel = node.release();
+  });
+}
+
+Status* compute(void* kernel, KernelContext* context) {
+  const Node& node = *static_cast<const Node*>(kernel);
+  return guarded(node.api, *node.spec, [&] {
+    Call call{node, context};
+    node.spec->compute(call);
+  });
 }
 
 Entry make_entry(const Spec& spec, DType dtype, bool shape_references) {
@@ -86,7 +102,7 @@ Entry make_entry(const Spec& spec, DType dtype, bool shape_references) {
   e.dtype = dtype;
   e.shape_references = shape_references;
   e.name = [](const CustomOp* op) { return entry_of(op).spec->name; };
-  e.execution_provider = [](const CustomOp*) -> const char* { return nullptr; };
+  e.execution_provider = [](const CustomOp* op) { return entry_of(op).spec->provider; };
   e.input_type = [](const CustomOp* op, size_t i) {
     return element_type(entry_of(op).spec->inputs[i].kind, entry_of(op).dtype);
   };
@@ -114,7 +130,11 @@ Entry make_entry(const Spec& spec, DType dtype, bool shape_references) {
 const std::vector<Entry>& entries(bool shape_references) {
   static const std::vector<Entry> all = [shape_references] {
     std::vector<Entry> list;
-    for (const Spec* spec : {&attention_spec(), &importance_spec(), &context_attention_spec(), &select_spec()}) {
+    std::vector<const Spec*> specs{&attention_spec(), &importance_spec(), &context_attention_spec(), &select_spec()};
+#ifdef FXA_ORT_CUDA
+    specs.push_back(&attention_cuda_spec());
+#endif
+    for (const Spec* spec : specs) {
       bool typed = false;
       for (const Argument& input : spec->inputs) typed = typed || input.kind == Kind::tensor;
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
@@ -134,19 +154,19 @@ const std::vector<Entry>& entries(bool shape_references) {
 extern "C" __attribute__((visibility("default"))) fastxattn::ort::Status* RegisterCustomOps(
     fastxattn::ort::SessionOptions* options, const fastxattn::ort::ApiBase* base) {
   using namespace fastxattn::ort;
-  const Api* api = base->get_api(kApiVersion);
-  if (api == nullptr) {
-    const std::string message =
-        std::string("fastxattn's operators need ONNX Runtime 1.17 or newer; this is ") + base->version_string();
-    return base->get_api(1)->create_status(ErrorCode::not_implemented, message.c_str());
-  }
   // Asking for a version that the runtime lacks makes it print an error, so the version string decides.
   const char* version = base->version_string();
   const int major = std::atoi(version);
-  const char* dot = version;
-  while (*dot != '\0' && *dot != '.') ++dot;
-  const int minor = *dot == '.' ? std::atoi(dot + 1) : 0;
-  const bool references = major > 1 || minor >= static_cast<int>(kShapeReferenceVersion);
+  const char* dot = std::strchr(version, '.');
+  const int minor = dot != nullptr ? std::atoi(dot + 1) : 0;
+  const auto has = [&](uint32_t wanted) { return major > 1 || minor >= static_cast<int>(wanted); };
+  if (!has(kApiVersion)) {
+    const std::string message =
+        std::string("fastxattn's operators need ONNX Runtime 1.17 or newer; this is ") + version;
+    return base->get_api(1)->create_status(ErrorCode::not_implemented, message.c_str());
+  }
+  const Api* api = base->get_api(kApiVersion);
+  const bool references = has(kShapeReferenceVersion);
   OpDomain* domain = nullptr;
   if (Status* status = api->create_custom_op_domain("fastxattn", &domain)) return status;
   for (const auto& entry : entries(references)) {

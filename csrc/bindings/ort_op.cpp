@@ -10,10 +10,10 @@ void check(const Api* api, Status* status) {
   throw std::runtime_error("a call into ONNX Runtime failed");
 }
 
-std::string Tensor::shape() const {
-  std::string text = "(";
-  for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(size[i]);
-  return text + ")";
+std::ostream& operator<<(std::ostream& out, const Tensor& tensor) {
+  out << "(";
+  for (int i = 0; i < tensor.rank; ++i) out << (i ? ", " : "") << tensor.size[i];
+  return out << ")";
 }
 
 void Tensor::expect(std::initializer_list<int64_t> expected, const char* meaning) const {
@@ -24,21 +24,13 @@ void Tensor::expect(std::initializer_list<int64_t> expected, const char* meaning
     same = want < 0 || size[i] == want;
     ++i;
   }
-  if (!same) throw BadInput(std::string(name) + " must have shape " + meaning + "; got " + shape());
+  require(same, name, " must have shape ", meaning, "; got ", *this);
 }
 
-Tensor Call::input(int index) const {
-  Tensor tensor;
-  const Argument& argument = spec->inputs[index];
-  tensor.name = argument.name;
-  const Value* value = nullptr;
-  if (static_cast<size_t>(index) < inputs) check(api, api->input(context, index, &value));
-  if (value == nullptr) {
-    if (argument.required) throw BadInput(std::string(argument.name) + " is missing");
-    return tensor;
-  }
+void describe(const Node& node, const Value* value, Tensor& tensor) {
+  const Api* api = node.api;
   size_t rank = 0;
-  if (shape_references) {
+  if (node.shape_references) {
     const int64_t* sizes = nullptr;  // the call refuses what is not a tensor
     check(api, api->shape_reference(value, &tensor.type, &sizes, &rank));
     if (rank <= kMaxRank) {
@@ -47,7 +39,7 @@ Tensor Call::input(int index) const {
   } else {
     int dense = 0;
     check(api, api->is_tensor(value, &dense));
-    if (!dense) throw BadInput(std::string(argument.name) + " must be a tensor");
+    require(dense, tensor.name, " must be a tensor");
     ShapeInfo* info = nullptr;
     check(api, api->tensor_shape(value, &info));
     Status* status = api->shape_element_type(info, &tensor.type);
@@ -56,11 +48,25 @@ Tensor Call::input(int index) const {
     api->release_shape(info);
     check(api, status);
   }
-  if (rank > kMaxRank) throw BadInput(std::string(argument.name) + " has too many axes: " + std::to_string(rank));
+  require(rank <= kMaxRank, tensor.name, " has too many axes: ", rank);
   tensor.rank = static_cast<int>(rank);
-  if (!argument.required && tensor.elements() == 0) return tensor;  // as if it were not there
+}
+
+Tensor Call::input(int index) const {
+  Tensor tensor;
+  const Argument& argument = node.spec->inputs[index];
+  tensor.name = argument.name;
+  if (node.absent >> index & 1) return tensor;
+  const Value* value = nullptr;
+  if (static_cast<size_t>(index) < node.inputs) check(node.api, node.api->input(context, index, &value));
+  if (value == nullptr) {
+    require(!argument.required, argument.name, " is missing");
+    return tensor;
+  }
+  describe(node, value, tensor);
+  if (!argument.required && tensor.empty()) return tensor;  // as if it were not there
   void* data = nullptr;
-  check(api, api->tensor_data(const_cast<Value*>(value), &data));
+  check(node.api, node.api->tensor_data(const_cast<Value*>(value), &data));
   // A required tensor that is empty may have no memory; it is present all the same.
   static const int64_t kNothing[8] = {};
   tensor.data = data != nullptr ? data : kNothing;
@@ -68,29 +74,28 @@ Tensor Call::input(int index) const {
 }
 
 void* Call::output(int index, std::initializer_list<int64_t> sizes) const {
-  const Argument& argument = spec->outputs[index];
+  const Argument& argument = node.spec->outputs[index];
   Value* value = nullptr;
-  if (static_cast<size_t>(index) < outputs) {
-    check(api, api->output(context, index, sizes.begin(), sizes.size(), &value));
+  if (static_cast<size_t>(index) < node.outputs) {
+    check(node.api, node.api->output(context, index, sizes.begin(), sizes.size(), &value));
   }
   if (value == nullptr) {
-    require(!argument.required, std::string("the output ") + argument.name + " must be connected");
+    require(!argument.required, "the output ", argument.name, " must be connected");
     return nullptr;
   }
   void* data = nullptr;
-  check(api, api->tensor_data(value, &data));
+  check(node.api, node.api->tensor_data(value, &data));
   return data;
 }
 
 int64_t check_offsets(const Tensor& offsets, int64_t rows) {
   offsets.expect({-1}, "(batch + 1,)");
   const int64_t batch = offsets.size[0] - 1;
-  require(batch >= 0, std::string(offsets.name) + " must have at least 1 entry");
+  require(batch >= 0, offsets.name, " must have at least 1 entry");
   const int32_t* at = offsets.as<int32_t>();
   bool sound = at[0] == 0 && at[batch] <= rows;
   for (int64_t b = 0; b < batch; ++b) sound = sound && at[b] <= at[b + 1];
-  require(sound, std::string(offsets.name) + " must start at 0, never decrease and end within the " +
-                     std::to_string(rows) + " rows");
+  require(sound, offsets.name, " must start at 0, never decrease and end within the ", rows, " rows");
   return batch;
 }
 
@@ -113,13 +118,14 @@ Parallel Call::parallel() const {
   parallel.run = [](void* pool, int64_t count, Parallel::Body body, void* context) {
     const Call& call = *static_cast<const Call*>(pool);
     Work work{body, context};
-    check(call.api, call.api->parallel_for(
-                        call.context,
-                        [](void* data, size_t worker) {
-                          const Work& w = *static_cast<const Work*>(data);
-                          w.body(static_cast<int64_t>(worker), w.context);
-                        },
-                        static_cast<size_t>(count), 0, &work));
+    const Api* api = call.node.api;
+    check(api, api->parallel_for(
+                   call.context,
+                   [](void* data, size_t worker) {
+                     const Work& w = *static_cast<const Work*>(data);
+                     w.body(static_cast<int64_t>(worker), w.context);
+                   },
+                   static_cast<size_t>(count), 0, &work));
   };
   return parallel;
 }

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,16 +31,16 @@ struct Tensor {
   const void* data = nullptr;
 
   explicit operator bool() const { return data != nullptr; }
-  int64_t elements() const {
-    int64_t n = 1;
-    for (int i = 0; i < rank; ++i) n *= size[i];
-    return n;
+  bool empty() const {
+    for (int i = 0; i < rank; ++i) {
+      if (size[i] == 0) return true;
+    }
+    return false;
   }
   template <class T>
   const T* as() const {
     return static_cast<const T*>(data);
   }
-  std::string shape() const;
 
   // Throws BadInput unless the shape is `expected`; -1 stands for any size.
   void expect(std::initializer_list<int64_t> expected, const char* meaning) const;
@@ -55,6 +56,9 @@ struct Argument {
 
 struct Call;
 
+// A tensor in a message is its shape.
+std::ostream& operator<<(std::ostream& out, const Tensor& tensor);
+
 // What the runtime is told about an operator, once per floating-point type.
 struct Spec {
   const char* name;
@@ -63,18 +67,25 @@ struct Spec {
   std::vector<std::pair<const char*, float>> floats;  // attributes and what they are when absent
   std::vector<std::pair<const char*, int64_t>> integers;
   void (*compute)(Call&);
+  const char* provider = nullptr;  // null: the CPU's
+};
+
+// What is known of a node before it runs, so that a run need not ask.
+struct Node {
+  const Api* api;
+  const Spec* spec;
+  DType dtype;
+  bool shape_references;           // the runtime has Api::shape_reference
+  size_t inputs = 0, outputs = 0;  // how many the node has, absent ones in the middle included
+  uint32_t absent = 0;             // bit i: input i is optional, and an empty constant of the graph
+  std::array<float, 4> floats{};   // attributes in the order of the spec
+  std::array<int64_t, 4> integers{};
 };
 
 // One run of one node.
 struct Call {
-  const Api* api;
-  bool shape_references;  // the runtime has Api::shape_reference
+  const Node& node;
   KernelContext* context;
-  const Spec* spec;
-  DType dtype;
-  const float* floats;  // attributes in the order of the spec
-  const int64_t* integers;
-  size_t inputs = 0, outputs = 0;  // how many the node has, absent ones in the middle included
 
   Tensor input(int index) const;
   // Allocates an output; null when nobody reads it.
@@ -86,9 +97,18 @@ struct Call {
 // Throws what a status says, releasing it.
 void check(const Api* api, Status* status);
 
-// Throws BadInput unless the condition holds.
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw BadInput(message);
+// The type and sizes of a value; throws when it is not a tensor of at most kMaxRank axes.
+void describe(const Node& node, const Value* value, Tensor& tensor);
+
+// Throws BadInput unless the condition holds. The message's parts are put together only then: printing numbers would
+// take longer than everything else that is done for a small node.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) [[likely]]
+    return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw BadInput(message.str());
 }
 
 // (batch + 1,) offsets that start at 0, never decrease and end within `rows`. The batch is returned.
@@ -99,5 +119,6 @@ const Spec& attention_spec();
 const Spec& importance_spec();
 const Spec& context_attention_spec();
 const Spec& select_spec();
+const Spec& attention_cuda_spec();  // in the CUDA twin of the library only
 
 }  // namespace fastxattn::ort

@@ -10,9 +10,9 @@ void compute(Call& call) {
   scores.expect({-1}, "(total,)");
   const int64_t total = scores.size[0], batch = check_offsets(cu, total);
   counts.expect({batch}, "(batch,)");
-  require(room.elements() == 1, "capacity must have one element; got " + room.shape());
+  require(room.rank <= 1 && (room.rank == 0 || room.size[0] == 1), "capacity must have one element; got ", room);
   const int64_t capacity = *room.as<int64_t>();
-  require(capacity >= 0 && capacity <= INT32_MAX, "capacity must be in 0..2^31 - 1; got " + std::to_string(capacity));
+  require(capacity >= 0 && capacity <= INT32_MAX, "capacity must be in 0..2^31 - 1; got ", capacity);
   pruning::SelectParams p{};
   p.scores = scores.as<float>();
   p.cu = cu.as<int32_t>();

@@ -5,7 +5,9 @@ python examples/aoti/export_package.py build/aoti
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -57,12 +59,18 @@ def main(folder: Path) -> None:
     tensors = [text.values, text.cu_seqlens, image.values, image.cu_seqlens]
     torch.jit.script(Inputs(tensors)).save(str(folder / "inputs.pt"))
     load_kernels()
-    (out,) = torch._inductor.aoti_load_package(str(package.path))(*tensors)
+    loaded = torch._inductor.aoti_load_package(str(package.path))
+    (out,) = loaded(*tensors)
     with torch.no_grad():
         error = (out - module(text, image)).abs().max().item()
-    print(
-        f"{package.path}: {tuple(out.shape)} sum {out.double().sum().item():g}, differs from the module by {error:.1e}"
-    )
+        print(f"{package.path}: {tuple(out.shape)} sum {out.double().sum().item():g}, off the module by {error:.1e}")
+        times: dict[str, list[float]] = {"module": [], "package": []}
+        for _ in range(20):
+            for name, call in (("module", lambda: module(text, image)), ("package", lambda: loaded(*tensors))):
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+    print(", ".join(f"{name} {statistics.median(t) * 1e3:.1f} ms" for name, t in times.items()))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@
 #include <torch/library.h>
 #include <torch/script.h>
 
+#include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <iostream>
-#include <list>
+#include <vector>
 
 int main(int argc, char** argv) {
   if (argc < 4) {
@@ -37,10 +38,13 @@ int main(int argc, char** argv) {
   for (const auto& output : outputs) {
     std::cout << output.sizes() << " sum " << output.to(at::kDouble).sum().item<double>() << "\n";
   }
-  const int rounds = argc > 4 ? std::atoi(argv[4]) : 20;
-  const auto start = std::chrono::steady_clock::now();
-  for (int i = 0; i < rounds; ++i) loader.run(inputs);
-  const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
-  std::cout << time.count() / rounds << " ms a run\n";
+  std::vector<double> times(argc > 4 ? std::max(1, std::atoi(argv[4])) : 20);
+  for (double& time : times) {
+    const auto start = std::chrono::steady_clock::now();
+    loader.run(inputs);
+    time = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  }
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  std::cout << times[times.size() / 2] << " ms a run\n";
   return 0;
 }

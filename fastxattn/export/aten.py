@@ -60,7 +60,28 @@ def sort_stable(self, stable=True, dim=-1, descending=False):
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
 
+def repeat_interleave(self, repeats, dim=None, output_size=None):
+    """Each entry along ``dim`` a number of times; onnxscript's own repeats another axis when the number is open."""
+    if dim is None:
+        self, dim = op.Reshape(self, op.Constant(value_ints=[-1])), 0
+    rank = len(self.shape)
+    dim %= rank
+    axis, one = op.Constant(value_ints=[dim + 1]), op.Constant(value_ints=[1])
+    count = op.Constant(value_ints=[repeats]) if isinstance(repeats, int) else op.Reshape(repeats, one)
+    parts = [op.Constant(value_ints=[1] * (dim + 1)), count]
+    if dim + 1 < rank:
+        parts.append(op.Constant(value_ints=[1] * (rank - dim - 1)))
+    wide = op.Expand(op.Unsqueeze(self, axis), op.Concat(*parts, axis=0))
+    sizes = [op.Mul(op.Shape(self, start=dim, end=dim + 1), count)]
+    if dim:
+        sizes.insert(0, op.Shape(self, start=0, end=dim))
+    if dim + 1 < rank:
+        sizes.append(op.Shape(self, start=dim + 1))
+    return op.Reshape(wide, op.Concat(*sizes, axis=0), allowzero=1)
+
+
 TRANSLATIONS = {
+    torch.ops.aten.repeat_interleave.self_int: repeat_interleave,
     torch.ops.aten.sort.stable: sort_stable,
     torch.ops.aten.searchsorted.Tensor: searchsorted,
     torch.ops.aten.log_sigmoid.default: log_sigmoid,

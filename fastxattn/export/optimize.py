@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from fastxattn.export.session import session_options
 
 PARITY = 1e-4
 """Largest difference allowed between the outputs of the old file and the new one, relative to the largest value."""
+
+
+EXTERNAL_ABOVE = 1 << 30
+"""Bytes of weights that go to a file of their own, ``<name>.data``."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,9 @@ def optimize(
     """
     path = Path(path)
     target = Path(out) if out is not None else path.with_suffix(".fastxattn.onnx")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; pass overwrite=True to replace it")
+    for file in (target, target.with_name(target.name + ".data")):
+        if file.exists() and not overwrite:
+            raise FileExistsError(f"{file} exists; pass overwrite=True to replace it")
     before = onnx.load(str(path))
     after = _converted(before)
     index = Index(after)
@@ -199,32 +205,39 @@ def _compare(
     target: Path,
     feeds: Sequence[Mapping[str, np.ndarray]],
 ) -> float:
-    """Write ``after`` and compare it with ``before``, or the file it came from; a difference removes it and raises."""
-    fresh = target.with_name(target.name + ".new")
-    large = sum(len(t.raw_data) for t in after.graph.initializer) > 1 << 30
-    try:
-        data = target.name + ".data"
-        onnx.save(after, str(fresh), save_as_external_data=large, location=data if large else None)
-        old = _session(str(path) if before is None else before.SerializeToString(), False)
+    """Compare ``after`` with ``before``, or the file it came from; where they agree, ``after`` becomes ``target``."""
+    large = sum(len(t.raw_data) for t in after.graph.initializer) > EXTERNAL_ABOVE
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        fresh, old = Path(folder) / target.name, path
+        _save(after, fresh, large)
+        if before is not None:
+            old = Path(folder) / "before.onnx"
+            _save(before, old, large)
+        reference = _session(old, False)
+        names = [o.name for o in reference.get_outputs()]
+        expected = [reference.run(None, dict(given)) for given in feeds]
         worst = 0.0
         for side in (False, True):
-            new = _session(str(fresh), side)
-            for given in feeds:
-                for name, a, b in zip(
-                    [o.name for o in old.get_outputs()],
-                    old.run(None, dict(given)),
-                    new.run(None, dict(given)),
-                    strict=True,
-                ):
+            session = _session(fresh, side)
+            for given, results in zip(feeds, expected, strict=True):
+                for name, a, b in zip(names, results, session.run(None, dict(given)), strict=True):
                     worst = max(worst, _difference(name, np.asarray(a), np.asarray(b)))
-        fresh.replace(target)
-        return worst
-    finally:
-        fresh.unlink(missing_ok=True)
+        for file in sorted(Path(folder).glob(f"{target.name}*"), reverse=True):  # weights before what names them
+            file.replace(target.with_name(file.name))
+    return worst
 
 
-def _session(source: str | bytes, library: bool) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(source, session_options(library=library), providers=["CPUExecutionProvider"])
+def _save(model: onnx.ModelProto, path: Path, large: bool) -> None:
+    # Saving moves external weights out of the model it is given.
+    copy = model
+    if large:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+    onnx.save(copy, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None)
+
+
+def _session(path: Path, library: bool) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), session_options(library=library), providers=["CPUExecutionProvider"])
 
 
 def _difference(name: str, a: np.ndarray, b: np.ndarray) -> float:

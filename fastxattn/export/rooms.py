@@ -11,6 +11,7 @@ import onnx
 import torch
 
 from fastxattn.export import aten
+from fastxattn.ops.onnx_parts import inlined
 
 DOMAIN = "fastxattn"
 FORMS = ("loop", "padded")
@@ -44,7 +45,7 @@ def functions(form: str, opset: int) -> dict[str, onnx.FunctionProto]:
     protos: dict[str, onnx.FunctionProto] = {}
     for face in _faces():
         for name, bodies in face.bodies().items():
-            proto = bodies.get(form, bodies["loop"]).to_function_proto()
+            proto = inlined(bodies.get(form, bodies["loop"]))
             proto.name = name
             del proto.opset_import[:]
             proto.opset_import.append(onnx.helper.make_opsetid("", opset))

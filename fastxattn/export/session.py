@@ -12,6 +12,10 @@ from torch import Tensor
 
 from fastxattn.runtime.native import LIBRARY_DIR
 
+_LIBRARIES = {
+    "cpu": ("libfastxattn_ort.so", "pip install --no-build-isolation ."),
+    "cuda": ("libfastxattn_ort_cuda.so", "python csrc/bindings/cuda/build.py"),
+}
 _DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _TYPES = {
     "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16,
@@ -24,29 +28,41 @@ _ONNX_TYPES = {
 }  # fmt: skip
 
 
-def ort_library_path() -> Path:
+def ort_library_path(device: str = "cpu") -> Path:
     """The operator library, for ``session_options.register_custom_ops_library(str(path))`` in any language.
+
+    ``"cuda"``: its twin, with the CPU's operators and those of the CUDA provider. A session registers one of the two.
 
     Raises:
         FileNotFoundError: it was not built with this installation.
+        ValueError: an unknown device.
     """
-    path = LIBRARY_DIR / "libfastxattn_ort.so"
+    if device not in _LIBRARIES:
+        raise ValueError(f"device must be one of {', '.join(_LIBRARIES)}; got {device!r}")
+    name, command = _LIBRARIES[device]
+    path = LIBRARY_DIR / name
     if not path.exists():
         raise FileNotFoundError(
-            f"the ONNX Runtime operators were not built with this installation ({path} is missing); build them with "
-            "`pip install --no-build-isolation .`"
+            f"the ONNX Runtime operators for {device} were not built with this installation ({path} is missing); "
+            f"build them with `{command}`"
         )
     return path
 
 
-def session_options(*, library: bool = True, threads: int | None = None) -> onnxruntime.SessionOptions:
-    """ONNX Runtime options with our operators registered (``library``) and ``threads`` intra-op threads."""
+def session_options(
+    *, library: bool = True, threads: int | None = None, device: str = "cpu"
+) -> onnxruntime.SessionOptions:
+    """ONNX Runtime options with our operators registered (``library``) and ``threads`` intra-op threads.
+
+    On CUDA without the twin library nothing is registered: portable bodies run on the device, where the CPU's operators
+    would have everything copied to the host and back.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    if library:
-        options.register_custom_ops_library(str(ort_library_path()))
+    if library and not (device == "cuda" and not (LIBRARY_DIR / _LIBRARIES[device][0]).exists()):
+        options.register_custom_ops_library(str(ort_library_path(device)))
     return options
 
 
@@ -80,7 +96,7 @@ class Session:
             raise RuntimeError(f"this onnxruntime has no {provider}; pip install 'fastxattn[onnx-gpu]'")
         self.device = device
         self._session = onnxruntime.InferenceSession(
-            str(path), session_options(library=library, threads=threads), providers=[provider]
+            str(path), session_options(library=library, threads=threads, device=device), providers=[provider]
         )
         self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [value.name for value in self._session.get_outputs()]

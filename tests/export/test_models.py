@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastxattn
 import fastxattn.export as export
 from fastxattn import nn
 from fastxattn.packed import PackedTokens
 from tests.export.models import packed
 
 transformers = pytest.importorskip("transformers")
+from benchmarks.export_zoo import MODELS, Model, build  # noqa: E402  (it imports transformers)
 
 
 def qformer_config() -> Any:
@@ -34,30 +34,6 @@ class PackedQFormer(torch.nn.Module):
         return self.model(self.queries.expand(image.cu_seqlens.shape[0] - 1, -1, -1), image)
 
 
-class AcceleratedQFormer(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = transformers.Blip2QFormerModel(qformer_config())
-        fastxattn.accelerate(self.model.eval())
-
-    def forward(self, queries: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-        features = {"encoder_hidden_states": image, "encoder_attention_mask": mask[:, None, None, :]}
-        return self.model(query_embeds=queries, **features).last_hidden_state
-
-
-class ProjectAndPrune(torch.nn.Module):
-    """What LLaVA does between its encoder and its language model, with half of the tokens dropped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = torch.nn.Linear(32, 64), torch.nn.Linear(64, 64)
-
-    def forward(self, image: PackedTokens) -> dict[str, Tensor]:
-        x = self.second(torch.nn.functional.gelu(self.first(image.values)))
-        rows, kept = fastxattn.prune_tokens(x, x[:, 0], image.cu_seqlens, fastxattn.Budget.ratio(0.5))
-        return {"mean": rows.sum(0) / 8, "offsets": kept.cu_seqlens}
-
-
 class FlamingoBlock(torch.nn.Module):
     """Text reads the image before it; one query per sequence is a decoder's step."""
 
@@ -71,14 +47,8 @@ class FlamingoBlock(torch.nn.Module):
         return self.block(text, image).to_padded()[0]  # rows past the last offset are nobody's
 
 
-def padded_qformer(batch: int) -> tuple[Tensor, ...]:
-    lengths = torch.tensor([4, 11, 7][:batch])
-    return torch.randn(batch, 8, 64), torch.randn(batch, 11, 96), torch.arange(11) < lengths[:, None]
-
-
-MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[bool], Any]]] = {
+PACKED: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[bool], Any]]] = {
     "Q-Former, packed": (PackedQFormer, lambda big: [packed(*((3, 0, 9) if big else (5, 7)), width=96)]),
-    "Q-Former of transformers": (AcceleratedQFormer, lambda big: padded_qformer(3 if big else 2)),
     "Perceiver resampler": (
         lambda: nn.PerceiverResampler(64, 2, 4, 16, 8),
         lambda big: [packed(*((3, 0, 9) if big else (5, 7)), width=64)],
@@ -96,16 +66,25 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[bool], Any]]] =
             packed(*((4, 9, 1) if big else (6, 5)), width=96),
         ],
     ),
-    "projector and pruner": (ProjectAndPrune, lambda big: [packed(*((3, 0, 9) if big else (5, 7)), width=32)]),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_model(name: str, tmp_path: Path) -> None:
-    build, inputs = MODELS[name]
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_module(name: str, tmp_path: Path) -> None:
+    make, inputs = PACKED[name]
     torch.manual_seed(0)
-    module = build().eval()
+    module = make().eval()
     done = export.to_onnx(module, inputs(False), tmp_path / "m.onnx")
     assert sum(done.nodes.values()) >= 1
     report = export.verify(done.path, module, inputs(True))
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
+def test_accelerated_model(model: Model, tmp_path: Path) -> None:
+    module, inputs = build(model, small=True, accelerated=True)
+    done = export.to_onnx(module, inputs(2), tmp_path / "m.onnx", dynamic=model.dynamic)
+    # However small the example is: the file serves larger inputs too.
+    assert sum(done.nodes.values()) >= 1
+    report = export.verify(done.path, module, inputs(3))
     assert report.ok, str(report)

@@ -143,3 +143,15 @@ def test_session_outputs_outlive_it(varlen: tuple[Path, Varlen]) -> None:
     session(*(x * 2 if x.is_floating_point() else x for x in feeds))
     del session
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+
+
+def test_repeat_interleave_with_an_open_count(tmp_path: Path) -> None:
+    class Repeat(torch.nn.Module):
+        def forward(self, x: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            count = like.shape[0]
+            return x.repeat_interleave(count, 0), x.repeat_interleave(count, -1), x.repeat_interleave(count)
+
+    module = Repeat().eval()
+    export.to_onnx(module, (torch.randn(3, 4, 5), torch.randn(2)), tmp_path / "m.onnx")
+    report = export.verify(tmp_path / "m.onnx", module, (torch.randn(2, 3, 6), torch.randn(5)), library=[False])
+    assert report.ok, str(report)

@@ -112,6 +112,21 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_large_weights_go_to_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    plain_export(sdpa, path, 23)
+    # As if the weights were above the limit, and the file optimized in place.
+    monkeypatch.setattr(sys.modules["fastxattn.export.optimize"], "EXTERNAL_ABOVE", 100)
+    export.optimize(path, path, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        export.optimize(path, path)
+    module, mask = Block(sdpa).eval(), torch.ones(2, 5, dtype=torch.bool)
+    text, image = torch.randn(2, 3, 32), torch.randn(2, 5, 24)
+    (got,) = export.Session(path)(text, image, mask)
+    torch.testing.assert_close(got, module(text, image, mask).detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_a_wrong_rewrite_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     plain_export(additive, path, 18)

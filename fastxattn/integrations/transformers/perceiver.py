@@ -101,7 +101,7 @@ class IdeficsResampler(Adapter):
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         """As the original's."""
         me: Any = self
-        if wants_maps() or not worth(latents[:, None], context[:, None]):
+        if wants_maps() or not worth(latents[:, None, :, : me.head_dim], context[:, None]):
             return super().forward(context, latents)  # type: ignore
         latents = me.latents_layer_norm(latents)
         tokens = torch.cat([me.context_layer_norm(context), latents], dim=-2)

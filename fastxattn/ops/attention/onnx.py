@@ -14,19 +14,28 @@ Under ``kv_range``, an infinite value at a visible key gives NaN where the kerne
 
 from typing import TypeVar, Union
 
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT32, script
 from onnxscript import opset18 as op
 
 from fastxattn.ops.onnx_node import DOMAIN, node
+from fastxattn.ops.onnx_parts import (
+    HIDDEN,
+    NO_BIAS,
+    NO_INTS,
+    NO_KEY_BIAS,
+    NO_RANGE,
+    Inside,
+    Poison,
+    Sift,
+    Slots,
+    Softcap,
+    Softmax,
+    Spans,
+    given,
+)  # fmt: skip
 
-NO_INTS = helper.make_tensor("no_ints", TensorProto.INT32, [0], [])
-NO_RANGE = helper.make_tensor("no_range", TensorProto.INT32, [0, 2], [])
-NO_KEY_BIAS = helper.make_tensor("no_key_bias", TensorProto.FLOAT, [0], [])
-NO_BIAS = helper.make_tensor("no_bias", TensorProto.FLOAT, [0, 0, 0, 0], [])
-HIDDEN = helper.make_tensor("hidden", TensorProto.FLOAT, [], [float("-inf")])
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])  # noqa: UP007  (onnxscript reads this form)
-NAN = helper.make_tensor("nan", TensorProto.FLOAT, [], [float("nan")])
 
 
 @script(DOMAIN, default_opset=op)
@@ -39,8 +48,7 @@ def Attention(
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     v0, v1, v2 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
     last, far = op.Constant(value_ints=[-1]), op.Constant(value_ints=[9223372036854775807])
-    f_zero, f_one = op.Constant(value_float=0.0), op.Constant(value_float=1.0)
-    hidden, nan = op.Constant(value=HIDDEN), op.Constant(value=NAN)
+    f_zero, hidden = op.Constant(value_float=0.0), op.Constant(value=HIDDEN)
     cap = op.Constant(value_float=softcap)
     capped = op.Greater(cap, f_zero)
     rows_q, heads = op.Shape(query, start=0, end=1), op.Shape(query, start=1, end=2)
@@ -51,53 +59,33 @@ def Attention(
     has_key_bias = op.Greater(op.Size(key_bias), zero)
     has_bias = op.Greater(op.Size(bias), zero)
 
-    # Where each sequence's slots start, and how many are in use.
-    starts_q = op.Cast(op.Slice(cu_seqlens_q, v0, last), to=TensorProto.INT64)
-    starts_k = op.Cast(op.Slice(cu_seqlens_k, v0, last), to=TensorProto.INT64)
-    if op.Greater(op.Size(seqused_q), zero):
-        used_q = op.Cast(seqused_q, to=TensorProto.INT64)
-    else:
-        used_q = op.Sub(op.Cast(op.Slice(cu_seqlens_q, v1, far), to=TensorProto.INT64), starts_q)
-    if op.Greater(op.Size(seqused_k), zero):
-        used_k = op.Cast(seqused_k, to=TensorProto.INT64)
-    else:
-        used_k = op.Sub(op.Cast(op.Slice(cu_seqlens_k, v1, far), to=TensorProto.INT64), starts_k)
+    starts_q, used_q = Spans(cu_seqlens_q, seqused_q)
+    starts_k, used_k = Spans(cu_seqlens_k, seqused_k)
 
     # Everything in slot order and float32; heads first.
     query_rows = op.Mul(op.Cast(query, to=TensorProto.FLOAT), op.Constant(value_float=scale))
     key_rows, value_rows = op.Cast(key, to=TensorProto.FLOAT), op.Cast(value, to=TensorProto.FLOAT)
+    # Slots that are not in use may name any row.
+    row_q = op.Clip(Slots(query_index, rows_q), zero, op.Sub(op.Squeeze(rows_q), one))
+    row_k = op.Clip(Slots(key_index, rows_k), zero, op.Sub(op.Squeeze(rows_k), one))
     if op.Greater(op.Size(query_index), zero):
-        row_q = op.Clip(op.Cast(query_index, to=TensorProto.INT64), zero, op.Sub(op.Squeeze(rows_q), one))
         q_slots = op.Gather(query_rows, row_q, axis=0)
-        if has_range:
-            range_slots = op.Gather(kv_range, row_q, axis=0)
-        else:
-            range_slots = op.Identity(kv_range)
     else:
-        row_q = op.Range(zero, op.Squeeze(rows_q), one)
         q_slots = op.Identity(query_rows)
-        range_slots = op.Identity(kv_range)
-    if has_key_bias:
-        bias_rows = op.Transpose(op.Reshape(key_bias, op.Concat(rows_k, last, axis=0)), perm=[1, 0])
-    else:
-        bias_rows = op.Reshape(f_zero, op.Concat(v1, v1, axis=0))
     if op.Greater(op.Size(key_index), zero):
-        row_k = op.Clip(op.Cast(key_index, to=TensorProto.INT64), zero, op.Sub(op.Squeeze(rows_k), one))
         k_slots = op.Gather(key_rows, row_k, axis=0)
         v_slots = op.Gather(value_rows, row_k, axis=0)
-        if has_key_bias:
-            bias_slots = op.Gather(bias_rows, row_k, axis=1)
-        else:
-            bias_slots = op.Identity(bias_rows)
     else:
-        row_k = op.Range(zero, op.Squeeze(rows_k), one)
         k_slots = op.Identity(key_rows)
         v_slots = op.Identity(value_rows)
-        bias_slots = op.Identity(bias_rows)
+    if has_key_bias:
+        by_row = op.Gather(op.Reshape(key_bias, op.Concat(rows_k, last, axis=0)), row_k, axis=0)
+        bias_all = op.Unsqueeze(op.Transpose(by_row, perm=[1, 0]), v1)  # (1 or heads, 1, slots)
+    else:
+        bias_all = op.Reshape(f_zero, op.Concat(v1, v1, v1, axis=0))
     q_all = op.Transpose(q_slots, perm=[1, 0, 2])  # (heads, slots, head_dim)
     k_all = op.Transpose(k_slots, perm=[1, 2, 0])  # (kv_heads, head_dim, slots)
     v_all = op.Transpose(v_slots, perm=[1, 0, 2])  # (kv_heads, slots, value_dim)
-    bias_all = op.Unsqueeze(bias_slots, v1)  # (1 or heads, 1, slots)
 
     outs = op.SequenceConstruct(op.Expand(f_zero, op.Concat(heads, v0, value_dim, axis=0)))
     lses = op.SequenceConstruct(op.Expand(f_zero, op.Concat(heads, v0, axis=0)))
@@ -111,10 +99,7 @@ def Attention(
             q = op.Reshape(op.Slice(q_all, from_q, to_q, v1), op.Concat(kv_heads, op.Mul(group, lq), head_dim, axis=0))
             products = op.MatMul(q, op.Slice(k_all, from_k, to_k, v2))
             raw = op.Reshape(products, op.Concat(heads, lq, lk, axis=0))
-            if capped:
-                soft = op.Mul(op.Tanh(op.Div(raw, cap)), cap)
-            else:
-                soft = op.Identity(raw)
+            soft = Softcap(raw, cap, capped)
             if has_key_bias:
                 keyed = op.Add(soft, op.Slice(bias_all, from_k, to_k, v2))
             else:
@@ -132,35 +117,24 @@ def Attention(
                 biased = op.Identity(keyed)
             v = op.Slice(v_all, from_k, to_k, v1)
             if has_range:
-                span = op.Cast(op.Slice(range_slots, from_q, to_q), to=TensorProto.INT64)
+                span = op.Cast(op.Gather(kv_range, op.Slice(row_q, from_q, to_q), axis=0), to=TensorProto.INT64)
                 key_place = op.Unsqueeze(op.Range(zero, op.Squeeze(lk), one), v0)
-                visible = op.And(
-                    op.GreaterOrEqual(key_place, op.Slice(span, v0, v1, v1)),
-                    op.Less(key_place, op.Slice(span, v1, v2, v1)),
-                )
+                visible = Inside(key_place, span)
                 scores = op.Where(visible, biased, hidden)
-                # 0 * NaN is NaN: values that are not finite are taken out, and given back to the queries that see them.
-                broken = op.Not(op.Equal(op.Sub(v, v), f_zero))
-                v_clean = op.Where(broken, f_zero, v)
-                seen = op.MatMul(op.Cast(visible, to=TensorProto.FLOAT), op.Cast(broken, to=TensorProto.FLOAT))
+                v_clean, seen = Sift(v, visible)
                 seen_by_head = op.Reshape(
                     op.Expand(op.Unsqueeze(seen, v1), op.Concat(kv_heads, group, lq, value_dim, axis=0)),
                     op.Concat(kv_heads, op.Mul(group, lq), value_dim, axis=0),
                 )
-                poison = op.Where(op.Greater(seen_by_head, f_zero), nan, f_zero)
+                poison = Poison(seen_by_head)
             else:
                 scores = op.Identity(biased)
                 v_clean = op.Identity(v)
                 poison = op.Identity(f_zero)
-            top = op.ReduceMax(scores, last, keepdims=1)
-            base = op.Where(op.Equal(top, hidden), f_zero, top)
-            weights = op.Exp(op.Sub(scores, base))
-            total = op.ReduceSum(weights, last, keepdims=1)
-            divisor = op.Where(op.Equal(total, f_zero), f_one, total)
+            weights, divisor, lse_i = Softmax(scores)
             grouped = op.Reshape(weights, op.Concat(kv_heads, op.Mul(group, lq), lk, axis=0))
             mixed = op.Reshape(op.Add(op.MatMul(grouped, v_clean), poison), op.Concat(heads, lq, value_dim, axis=0))
             out_i = op.Div(mixed, divisor)
-            lse_i = op.Squeeze(op.Add(base, op.Log(total)), last)
         else:
             out_i = op.Expand(f_zero, op.Concat(heads, lq, value_dim, axis=0))
             lse_i = op.Expand(hidden, op.Concat(heads, lq, axis=0))
@@ -187,12 +161,10 @@ def translate(
     """The node for a call of ``fastxattn::attention_<backend>`` met by torch's exporter."""
     if dropout_p:
         raise ValueError(f"attention with dropout_p={dropout_p} cannot be exported; call module.eval() first")
-    nothing = op.Constant(value=NO_INTS)
     return NODE(
         query, key, value, cu_seqlens_q, cu_seqlens_k,
-        *(nothing if t is None else t for t in (seqused_q, seqused_k, query_index, key_index)),
-        op.Constant(value=NO_RANGE) if kv_range is None else kv_range,
-        op.Constant(value=NO_KEY_BIAS) if key_bias is None else key_bias,
+        *(given(t, NO_INTS) for t in (seqused_q, seqused_k, query_index, key_index)),
+        given(kv_range, NO_RANGE), given(key_bias, NO_KEY_BIAS),
         op.Constant(value=NO_BIAS) if bias is None else op.Cast(bias, to=TensorProto.FLOAT),
         scale=scale, softcap=softcap,
     )  # fmt: skip

@@ -3,15 +3,15 @@
 Costs batch x longest queries x longest keys whatever the lengths. A row of zeros behind the data stands for every
 absent token, so that what lies there never enters a product.
 """
-# ruff: noqa: SIM108
 # mypy: ignore-errors
 
 from onnx import TensorProto
 from onnxscript import FLOAT, INT32, script
 from onnxscript import opset18 as op
 
-from fastxattn.ops.attention.onnx import HIDDEN, NAN, T
+from fastxattn.ops.attention.onnx import T
 from fastxattn.ops.onnx_node import DOMAIN
+from fastxattn.ops.onnx_parts import HIDDEN, Inside, Poison, Sift, Slots, Softcap, Softmax, Spans
 
 
 @script(DOMAIN, default_opset=op)
@@ -25,8 +25,7 @@ def AttentionPadded(
     v0, v1, v2 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
     v3, last = op.Constant(value_ints=[3]), op.Constant(value_ints=[-1])
     far = op.Constant(value_ints=[9223372036854775807])
-    f_zero, f_one = op.Constant(value_float=0.0), op.Constant(value_float=1.0)
-    hidden, nan = op.Constant(value=HIDDEN), op.Constant(value=NAN)
+    f_zero, hidden = op.Constant(value_float=0.0), op.Constant(value=HIDDEN)
     cap = op.Constant(value_float=softcap)
     capped = op.Greater(cap, f_zero)
     rows_q, heads = op.Shape(query, start=0, end=1), op.Shape(query, start=1, end=2)
@@ -35,25 +34,10 @@ def AttentionPadded(
     group = op.Div(heads, kv_heads)
     has_range = op.Greater(op.Size(kv_range), zero)
 
-    starts_q = op.Cast(op.Slice(cu_seqlens_q, v0, last), to=TensorProto.INT64)
-    starts_k = op.Cast(op.Slice(cu_seqlens_k, v0, last), to=TensorProto.INT64)
+    starts_q, used_q = Spans(cu_seqlens_q, seqused_q)
+    starts_k, used_k = Spans(cu_seqlens_k, seqused_k)
     batch = op.Shape(starts_q)
-    if op.Greater(op.Size(seqused_q), zero):
-        used_q = op.Cast(seqused_q, to=TensorProto.INT64)
-    else:
-        used_q = op.Sub(op.Cast(op.Slice(cu_seqlens_q, v1, far), to=TensorProto.INT64), starts_q)
-    if op.Greater(op.Size(seqused_k), zero):
-        used_k = op.Cast(seqused_k, to=TensorProto.INT64)
-    else:
-        used_k = op.Sub(op.Cast(op.Slice(cu_seqlens_k, v1, far), to=TensorProto.INT64), starts_k)
-    if op.Greater(op.Size(query_index), zero):
-        named_q = op.Cast(query_index, to=TensorProto.INT64)
-    else:
-        named_q = op.Range(zero, op.Squeeze(rows_q), one)
-    if op.Greater(op.Size(key_index), zero):
-        named_k = op.Cast(key_index, to=TensorProto.INT64)
-    else:
-        named_k = op.Range(zero, op.Squeeze(rows_k), one)
+    named_q, named_k = Slots(query_index, rows_q), Slots(key_index, rows_k)
 
     # (batch, longest) rows; where there is no token, the row of zeros behind the data.
     longest_q = op.ReduceMax(op.Concat(v1, used_q, axis=0), v0, keepdims=1)
@@ -81,10 +65,7 @@ def AttentionPadded(
     v = op.Transpose(v_rows, perm=[0, 2, 1, 3])
     full = op.Concat(batch, heads, longest_q, longest_k, axis=0)
     raw = op.Reshape(op.MatMul(q, k), full, allowzero=1)
-    if capped:
-        soft = op.Mul(op.Tanh(op.Div(raw, cap)), cap)
-    else:
-        soft = op.Identity(raw)
+    soft = Softcap(raw, cap, capped)
     if op.Greater(op.Size(key_bias), zero):
         flat = op.Reshape(key_bias, op.Concat(rows_k, last, axis=0))
         extra = op.Expand(f_zero, op.Concat(v1, op.Shape(flat, start=1, end=2), axis=0))
@@ -116,33 +97,23 @@ def AttentionPadded(
         nothing = op.Expand(op.Cast(zero, to=TensorProto.INT64), op.Concat(v1, v2, axis=0))
         spans = op.Concat(op.Cast(kv_range, to=TensorProto.INT64), nothing, axis=0)
         span = op.Unsqueeze(op.Gather(spans, row_q), v1)  # (batch, 1, longest_q, 2)
-        inside = op.And(
-            op.GreaterOrEqual(place_k, op.Slice(span, v0, v1, v3)), op.Less(place_k, op.Slice(span, v1, v2, v3))
-        )
-        visible = op.And(present, inside)
-        # 0 * NaN is NaN: values that are not finite are taken out, and given back to the queries that see them.
-        broken = op.Not(op.Equal(op.Sub(v, v), f_zero))
-        v_clean = op.Where(broken, f_zero, v)
-        seen = op.MatMul(op.Cast(visible, to=TensorProto.FLOAT), op.Cast(broken, to=TensorProto.FLOAT))
+        visible = op.And(present, Inside(place_k, span))
+        v_clean, seen = Sift(v, visible)
         five = op.Concat(batch, kv_heads, group, longest_q, value_dim, axis=0)
         seen_by_head = op.Reshape(
             op.Expand(op.Unsqueeze(seen, v2), five), op.Concat(batch, heads, longest_q, value_dim, axis=0), allowzero=1
         )
-        poison = op.Where(op.Greater(seen_by_head, f_zero), nan, f_zero)
+        poison = Poison(seen_by_head)
     else:
         visible = op.Identity(present)
         v_clean = op.Identity(v)
         poison = op.Identity(f_zero)
     scores = op.Where(visible, biased, hidden)
-    top = op.ReduceMax(scores, last, keepdims=1)
-    base = op.Where(op.Equal(top, hidden), f_zero, top)
-    weights = op.Exp(op.Sub(scores, base))
-    total = op.ReduceSum(weights, last, keepdims=1)
-    divisor = op.Where(op.Equal(total, f_zero), f_one, total)
+    weights, divisor, lse_by_head = Softmax(scores)
     grouped = op.Reshape(weights, op.Concat(batch, kv_heads, op.Mul(group, longest_q), longest_k, axis=0), allowzero=1)
     mixed = op.Reshape(op.MatMul(grouped, v_clean), op.Concat(batch, heads, longest_q, value_dim, axis=0), allowzero=1)
     out_padded = op.Transpose(op.Div(op.Add(mixed, poison), divisor), perm=[0, 2, 1, 3])
-    lse_padded = op.Transpose(op.Squeeze(op.Add(base, op.Log(total)), last), perm=[0, 2, 1])
+    lse_padded = op.Transpose(lse_by_head, perm=[0, 2, 1])
 
     # Back to rows; what absent tokens gave lands in the row behind the data and is cut off.
     rows_more = op.Add(rows_q, v1)

@@ -9,8 +9,9 @@ from onnx import TensorProto
 from onnxscript import FLOAT, INT32, script
 from onnxscript import opset18 as op
 
-from fastxattn.ops.attention.onnx import HIDDEN, NAN, NO_KEY_BIAS, NO_RANGE, T
+from fastxattn.ops.attention.onnx import T
 from fastxattn.ops.onnx_node import DOMAIN, node
+from fastxattn.ops.onnx_parts import HIDDEN, NO_KEY_BIAS, NO_RANGE, Inside, Poison, Sift, Softmax, given
 
 
 @script(DOMAIN, default_opset=op)
@@ -19,10 +20,9 @@ def ContextAttention(
 ) -> tuple[T, FLOAT]:
     """The portable body."""
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    v0, v1, v2 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
+    v0, v1 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
     last, far = op.Constant(value_ints=[-1]), op.Constant(value_ints=[9223372036854775807])
-    f_zero, f_one = op.Constant(value_float=0.0), op.Constant(value_float=1.0)
-    hidden, nan = op.Constant(value=HIDDEN), op.Constant(value=NAN)
+    f_zero, hidden = op.Constant(value_float=0.0), op.Constant(value=HIDDEN)
     heads, width = op.Shape(query, start=1, end=2), op.Shape(query, start=2, end=3)
     has_range = op.Greater(op.Size(kv_range), zero)
     has_key_bias = op.Greater(op.Size(key_bias), zero)
@@ -50,28 +50,18 @@ def ContextAttention(
             if has_range:
                 span = op.Cast(op.Unsqueeze(op.Slice(kv_range, from_q, to_q), v1), to=TensorProto.INT64)  # (lq, 1, 2)
                 place = op.Range(zero, op.Squeeze(lk), one)
-                visible = op.And(
-                    op.GreaterOrEqual(place, op.Slice(span, v0, v1, v2)), op.Less(place, op.Slice(span, v1, v2, v2))
-                )
+                visible = Inside(place, span)
                 scores = op.Where(visible, biased, hidden)
-                # 0 * NaN is NaN: what is not finite is taken out, and given back to the queries that see it.
-                broken = op.Not(op.Equal(op.Sub(c, c), f_zero))
-                values = op.Where(broken, f_zero, c)
-                seen = op.MatMul(op.Cast(visible, to=TensorProto.FLOAT), op.Cast(broken, to=TensorProto.FLOAT))
-                poison = op.Where(op.Greater(seen, f_zero), nan, f_zero)  # (lq, 1, width)
+                values, seen = Sift(c, visible)
+                poison = Poison(seen)  # (lq, 1, width)
             else:
                 scores = op.Identity(biased)
                 values = op.Identity(c)
                 poison = op.Identity(f_zero)
-            top = op.ReduceMax(scores, last, keepdims=1)
-            base = op.Where(op.Equal(top, hidden), f_zero, top)
-            weights = op.Exp(op.Sub(scores, base))
-            total = op.ReduceSum(weights, last, keepdims=1)
-            divisor = op.Where(op.Equal(total, f_zero), f_one, total)
+            weights, divisor, lse_i = Softmax(scores)
             flat = op.Reshape(weights, op.Concat(last, lk, axis=0))
             mixed = op.Reshape(op.MatMul(flat, values), shape)
             out_i = op.Div(op.Add(mixed, poison), divisor)
-            lse_i = op.Squeeze(op.Add(base, op.Log(total)), last)
         else:
             out_i = op.Expand(f_zero, shape)
             lse_i = op.Expand(hidden, op.Concat(lq, heads, axis=0))
@@ -92,11 +82,8 @@ NODE = node(ContextAttention)
 def translate(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, scale):
     """The node for a call of ``fastxattn::context_attention_<backend>`` met by torch's exporter."""
     out, lse = NODE(
-        query, context, cu_seqlens_q, cu_seqlens_k,
-        op.Constant(value=NO_RANGE) if kv_range is None else kv_range,
-        op.Constant(value=NO_KEY_BIAS) if key_bias is None else key_bias,
-        scale=scale,
-    )  # fmt: skip
+        query, context, cu_seqlens_q, cu_seqlens_k, given(kv_range, NO_RANGE), given(key_bias, NO_KEY_BIAS), scale=scale
+    )
     return out, lse, lse  # the third result only serves a backward pass
 
 

@@ -3,15 +3,15 @@
 Inputs are those of the torch operator (:mod:`fastxattn.ops.importance.schema`), an empty tensor standing for an absent
 one. The body is a Loop over sequences.
 """
-# ruff: noqa: SIM108
 # mypy: ignore-errors
 
 from onnx import TensorProto
 from onnxscript import FLOAT, INT32, script
 from onnxscript import opset18 as op
 
-from fastxattn.ops.attention.onnx import HIDDEN, NO_INTS, NO_KEY_BIAS, NO_RANGE, T
+from fastxattn.ops.attention.onnx import T
 from fastxattn.ops.onnx_node import DOMAIN, node
+from fastxattn.ops.onnx_parts import HIDDEN, NO_INTS, NO_KEY_BIAS, NO_RANGE, Inside, Slots, Softcap, Spans, given
 
 
 @script(DOMAIN, default_opset=op)
@@ -23,7 +23,7 @@ def KeyImportance(
     """The portable body."""
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     v0, v1, v2 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
-    last, far = op.Constant(value_ints=[-1]), op.Constant(value_ints=[9223372036854775807])
+    last = op.Constant(value_ints=[-1])
     f_zero, f_one = op.Constant(value_float=0.0), op.Constant(value_float=1.0)
     hidden = op.Constant(value=HIDDEN)
     cap = op.Constant(value_float=softcap)
@@ -35,24 +35,9 @@ def KeyImportance(
     has_range = op.Greater(op.Size(kv_range), zero)
     has_key_bias = op.Greater(op.Size(key_bias), zero)
 
-    starts_q = op.Cast(op.Slice(cu_seqlens_q, v0, last), to=TensorProto.INT64)
-    starts_k = op.Cast(op.Slice(cu_seqlens_k, v0, last), to=TensorProto.INT64)
-    if op.Greater(op.Size(seqused_q), zero):
-        used_q = op.Cast(seqused_q, to=TensorProto.INT64)
-    else:
-        used_q = op.Sub(op.Cast(op.Slice(cu_seqlens_q, v1, far), to=TensorProto.INT64), starts_q)
-    if op.Greater(op.Size(seqused_k), zero):
-        used_k = op.Cast(seqused_k, to=TensorProto.INT64)
-    else:
-        used_k = op.Sub(op.Cast(op.Slice(cu_seqlens_k, v1, far), to=TensorProto.INT64), starts_k)
-    if op.Greater(op.Size(query_index), zero):
-        row_q = op.Cast(query_index, to=TensorProto.INT64)
-    else:
-        row_q = op.Range(zero, op.Squeeze(rows_q), one)
-    if op.Greater(op.Size(key_index), zero):
-        row_k = op.Cast(key_index, to=TensorProto.INT64)
-    else:
-        row_k = op.Range(zero, op.Squeeze(rows_k), one)
+    starts_q, used_q = Spans(cu_seqlens_q, seqused_q)
+    starts_k, used_k = Spans(cu_seqlens_k, seqused_k)
+    row_q, row_k = Slots(query_index, rows_q), Slots(key_index, rows_k)
     if op.Greater(op.Size(row_weight), zero):
         weight_all = op.Reshape(row_weight, op.Concat(last, rows_q, axis=0))  # (1 or heads, rows_q)
     else:
@@ -72,10 +57,7 @@ def KeyImportance(
             mine_q, mine_k = op.Slice(row_q, from_q, op.Add(from_q, lq)), op.Slice(row_k, from_k, to_k)
             q = op.Reshape(op.Gather(q_all, mine_q, axis=1), op.Concat(kv_heads, op.Mul(group, lq), head_dim, axis=0))
             raw = op.Reshape(op.MatMul(q, op.Gather(k_all, mine_k, axis=2)), op.Concat(heads, lq, lk, axis=0))
-            if capped:
-                soft = op.Mul(op.Tanh(op.Div(raw, cap)), cap)
-            else:
-                soft = op.Identity(raw)
+            soft = Softcap(raw, cap, capped)
             if has_key_bias:
                 flat = op.Reshape(key_bias, op.Concat(rows_k, last, axis=0))
                 by_key = op.Transpose(op.Gather(flat, mine_k, axis=0), perm=[1, 0])
@@ -87,10 +69,7 @@ def KeyImportance(
             if has_range:
                 span = op.Cast(op.Gather(kv_range, mine_q, axis=0), to=TensorProto.INT64)
                 place = op.Unsqueeze(op.Range(zero, op.Squeeze(lk), one), v0)
-                inside = op.And(
-                    op.GreaterOrEqual(place, op.Slice(span, v0, v1, v1)), op.Less(place, op.Slice(span, v1, v2, v1))
-                )
-                visible = op.And(sees, inside)
+                visible = op.And(sees, Inside(place, span))
             else:
                 visible = op.Identity(sees)
             share = op.Where(visible, op.Exp(op.Sub(scores, base)), f_zero)
@@ -116,13 +95,10 @@ def translate(
     row_weight, scale, softcap,
 ):  # fmt: skip
     """The node for a call of ``fastxattn::importance_<backend>`` met by torch's exporter."""
-    nothing = op.Constant(value=NO_INTS)
     return NODE(
         query, key, lse, cu_seqlens_q, cu_seqlens_k,
-        *(nothing if t is None else t for t in (seqused_q, seqused_k, query_index, key_index)),
-        op.Constant(value=NO_RANGE) if kv_range is None else kv_range,
-        op.Constant(value=NO_KEY_BIAS) if key_bias is None else key_bias,
-        op.Constant(value=NO_KEY_BIAS) if row_weight is None else row_weight,
+        *(given(t, NO_INTS) for t in (seqused_q, seqused_k, query_index, key_index)),
+        given(kv_range, NO_RANGE), given(key_bias, NO_KEY_BIAS), given(row_weight, NO_KEY_BIAS),
         scale=scale, softcap=softcap,
     )  # fmt: skip
 

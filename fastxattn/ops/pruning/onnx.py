@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 from onnxscript import BOOL, FLOAT, INT32, INT64, script
 from onnxscript import opset18 as op
 
-from fastxattn.ops.attention.onnx import HIDDEN
 from fastxattn.ops.onnx_node import DOMAIN, node
+from fastxattn.ops.onnx_parts import HIDDEN, given
 
 NONE_PROTECTED = helper.make_tensor("none_protected", TensorProto.BOOL, [0], [])
 
@@ -79,9 +79,7 @@ NODE = node(Select)
 def translate_select(scores, cu_seqlens, counts, protected, x, capacity):
     """``pruning_select``: the node, and the kept rows of x by :func:`translate_gather`."""
     size = op.Constant(value_int=capacity) if isinstance(capacity, int) else op.Cast(capacity, to=TensorProto.INT64)
-    keep_index, cu_keep, assignment = NODE(
-        scores, cu_seqlens, counts, size, op.Constant(value=NONE_PROTECTED) if protected is None else protected
-    )
+    keep_index, cu_keep, assignment = NODE(scores, cu_seqlens, counts, size, given(protected, NONE_PROTECTED))
     rows = op.Constant(value_floats=[0.0]) if x is None else translate_gather(x, keep_index, None)
     return keep_index, cu_keep, assignment, rows
 

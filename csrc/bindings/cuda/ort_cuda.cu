@@ -1,0 +1,112 @@
+// fastxattn::Attention for ONNX Runtime's CUDA provider, on the stream of the run. It compiles; it has not run.
+#include <cuda_runtime_api.h>
+
+#include "attention/attention_cuda.h"
+#include "bindings/ort_attention.h"
+
+namespace fastxattn {
+
+// In the attention_sm80_<dtype>.cu files: launch on a cudaStream_t; the message of what went wrong, or null.
+const char* attention_forward_f32(const AttentionKernelParams& p, void* stream);
+const char* attention_forward_f16(const AttentionKernelParams& p, void* stream);
+const char* attention_forward_bf16(const AttentionKernelParams& p, void* stream);
+
+}  // namespace fastxattn
+
+namespace fastxattn::ort {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void fill(float* data, int64_t n, float value) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) data[i] = value;
+}
+
+void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// Device memory for the length of a run, freed in stream order.
+class Scratch {
+ public:
+  Scratch(size_t bytes, cudaStream_t stream) : stream_(stream) {
+    if (bytes > 0) check_cuda(cudaMallocAsync(&data_, bytes, stream));
+  }
+  ~Scratch() {
+    if (data_ != nullptr) cudaFreeAsync(data_, stream_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  cudaStream_t stream_;
+  void* data_ = nullptr;
+};
+
+bool is_aligned(const void* data, int64_t width) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && width % 16 == 0;
+}
+
+AttentionKernelParams kernel_params(const AttentionParams& a) {
+  require(a.bias == nullptr, "bias has no CUDA kernel; run this node on the CPU provider");
+  require(a.slots_q <= INT32_MAX && a.slots_k <= INT32_MAX && a.batch <= INT32_MAX, "more slots than int32 can name");
+  AttentionKernelParams p;
+  p.query = a.query, p.key = a.key, p.value = a.value;
+  p.query_row = a.query_row, p.query_head = a.query_head;
+  p.key_row = a.key_row, p.key_head = a.key_head;
+  p.value_row = a.value_row, p.value_head = a.value_head;
+  p.rows_q = static_cast<int32_t>(a.rows_q), p.rows_k = static_cast<int32_t>(a.rows_k);
+  p.slots_q = static_cast<int32_t>(a.slots_q), p.slots_k = static_cast<int32_t>(a.slots_k);
+  p.batch = static_cast<int32_t>(a.batch);
+  p.kv_heads = static_cast<int32_t>(a.kv_heads), p.group = static_cast<int32_t>(a.group());
+  p.head_dim = static_cast<int32_t>(a.head_dim), p.value_dim = static_cast<int32_t>(a.value_dim);
+  const int64_t size = dtype_size(a.dtype);
+  p.aligned = is_aligned(a.query, a.head_dim * size) && is_aligned(a.key, a.head_dim * size) &&
+              is_aligned(a.value, a.value_dim * size);
+  p.cu_q = a.cu_q, p.cu_k = a.cu_k, p.used_q = a.used_q, p.used_k = a.used_k;
+  p.index_q = a.index_q, p.index_k = a.index_k, p.kv_range = a.kv_range;
+  p.key_bias = a.key_bias, p.key_bias_row = a.key_bias_row, p.key_bias_head = a.key_bias_head;
+  p.scale = a.scale, p.softcap = a.softcap;
+  return p;
+}
+
+void compute(Call& call) {
+  // The device's offsets and indices are not read here, which would wait for it: the kernels clamp them to the data.
+  const AttentionParams a = attention_problem(call);
+  AttentionKernelParams p = kernel_params(a);
+  void* handle = nullptr;
+  check(call.node.api, call.node.api->gpu_stream(call.context, &handle));
+  const auto stream = static_cast<cudaStream_t>(handle);
+  p.out = call.output(0, {a.rows_q, a.heads, a.value_dim});
+  const int64_t rows = a.rows_q * a.heads;
+  void* lse = call.output(1, {a.heads, a.rows_q});
+  const Scratch unread(lse == nullptr ? static_cast<size_t>(rows) * sizeof(float) : 0, stream);
+  p.lse = static_cast<float*>(lse != nullptr ? lse : unread.data());
+  if (rows == 0) return;
+  // Rows that no slot stands for are left by the kernel.
+  check_cuda(cudaMemsetAsync(p.out, 0, static_cast<size_t>(rows * a.value_dim * dtype_size(a.dtype)), stream));
+  fill<<<static_cast<unsigned>((rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p.lse, rows,
+                                                                                         -__builtin_inff());
+  check_cuda(cudaGetLastError());
+  if (a.batch == 0 || a.rows_k == 0) return;
+  const auto launch = a.dtype == DType::f32   ? attention_forward_f32
+                      : a.dtype == DType::f16 ? attention_forward_f16
+                                              : attention_forward_bf16;
+  if (const char* fault = launch(p, stream)) throw std::runtime_error(fault);
+}
+
+}  // namespace
+
+const Spec& attention_cuda_spec() {
+  static const Spec spec = [] {
+    Spec s = attention_spec();
+    s.compute = compute;
+    s.provider = "CUDAExecutionProvider";
+    return s;
+  }();
+  return spec;
+}
+
+}  // namespace fastxattn::ort
