@@ -8,6 +8,7 @@ The model is transformers' LLaVA with random weights and a photograph as its ima
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def draw(picture: Tensor, times: dict[str, float], kept: dict[str, Tensor], path
     figure, axes = plt.subplots(1, 1 + len(kept), figsize=(3.6 * (1 + len(kept)), 3.4))
     bars = axes[0].bar(range(len(times)), times.values(), color="tab:blue")
     axes[0].bar_label(bars, fmt="%.2f", fontsize=8)
-    axes[0].set_xticks(range(len(times)), [n.replace(" ", "\n", 2) for n in times], fontsize=7)
+    axes[0].set_xticks(range(len(times)), [textwrap.fill(n, 13) for n in times], fontsize=7)
     axes[0].set_ylabel("time of a prompt, unpruned = 1")
     for axis, (name, index) in zip(axes[1:], kept.items(), strict=True):
         mask = torch.zeros(TOKENS)

@@ -1,6 +1,6 @@
 """Swap BLIP-2's Q-Former in one line, check it against float64, time it against the share of padding, swap it back.
 
-    python examples/swap_qformer.py [--layers 12] [--rounds 5] [--out docs/images/example_swap_qformer.png]
+    python examples/swap_qformer.py [--layers 12] [--rounds 5] [--out build/swap_qformer.png]
 
 The class is transformers' own with random weights; images are random features of different lengths.
 """
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--longest", type=int, default=512, help="patches of the largest image")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("docs/images/example_swap_qformer.png"))
+    parser.add_argument("--out", type=Path, default=Path("build/swap_qformer.png"))
     options = parser.parse_args()
     sizes = batches(options.batch, options.longest)
     torch.manual_seed(0)

@@ -94,6 +94,8 @@ def main() -> None:
     for name, values in peaks.items():
         axes[1].plot(options.sizes, values, marker="o", ms=4, label=name)
     axes[1].set(xscale="log", yscale="log", xlabel="batch", ylabel="peak extra memory, MiB")
+    axes[1].set_xticks(options.sizes, options.sizes)
+    axes[1].minorticks_off()
     axes[1].legend(fontsize=8, frameon=False)
     figure.tight_layout()
     options.out.parent.mkdir(parents=True, exist_ok=True)
