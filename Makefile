@@ -47,8 +47,10 @@ INTERPRETED := tests/test_attention_triton.py tests/test_importance.py tests/tes
 test: lint native
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(INTERPRETED)) tests
 
-test-interpreted: native
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(INTERPRETED)
+# The losses' Triton tests wait for the interpreter, and do little without it.
+LOSSES := $(foreach op,contrastive late_interaction retrieval,$(wildcard tests/test_$(op)_triton.py))
+test-interpreted: $(VENV)/.test native
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(INTERPRETED) $(LOSSES)
 
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

@@ -5,34 +5,44 @@ No assertion is about time; the check that gates each case's speed is asserted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import re
+from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.bench_attention import SHAPES, workload
-from benchmarks.bench_context import layer_workload
-from benchmarks.bench_contrastive import loss_case, maxsim_case, topk_case
-from fastxattn.bench import Workload
+from fastxattn.bench import Case
 
-CASES: dict[str, Callable[[], Workload]] = {}
-for shape in SHAPES:
-    for dtype in (torch.float32, torch.bfloat16):
-        for grad in (False, True) if "ragged" in shape.name else (False,):
-            title = f"{shape.name}, {str(dtype).removeprefix('torch.')}, {'forward+backward' if grad else 'forward'}"
-            CASES[title] = lambda shape=shape, dtype=dtype, grad=grad: workload(shape, dtype, grad)
-CASES |= {
-    "infonce N=256": loss_case("infonce", 256, 512, torch.float32).build,
-    "sigmoid N=256": loss_case("sigmoid", 256, 512, torch.float32).build,
-    "late interaction, 16 sets": maxsim_case(16, 32, 196, 128).build,
-    "top-10 of 20000": topk_case(20_000, 128, 16, 10).build,
-    "context attention, 1 query": lambda: layer_workload(torch.float32, 1, 1024, 16, 64),
-}
+# Quick ones of every room, from the registries that `make bench` runs.
+WANTED = (
+    r"attention .*ragged.*|attention dense 8x.*", r"(infonce|sigmoid) N=256 .*float32", r"late_interaction 64 x 64.*",
+    r"retrieval top-10 of 200000.*64 queries.*", r"context layer, 1 query.*float32",
+)  # fmt: skip
+ROOMS = {f"bench_{n}" for n in ("attention", "context", "contrastive", "late_interaction", "retrieval")}
+
+
+def registry() -> dict[str, Case]:
+    """Every case that is wanted, by name."""
+    found: dict[str, Case] = {}
+    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
+        cases = importlib.import_module(f"benchmarks.{path.stem}").cases(False) if path.stem in ROOMS else ()
+        for case in cases:
+            if any(re.fullmatch(pattern, f"{case.op} {case.title}") for pattern in WANTED):
+                found[f"{case.op} {case.title}"] = case
+    return found
+
+
+CASES = registry()
+
+
+def test_every_room_is_in_the_set() -> None:
+    ops = {case.op for case in CASES.values()}
+    assert {"attention", "context", "infonce", "sigmoid", "late_interaction", "retrieval"} <= ops
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_case(benchmark, name: str) -> None:  # type: ignore[no-untyped-def]
-    work = CASES[name]()
+    work = CASES[name].build()
     assert work.check() == "ok"
     ours = next(call for provider, call in work.providers.items() if provider.startswith("fastxattn"))
     benchmark.pedantic(ours, rounds=7, iterations=3, warmup_rounds=1)
