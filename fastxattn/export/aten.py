@@ -62,9 +62,9 @@ def sort_stable(self, stable=True, dim=-1, descending=False):
 
 def repeat_interleave(self, repeats, dim=None, output_size=None):
     """Each entry along ``dim`` a number of times; onnxscript's own repeats another axis when the number is open."""
+    rank = len(self.shape) if dim is not None else 1
     if dim is None:
         self, dim = op.Reshape(self, op.Constant(value_ints=[-1])), 0
-    rank = len(self.shape)
     dim %= rank
     axis, one = op.Constant(value_ints=[dim + 1]), op.Constant(value_ints=[1])
     count = op.Constant(value_ints=[repeats]) if isinstance(repeats, int) else op.Reshape(repeats, one)
