@@ -19,6 +19,7 @@ from fastxattn.ops.attention import dispatch as attention
 from fastxattn.ops.bidirectional import dispatch
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
 from fastxattn.ops.bidirectional.reference import bidirectional_reference
+from fastxattn.runtime import native
 from fastxattn.testing import measure_error
 
 SHAPES = {
@@ -101,4 +102,6 @@ def cases(full: bool = False) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
+    if reason := native.cpu_library().reason:
+        raise SystemExit(f"bench_bidirectional: {reason}")
     main("bidirectional", cases)

@@ -1,13 +1,15 @@
-"""Contrastive losses, late interaction and retrieval: ``python -m benchmarks.bench_contrastive [--memory] [--full]``.
+"""Contrastive losses: ``python -m benchmarks.bench_contrastive [--memory N ...] [--full]``.
 
 The rivals are the formulas as they are usually written in plain PyTorch: CLIP's loss as open_clip computes it on one
-process (two products and two cross entropies), SigLIP's with its matrix of signs, einsum and max for late
-interaction, matmul and topk for retrieval. With ``--memory`` peak memory against N is measured instead of time.
+process (two products and two cross entropies), SigLIP's with its matrix of signs. With ``--memory`` peak memory at
+these N is measured instead of time. Both draw a chart against N from everything in their CSV.
 """
 
 from __future__ import annotations
 
 import csv
+import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import IMAGES, RESULTS, main
+from fastxattn.bench import read_csv
 from fastxattn.bench.memory import peak_extra_bytes
 from fastxattn.bench.records import device_name, git_sha, versions
 from fastxattn.bench.registry import Case, Workload
 from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
-from fastxattn.ops.late_interaction import late_interaction_loss
-from fastxattn.ops.retrieval import topk_similarity
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -102,113 +103,74 @@ def loss_case(op: str, n: int, d: int, dtype: torch.dtype) -> Case:
     return Case(op, f"N={n} D={d}", "forward+backward", dtype, build)
 
 
-def maxsim_case(sets: int, tokens_a: int, tokens_b: int, d: int) -> Case:
-    def build() -> Workload:
-        a, b = (F.normalize(torch.randn(sets * t, d), dim=1).requires_grad_() for t in (tokens_a, tokens_b))
-        cu_a, cu_b = (torch.arange(sets + 1, dtype=torch.int32) * t for t in (tokens_a, tokens_b))
-
-        def eager(both: bool = True) -> tuple[Tensor, ...]:
-            similarity = torch.einsum("nid,mjd->nmij", a.view(sets, tokens_a, d), b.view(sets, tokens_b, d))
-            labels = torch.arange(sets)
-            rows, columns = similarity.max(3).values.mean(2), similarity.max(2).values.mean(2)
-            loss = (F.cross_entropy(10 * rows, labels) + F.cross_entropy(10 * columns.T, labels)) / 2
-            return torch.autograd.grad(loss, (a, b))
-
-        def ours() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(late_interaction_loss(a, b, cu_a, cu_b, 10.0, backend="cpu"), (a, b))
-
-        def check() -> str:
-            errors = [relative(x, y) for x, y in zip(ours(), eager(), strict=True)]
-            return "ok" if max(errors) < 1e-3 else f"gradients differ by {max(errors):.1e}"
-
-        return Workload(
-            {"fastxattn cpu": ours, "einsum + max": eager}, "einsum + max", check,
-            2.0 * sets * sets * tokens_a * tokens_b * d,
-        )  # fmt: skip
-
-    return Case("late_interaction", f"{sets} x {sets} sets of {tokens_a} x {tokens_b}, D={d}", "forward+backward",
-                torch.float32, build)  # fmt: skip
-
-
-def topk_case(rows: int, d: int, queries: int, k: int) -> Case:
-    def build() -> Workload:
-        corpus, query = torch.randn(rows, d), torch.randn(queries, d)
-
-        def check() -> str:
-            ours, theirs = topk_similarity(query, corpus, k, backend="cpu"), (query @ corpus.T).topk(k)
-            agree = (ours[1] == theirs.indices).float().mean().item()
-            return "ok" if agree > 0.999 else f"only {agree:.4f} of the rows agree"
-
-        providers: dict[str, Callable[[], object]] = {
-            "fastxattn cpu": lambda: topk_similarity(query, corpus, k, backend="cpu"),
-            "matmul + topk": lambda: (query @ corpus.T).topk(k),
-        }
-        try:
-            import faiss
-
-            index = faiss.IndexFlatIP(d)
-            index.add(corpus.numpy())
-            faiss.omp_set_num_threads(torch.get_num_threads())
-            providers["faiss flat"] = lambda: index.search(query.numpy(), k)
-        except ImportError:
-            pass
-        return Workload(providers, "matmul + topk", check, 2.0 * rows * d * queries)
-
-    return Case("retrieval", f"top-{k} of {rows} x {d}, {queries} queries", "forward", torch.float32, build)
-
-
 def cases(full: bool) -> Iterator[Case]:
     for op in LOSSES:
         for dtype in (torch.float32, torch.bfloat16):
             for n in (256, 1024, 2048, 8192) if full else (256, 2048, 8192):
                 yield loss_case(op, n, 512, dtype)
-    yield maxsim_case(256, 32, 196, 256) if full else maxsim_case(64, 32, 196, 256)
-    yield topk_case(1_000_000 if full else 200_000, 256, 64, 10)
 
 
-def memory(sizes: tuple[int, ...], path: Path) -> None:
-    """Peak extra memory of one step against N; the rival is measured where its matrices fit, at half the sizes."""
+def memory(sizes: list[int], path: Path) -> None:
+    """Peak extra memory of one step against N; the rival is measured where its matrices fit."""
     rows = []
     for op, (fused, rivals) in LOSSES.items():
         for n in sizes:
             a, b = features(n, 512, torch.float32)
-            logits = 4 * n * n
             for name, f in (("fastxattn cpu", fused), next(iter(rivals.items()))):
-                if f is not fused and n > 8192:
-                    continue
-                peak = peak_extra_bytes(step(f, a, b))
+                peak = peak_extra_bytes(step(f, a, b)) if f is fused or n <= 8192 else None
                 if peak is not None:
-                    rows.append([op, n, name, peak, f"{peak / logits:.4f}", device_name(), versions(), git_sha()])
+                    share = f"{peak / (4 * n * n):.4f}"
+                    rows.append([op, str(n), name, str(peak), share, device_name(), versions(), git_sha()])
                     print(*rows[-1][:5], flush=True)
+    done = {(row[0], row[1], row[2]) for row in rows}
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = [row for row in list(csv.reader(file))[1:] if (row[0], row[1], row[2]) not in done] + rows
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["op", "n", "provider", "peak_bytes", "share_of_logits", "device", "versions", "git_sha"])
         writer.writerows(rows)
-    plot_memory(rows)
+    lines: Lines = {}
+    for row in rows:
+        lines.setdefault(f"{row[0]}: {row[2]}", []).append((int(row[1]), int(row[3]) / 2**20))
+    plot(lines, "peak extra memory, MiB", IMAGES / "contrastive_memory.png")
 
 
-def plot_memory(rows: list[list[object]]) -> None:
+Lines = dict[str, list[tuple[int, float]]]
+
+
+def times(path: Path) -> None:
+    """Draw the float32 step's time against N from the CSV, per device."""
+    lines: Lines = {}
+    for r in read_csv(path) if path.exists() else []:
+        size = re.fullmatch(r"N=(\d+) D=512", r.case)
+        if size and r.dtype == "float32" and math.isfinite(r.median_ms):
+            lines.setdefault(f"{r.op}: {r.provider} ({r.device})", []).append((int(size[1]), r.median_ms))
+    plot(lines, "forward and backward, ms", IMAGES / "contrastive_time.png")
+
+
+def plot(lines: Lines, label: str, path: Path) -> None:
+    """Lines over N, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for op, provider in dict.fromkeys((r[0], r[2]) for r in rows):
-        points = [(int(str(r[1])), int(str(r[3])) / 2**20) for r in rows if (r[0], r[2]) == (op, provider)]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{op}: {provider}")
-    axes.set(xscale="log", yscale="log", xlabel="N (D = 512, float32)", ylabel="peak extra memory, MiB")
-    axes.legend()
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(IMAGES / "contrastive_memory.png", dpi=120, bbox_inches="tight")
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="N (D = 512, float32)", ylabel=label)
+    axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 if __name__ == "__main__":
     if "--memory" in sys.argv:
-        memory(
-            (1024, 2048, 4096, 8192, 32768) if "--full" in sys.argv else (1024, 4096),
-            RESULTS / "contrastive_memory.csv",
-        )
+        sizes = [int(x) for x in sys.argv[sys.argv.index("--memory") + 1 :]]
+        memory(sizes or [1024, 4096], RESULTS / "contrastive_memory.csv")
     else:
         main("contrastive", cases)
+        times(RESULTS / "contrastive.csv")

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel at every shipped configuration, without a GPU, and reads the machine code.
 
-``python benchmarks/offline.py [--arch sm_90] [--kernel forward] [--csv benchmarks/results/offline.csv]`` writes one row
+``python benchmarks/offline.py [--arch sm_90] [--match .forward.fp16.] [--csv benchmarks/results/offline.csv --resume]``
+writes one row
 per kernel, configuration and architecture: registers, spilled bytes, shared memory, occupancy, instructions, and the
 matrix instruction found. tests/offline holds the same rows to the gates.
 """
@@ -13,11 +14,13 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import offline_losses
 
 RESULTS = Path(__file__).parent / "results/offline.csv"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -56,6 +59,10 @@ class Row:
     instructions: int
     matrix: str
 
+    def case(self) -> Case:
+        """What was compiled."""
+        return Case(self.op, self.kernel, self.dtype, self.dim, self.variant, self.tile)
+
     def faults(self) -> list[str]:
         """Why this row fails the gates; empty when it passes."""
         found = []
@@ -71,7 +78,7 @@ class Row:
 
 def expected_matrix(kernel: str, dtype: str, arch: str) -> str | None:
     """The matrix instruction a kernel must use, as a pattern; None for kernels that multiply no matrices."""
-    if kernel == "merge":
+    if kernel in ("merge", *offline_losses.NO_PRODUCT):
         return None
     if dtype == "fp32":
         return "FFMA|v_.*fma"
@@ -117,6 +124,8 @@ def cases() -> Iterator[Case]:
         for kind, dim, tile in table:
             yield Case(op, kernel, "fp32" if kind == "single" else "fp16", dim, "rich", _named(tile))
 
+    yield from (Case(*facts) for facts in offline_losses.cases())
+
 
 def _named(tile: Any) -> str:
     return f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
@@ -140,7 +149,7 @@ def compile_case(case: Case, arch: str) -> Row:
             signature[name] = "constexpr"
             constexprs[(i,)] = constants.get(name)
         else:
-            signature[name] = _type_of(name, case.dtype)
+            signature[name] = _type_of(name, case)
             if name.startswith(("p_", "stride")) and signature[name] != "fp32":
                 attributes[(i,)] = [["tt.divisibility", 16]]
     missing = [n for i, n in enumerate(kernel.arg_names) if n.isupper() and constexprs[(i,)] is None]
@@ -160,6 +169,8 @@ def compile_case(case: Case, arch: str) -> Row:
 
 
 def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
+    if case.op in offline_losses.OPS:
+        return offline_losses.kernel_of(case.op, case.kernel, case.dtype)
     from fastxattn.ops.attention.triton import backward, backward_bias, config, forward
     from fastxattn.ops.bidirectional import triton_kernel as bidirectional
     from fastxattn.ops.importance import triton_kernel
@@ -182,11 +193,12 @@ def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
     return kernels[case.kernel], constants
 
 
-def _type_of(name: str, dtype: str) -> str:
+def _type_of(name: str, case: Case) -> str:
     if name.startswith("p_"):
-        known = [prefix for prefix in POINTERS if name.startswith(prefix)]
-        return POINTERS[max(known, key=len)] if known else f"*{dtype}"
-    return "fp32" if name in ("scale", "softcap", "dropout_p") else "i32"
+        pointers = POINTERS | (offline_losses.pointers(case.kernel) if case.op in offline_losses.OPS else {})
+        known = [prefix for prefix in pointers if name.startswith(prefix)]
+        return pointers[max(known, key=len)] if known else f"*{case.dtype}"
+    return "fp32" if name in ("scale", "softcap", "dropout_p", "smooth") else "i32"
 
 
 def _tool(name: str) -> str:
@@ -239,34 +251,53 @@ def _compile(job: tuple[Case, str]) -> Row | str:
         return f"{job[0]} on {job[1]}: {type(error).__name__}: {str(error)[-400:]}"
 
 
-def run(
-    archs: tuple[str, ...] = TARGETS, kernel: str = "", dim: int = 0, dtype: str = ""
-) -> tuple[list[Row], list[str]]:
-    """Rows of everything asked for, and messages of what did not compile."""
-    chosen = [c for c in cases() if kernel in f"{c.op}.{c.kernel}" and dim in (0, c.dim) and dtype in ("", c.dtype)]
-    todo = [(case, arch) for case in chosen for arch in archs]
+def run(archs: tuple[str, ...] = TARGETS, match: str = "", known: Iterable[Row] = ()) -> tuple[list[Row], list[str]]:
+    """Rows of the cases whose ``op.kernel.dtype.variant.dim`` contains ``match``, and messages of what failed.
+
+    Those among ``known`` are not compiled again and not returned.
+    """
+    done_before = {(row.case(), row.arch) for row in known}
+    chosen = [c for c in cases() if match in f"{c.op}.{c.kernel}.{c.dtype}.{c.variant}.{c.dim}."]
+    todo = [(case, arch) for arch in archs for case in chosen if (case, arch) not in done_before]
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         done = list(pool.map(_compile, todo, chunksize=1))
     return [r for r in done if isinstance(r, Row)], [r for r in done if isinstance(r, str)]
 
 
+def read(path: Path) -> list[Row]:
+    """The rows of a table."""
+    kinds = {f.name: int if f.type == "int" else str for f in fields(Row)}
+    with path.open() as file:
+        return [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """A table of what is shipped, by architecture and in the order of the cases."""
+    order = {case: i for i, case in enumerate(cases())}
+    shipped = [row for row in rows if row.case() in order]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        shipped.sort(key=lambda row: (TARGETS.index(row.arch), order[row.case()]))
+        writer.writerows(asdict(row) for row in shipped)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", choices=TARGETS, action="append")
-    parser.add_argument("--kernel", default="", help="only kernels whose <op>.<kernel> contains this")
-    parser.add_argument("--dim", type=int, default=0, help="only this head dim")
-    parser.add_argument("--dtype", default="", help="only fp16 or fp32")
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument(
+        "--match", "--kernel", default="", help="only cases whose op.kernel.dtype.variant.dim. contains this"
+    )
+    parser.add_argument("--csv", type=Path, help="write the rows here")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the CSV has of cases still shipped")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("offline.py compiles; unset TRITON_INTERPRET")
-    rows, errors = run(tuple(options.arch or TARGETS), options.kernel, options.dim, options.dtype)
+    known = read(options.csv) if options.resume and options.csv and options.csv.exists() else []
+    rows, errors = run(tuple(options.arch or TARGETS), options.match, known)
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write(options.csv, [*known, *rows])
     for row in rows:
         print(*(f"{value}" for value in asdict(row).values()), "; ".join(row.faults()) or "ok", sep=", ")
     for message in errors:

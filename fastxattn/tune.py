@@ -133,7 +133,8 @@ def run(
         raise RuntimeError("tune: no CUDA or ROCm device is visible to torch here; tiles are measured, not guessed")
     name = torch.cuda.get_device_name()
     for key, shipped in todo:
-        call, times = call_of(key, "cuda"), {}
+        call = call_of(key, "cuda")
+        times: dict[Tile, float] = {}
 
         def measure(tile: Tile, key: str = key, call: Call = call, times: dict[Tile, float] = times) -> float:
             if tile not in times:

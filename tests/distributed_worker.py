@@ -45,6 +45,27 @@ def losses(rank: int, world: int) -> None:
         ("smooth", fxd.infonce_loss, contrastive.infonce_loss, {"label_smoothing": 0.1}, {"label_smoothing": 0.1}),
         ("unit", fxd.infonce_loss, contrastive.infonce_loss, {"normalize": True}, {"normalize": True}),
         ("groups", fxd.infonce_loss, contrastive.infonce_loss, {"groups": (ids[rows], ids[rows])}, {"groups": ids}),
+        (
+            "smooth groups in a ring",
+            fxd.infonce_loss,
+            contrastive.infonce_loss,
+            {"groups": (ids[rows], ids[rows]), "label_smoothing": 0.1, "strategy": "ring", "normalize": True},
+            {"groups": ids, "label_smoothing": 0.1, "normalize": True},
+        ),
+        (
+            "one way, smooth ring",
+            fxd.infonce_loss,
+            contrastive.infonce_loss,
+            {"symmetric": False, "strategy": "ring", "label_smoothing": 0.3},
+            {"symmetric": False, "label_smoothing": 0.3},
+        ),
+        (
+            "sigmoid groups in a ring",
+            fxd.sigmoid_loss,
+            contrastive.sigmoid_loss,
+            {"groups": (ids[rows].int(), ids[rows].int()), "strategy": "ring"},
+            {"groups": ids},
+        ),
         ("sigmoid", fxd.sigmoid_loss, contrastive.sigmoid_loss, {}, {}),
         ("sigmoid ring", fxd.sigmoid_loss, contrastive.sigmoid_loss, {"strategy": "ring"}, {}),
         (

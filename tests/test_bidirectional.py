@@ -49,12 +49,13 @@ def make(dtype, lengths=RAGGED, heads=4, dims=(64, 32, 48), biases=True, device=
     return {n: t.to(device) for n, t in given.items()}, [o.to(device) for o in offsets]
 
 
-def results(fn, given, offsets, **options):
+def results(fn, given, offsets, dtype=torch.float32, **options):
+    """Outputs, and gradients under random cotangents of ``dtype``."""
     leaves = {n: t.detach().clone().requires_grad_() for n, t in given.items()}
     biases = {n: leaves[n] for n in ("bias_a", "bias_b") if n in leaves}
     outs = fn(*(leaves[n] for n in NAMES[:4]), *offsets, **biases, **options)
     g = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(o.shape, generator=g).to(o) for o in outs]
+    cotangents = [torch.randn(o.shape, generator=g).to(dtype).to(o) for o in outs]
     grads = torch.autograd.grad(outs, list(leaves.values()), cotangents)
     return dict(zip(("out_a", "out_b", *leaves), (*outs, *grads), strict=True))
 
@@ -77,9 +78,9 @@ def check(fn, dtype, device="cpu", softcap=0.0, scale=0.125, dropout_p=0.0, **sh
     options["dropout_seed"] = torch.tensor([7, -(2**40)]) if dropout_p else None
     there = {n: t.to(device) for n, t in given.items()}
     seed = None if options["dropout_seed"] is None else options["dropout_seed"].to(device)
-    ours = results(fn, there, [o.to(device) for o in offsets], **(options | {"dropout_seed": seed}))
-    oracle = results(bidirectional_reference, {n: t.double() for n, t in given.items()}, offsets, **options)
-    eager = results(bidirectional_reference, given, offsets, **options)
+    ours = results(fn, there, [o.to(device) for o in offsets], dtype, **(options | {"dropout_seed": seed}))
+    oracle = results(bidirectional_reference, {n: t.double() for n, t in given.items()}, offsets, dtype, **options)
+    eager = results(bidirectional_reference, given, offsets, dtype, **options)
     for name, value in ours.items():
         report = measure_error(name, value.cpu(), oracle[name], eager[name], backward=not name.startswith("out"))
         assert report.ok, str(report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -303,6 +304,18 @@ def test_cost_rule_projects_where_no_kernel_is_compiled() -> None:
     on_gpu = choose(1, 100, 1, 12, 64, 1408, torch.float32, "cuda")
     assert not on_gpu.absorb
     assert "no compiled kernel" in str(on_gpu)
+
+
+@needs_native
+def test_cost_rule_counts_the_backward_pass_and_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"rows_k": 544, "batch": 1, "heads": 12, "head_dim": 64, "width": 1408}
+    for isa, forward, frozen, trained in (("avx512", True, True, True), ("avx2", True, False, False)):
+        monkeypatch.setattr(native, "active_cpu_isa", lambda isa=isa: isa)
+        assert choose(32, **sizes).absorb == forward
+        assert choose(32, **sizes, backward=True).absorb == frozen
+        assert choose(32, **sizes, backward=True, context_grad=True).absorb == trained
+        assert choose(1, **sizes, backward=True).absorb
+        assert not choose(128, **sizes).absorb
 
 
 @needs_native

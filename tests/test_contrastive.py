@@ -47,9 +47,9 @@ def run(loss, a, b, scale, backend, shared=False, bias=None, **options):
     return value, torch.autograd.grad(value, leaves, allow_unused=True)
 
 
-def compare(loss, a, b, scale, tolerance=None, **options):
+def compare(loss, a, b, scale, tolerance=None, backend="cpu", **options):
     expected, grads_expected = run(loss, a, b, scale, "reference", **options)
-    actual, grads = run(loss, a, b, scale, "cpu", **options)
+    actual, grads = run(loss, a, b, scale, backend, **options)
     tolerance = tolerance or TOLERANCE[a.dtype]
     assert actual.dtype == torch.float32
     assert abs(actual.item() - expected.item()) <= 2e-6 * max(1.0, abs(expected.item()))
@@ -108,39 +108,45 @@ def random_ids(n: int, high: int, seed: int) -> torch.Tensor:
     return torch.randint(-1, high, (n,), generator=torch.Generator().manual_seed(seed))
 
 
+def options_of(n: int, m: int, d: int) -> tuple[dict, dict]:
+    """Options of both losses, and of InfoNCE alone."""
+    both = {
+        "targets": {"targets": random_ids(n, m, 1)},
+        "no positive at all": {"targets": torch.full((n,), -1)},
+        "groups": {"groups": (random_ids(n, 20, 2), random_ids(m, 20, 3))},
+        "all positives": {"groups": (torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.long))},
+        "large ids": {"groups": (random_ids(n, 9, 2) * 2**40, random_ids(m, 9, 3) * 2**40)},
+        "ignore": {"ignore_ids": (random_ids(n, 9, 4), random_ids(m, 9, 5))},
+        "none": {"reduction": "none"},
+        "sum": {"reduction": "sum"},
+        "normalize": {"normalize": True},
+        "self": {"exclude_self": True, "targets": (torch.arange(n) + 1) % n},
+    }
+    infonce = {
+        "hard": {"hard_negatives": torch.randn(n, 3, d, generator=torch.Generator().manual_seed(6))},
+        "queues": {
+            "queue_a": torch.randn(50, d, generator=torch.Generator().manual_seed(7)) / 7,
+            "queue_b": torch.randn(90, d, generator=torch.Generator().manual_seed(8)) / 7,
+        },
+        "teacher": {"teacher": (*features(n, m, 16, seed=9), 8.0)},
+        "margin": {"false_negative_margin": 0.02},
+        "weights": {"weights": (torch.rand(n), torch.rand(m))},
+        "smoothing": {"label_smoothing": 0.1},
+        "decoupled": {"decoupled": True},
+        "one direction": {"symmetric": False},
+        "smoothed groups, queue, hard": {
+            "groups": (random_ids(n, 20, 2), random_ids(m, 20, 3)),
+            "label_smoothing": 0.2,
+            "queue_b": torch.randn(20, d, generator=torch.Generator().manual_seed(8)),
+            "hard_negatives": torch.randn(n, 2, d, generator=torch.Generator().manual_seed(6)),
+            "normalize": True,
+        },
+    }
+    return both, infonce
+
+
 N, M, D = 140, 170, 48
-OPTIONS = {
-    "targets": {"targets": random_ids(N, M, 1)},
-    "no positive at all": {"targets": torch.full((N,), -1)},
-    "groups": {"groups": (random_ids(N, 20, 2), random_ids(M, 20, 3))},
-    "all positives": {"groups": (torch.zeros(N, dtype=torch.long), torch.zeros(M, dtype=torch.long))},
-    "large ids": {"groups": (random_ids(N, 9, 2) * 2**40, random_ids(M, 9, 3) * 2**40)},
-    "ignore": {"ignore_ids": (random_ids(N, 9, 4), random_ids(M, 9, 5))},
-    "none": {"reduction": "none"},
-    "sum": {"reduction": "sum"},
-    "normalize": {"normalize": True},
-    "self": {"exclude_self": True, "targets": (torch.arange(N) + 1) % N},
-}
-INFONCE_OPTIONS = {
-    "hard": {"hard_negatives": torch.randn(N, 3, D, generator=torch.Generator().manual_seed(6))},
-    "queues": {
-        "queue_a": torch.randn(50, D, generator=torch.Generator().manual_seed(7)) / 7,
-        "queue_b": torch.randn(90, D, generator=torch.Generator().manual_seed(8)) / 7,
-    },
-    "teacher": {"teacher": (*features(N, M, 16, seed=9), 8.0)},
-    "margin": {"false_negative_margin": 0.02},
-    "weights": {"weights": (torch.rand(N), torch.rand(M))},
-    "smoothing": {"label_smoothing": 0.1},
-    "decoupled": {"decoupled": True},
-    "one direction": {"symmetric": False},
-    "smoothed groups, queue, hard": {
-        "groups": (random_ids(N, 20, 2), random_ids(M, 20, 3)),
-        "label_smoothing": 0.2,
-        "queue_b": torch.randn(20, D, generator=torch.Generator().manual_seed(8)),
-        "hard_negatives": torch.randn(N, 2, D, generator=torch.Generator().manual_seed(6)),
-        "normalize": True,
-    },
-}
+OPTIONS, INFONCE_OPTIONS = options_of(N, M, D)
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, *INFONCE_OPTIONS])
@@ -307,6 +313,39 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(actual, expected)
     for g, e in zip(torch.autograd.grad(actual, (x, s)), torch.autograd.grad(expected, (x, s)), strict=True):
         torch.testing.assert_close(g, e)
+
+
+def test_operators_keep_their_schemas_and_export():
+    a, b = features(9, 7, 5)
+    scale, none = torch.tensor(3.0), (None,) * 4
+    ids = torch.arange(9, dtype=torch.int32), torch.arange(7, dtype=torch.int32)
+    problem = (a, b, scale, None, None, None, *ids, None, None, None, False)
+    ops = torch.ops.fastxattn
+    row, col = ops.contrastive_stats_cpu(*problem, *none, True, True, True)
+    torch.library.opcheck(ops.contrastive_stats_cpu, (*problem, *none, True, True, True))
+    torch.library.opcheck(ops.positive_logits_cpu, (*problem[:6], ids[0].clamp(max=6), *problem[7:], True))
+    for needs in (1, 2, 7):
+        grads = (torch.ones(4, 9), torch.ones(4, 7), row, col)
+        torch.library.opcheck(ops.contrastive_backward_cpu, (*grads, *problem, None, None, True, True, needs))
+        torch.library.opcheck(ops.sigmoid_cpu, (*problem, None, needs))
+
+    class Loss(torch.nn.Module):
+        def forward(self, x, y):
+            return infonce_loss(x, y, 9.0) + sigmoid_loss(x, y, 9.0, -3.0)
+
+    program = torch.export.export(Loss(), (a, b[:7]))
+    torch.testing.assert_close(program.module()(a, b), Loss()(a, b))
+
+
+def test_float16_under_a_grad_scaler():
+    a, b = features(64, 64, 32, torch.float16, 0.5)
+    x = torch.nn.Parameter(a.clone())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for loss in (infonce_loss(x, b, 14.3), sigmoid_loss(x, b, 14.3, -10.0)):
+        x.grad = None
+        scaler.scale(loss).backward()
+        assert x.grad.isfinite().all()
+        assert (x.grad != 0).float().mean() > 0.99  # without the scale, float16 would flush many to zero
 
 
 def test_empty_batch():

@@ -27,7 +27,7 @@ FEATURES = {
     "probe": {"probe": True, "key_index": True, "kv_range": True},
     "wide": {"dim": 200, "heads": 2, "kv_heads": 2},
     "narrow": {"dim": 3},
-    "more_keys": {"lse_shift": 0.7, "row_weight": 1},  # lse of a set of keys of which these are a part
+    "more_keys": {"lse_shift": 0.7},  # lse of a set of keys of which these are a part
 }
 
 

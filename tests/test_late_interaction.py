@@ -29,9 +29,9 @@ def run(function, a, b, cu_a, cu_b, backend, **options):
     return results, torch.autograd.grad(value, (x, y))
 
 
-def compare(a, b, cu_a, cu_b, **options):
+def compare(a, b, cu_a, cu_b, backend="cpu", **options):
     expected, grads_expected = run(maxsim, a, b, cu_a, cu_b, "reference", **options)
-    actual, grads = run(maxsim, a, b, cu_a, cu_b, "cpu", **options)
+    actual, grads = run(maxsim, a, b, cu_a, cu_b, backend, **options)
     for x, e in zip(actual, expected, strict=True):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x.double(), e, atol=2e-5, rtol=1e-5)

@@ -87,6 +87,7 @@ static void backward_tile(const AttentionParams& p, const AttentionGradients& g,
   const E* query_rows = s.query_rows + at / P * s.wide_key;
   const E* grad_rows = s.grad_rows + at / P * s.wide_value;
 
+  normalise_weights(lanes, at, keys, s);
   if (g.needs_scores()) {
     tile_dscores<T>(lanes, at, key_begin, keys, masked, s);
     if (key_bias != nullptr) {
@@ -177,12 +178,14 @@ struct Holding {
   int64_t step;     // lanes taken at a time
   int64_t lanes, keys, tiles;
 
-  Holding(bool sums_delta, const AttentionGradients& g, const BackwardItem& item) {
+  Holding(bool sums_delta, const BackwardItem& item) {
     const int64_t count = item.lane_end - item.lane_begin, all_keys = item.key_end - item.key_begin;
     const int64_t panels = (all_keys + kKeyBlock - 1) / kKeyBlock;
-    tiles_held = sums_delta && g.needs_scores() && item.delta < 0;
+    tiles_held = sums_delta && item.delta < 0;
     step = kBackwardLanes;
     if (tiles_held) step = least(most(kHeldTiles / panels, 1) * kLaneBlock, kBackwardLanes);
+    // Beside a single panel of keys, which stays packed, a block at a time keeps its tile in the nearest cache.
+    if (tiles_held && panels == 1) step = kLaneBlock;
     lanes = round_up(least(count, step), kLaneBlock);
     // With more lanes than are held at once, the keys' sums wait in memory from one batch of lanes to the next.
     keys = count > step ? all_keys : kKeyBlock;
@@ -205,22 +208,39 @@ struct LaneBatch {
   }
 };
 
-// P and dP of a batch against an item's keys, summed to delta and total; tiles are kept when `held`.
+// Asks for the rows of lanes that come next: rows of one head lie far apart, which the processor does not foresee.
+template <class T>
+static void prefetch_lanes(const AttentionParams& p, const AttentionGradients& g, const Sequence& sequence,
+                           int64_t kv_head, int64_t first, int64_t last) {
+  const int64_t group = p.group();
+  int64_t query = first / group, member = first % group;
+  for (int64_t lane = first; lane < last; ++lane) {
+    const int64_t row = query_row_of(p, sequence.first_q + query), head = kv_head * group + member;
+    PanelPrefetch<T>::touch(static_cast<const T*>(p.query) + row * p.query_row + head * p.query_head, p.head_dim);
+    PanelPrefetch<T>::touch(static_cast<const T*>(g.grad_out) + row * g.grad_out_row + head * g.grad_out_head,
+                            p.value_dim);
+    if (++member == group) member = 0, ++query;
+  }
+}
+
+// P and dP of a batch against an item's keys, summed to delta and total; tiles are kept when `held`, and panels of keys
+// are packed when `reload`.
 template <class T>
 static void sum_batch(const AttentionParams& p, const AttentionGradients& g, const BackwardItem& item,
-                      const Sequence& sequence, int64_t head, const LaneBatch& batch, bool held,
+                      const Sequence& sequence, int64_t head, const LaneBatch& batch, bool held, bool reload,
                       const BackwardScratch<T>& s) {
   int64_t tile = 0;
   for (int64_t k = item.key_begin; k < item.key_end; k += kKeyBlock) {
     const int64_t keys = least(kKeyBlock, item.key_end - k);
     const bool any = batch.all.sees_any(k, k + keys);
-    if (any) load_keys<T>(p, sequence, head, k, keys, s);
+    if (any && reload) load_keys<T>(p, sequence, head, k, keys, s);
     for (int64_t at = 0; at < batch.all.count; at += kLaneBlock, ++tile) {
       const Lanes& lanes = batch.block[at / kLaneBlock];
       if (!any || !lanes.sees_any(k, k + keys)) continue;
       const BackwardScratch<T> t = s.tile(held ? tile : 0);
       tile_of_weights<T>(p, g, item.sequence, sequence, head, lanes, at, k, keys, t);
-      sum_delta(t.scores, t.dscores, lanes, k, keys, !lanes.sees_all(k, k + keys), s.delta + at, s.total + at);
+      sum_delta(t.scores, g.needs_scores() ? t.dscores : nullptr, lanes, k, keys, !lanes.sees_all(k, k + keys),
+                s.delta + at, s.total + at);
     }
   }
 }
@@ -230,7 +250,7 @@ template <class T>
 static void sum_item(const AttentionParams& p, const AttentionGradients& g, const BackwardItem& item, float* workspace,
                      Arena arena) {
   const Sequence sequence = sequence_of(p, item.sequence);
-  const Holding hold(kSumsDelta<T>, g, item);
+  const Holding hold(kSumsDelta<T>, item);
   const BackwardScratch<T> s(p, arena, hold.lanes, hold.keys, hold.tiles);
   const int64_t sequence_lanes = sequence.queries * p.group();
   for (int64_t head = item.head_begin; head < item.head_end; ++head) {
@@ -238,7 +258,7 @@ static void sum_item(const AttentionParams& p, const AttentionGradients& g, cons
     float* total = delta + p.kv_heads * sequence_lanes;
     for (int64_t first = item.lane_begin; first < item.lane_end; first += hold.step) {
       const LaneBatch batch(p, g, sequence, head, first, least(first + hold.step, item.lane_end), s);
-      sum_batch<T>(p, g, item, sequence, head, batch, false, s);
+      sum_batch<T>(p, g, item, sequence, head, batch, false, true, s);
       for (int64_t i = 0; i < batch.all.count; ++i) delta[first + i] = s.delta[i], total[first + i] = s.total[i];
     }
   }
@@ -248,7 +268,7 @@ template <class T>
 static void backward_item(const AttentionParams& p, const AttentionGradients& g, const BackwardItem& item,
                           float* workspace, Arena arena) {
   const Sequence sequence = sequence_of(p, item.sequence);
-  const Holding hold(kSumsDelta<T>, g, item);
+  const Holding hold(kSumsDelta<T>, item);
   const BackwardScratch<T> s(p, arena, hold.lanes, hold.keys, hold.tiles);
   const int64_t sequence_lanes = sequence.queries * p.group();
   const bool all_at_once = item.lane_end - item.lane_begin <= hold.step;
@@ -264,13 +284,17 @@ static void backward_item(const AttentionParams& p, const AttentionGradients& g,
     for (int64_t r = 0; key_bias != nullptr && r < bias_rows; ++r) {
       clear(key_bias + (head * bias_rows + r) * sequence.keys + item.key_begin, item.key_end - item.key_begin);
     }
+    bool loaded = false;  // the only panel
     for (int64_t first = item.lane_begin; first < item.lane_end; first += hold.step) {
       const int64_t last = least(first + hold.step, item.lane_end);
       const LaneBatch batch(p, g, sequence, head, first, last, s);
       const Lanes& all = batch.all;
       if (g.grad_query) clear(s.acc_query, all.width * p.head_dim);
-      if (hold.tiles_held) sum_batch<T>(p, g, item, sequence, head, batch, true, s);
-      if (kSumsDelta<T> && g.needs_scores()) finish_delta<T>(p, g, head, all, beforehand, sequence_lanes, s);
+      prefetch_lanes<T>(p, g, sequence, head, last, least(last + kLaneBlock, item.lane_end));
+      // A panel that no lane of the first batch sees is packed when one does.
+      const bool packed = one_panel && loaded;
+      if (hold.tiles_held) sum_batch<T>(p, g, item, sequence, head, batch, true, !packed, s);
+      if (kSumsDelta<T>) finish_delta<T>(p, g, head, all, beforehand, sequence_lanes, s);
 
       int64_t tile = 0;
       for (int64_t k = item.key_begin; k < item.key_end; k += kKeyBlock) {
@@ -282,7 +306,8 @@ static void backward_item(const AttentionParams& p, const AttentionGradients& g,
           clear(acc_value, keys * s.wide_value);
         }
         const bool any = all.sees_any(k, k + keys);
-        if (any && !(hold.tiles_held && one_panel)) load_keys<T>(p, sequence, head, k, keys, s);
+        if (any && !packed && !(hold.tiles_held && one_panel)) load_keys<T>(p, sequence, head, k, keys, s);
+        loaded |= any;
         for (int64_t at = 0; at < all.count; at += kLaneBlock, ++tile) {
           const Lanes& lanes = batch.block[at / kLaneBlock];
           if (!any || !lanes.sees_any(k, k + keys)) continue;

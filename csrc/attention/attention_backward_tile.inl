@@ -26,7 +26,7 @@ struct BackwardScratch {
   float* acc_query;               // per block: [head_dim][width]
   float *acc_key, *acc_value;     // [key][wide_key], [key][wide_value]: of a panel, or of all keys of the item
   float *lse, *rest, *factor_of;  // per lane: P = exp(s - lse - rest) * factor_of, see load_lane
-  float *delta, *total, *factor;  // per lane: delta - grad_lse; sum of the weights
+  float *delta, *total, *factor;  // per lane: delta - grad_lse; sum of the weights, then its inverse
   // Tiles [kKeyBlock][kLaneBlock]: P, dP and then dS, d capped / d uncapped; as many as the item holds.
   float *scores, *dscores, *slope;
   float* extra;                    // one tile
@@ -219,7 +219,7 @@ static void tile_of_weights(const AttentionParams& p, const AttentionGradients& 
   drop_dweights<T>(p, kv_head, lanes, key_begin, keys, s);
 }
 
-// Adds a tile's share to delta and total; an unseen dP may be NaN and counts for nothing.
+// Adds a tile's share to delta and total; an unseen dP may be NaN and counts for nothing. Null dweights: total alone.
 static void sum_delta(const float* weights, const float* dweights, const Lanes& lanes, int64_t key_begin, int64_t keys,
                       bool masked, float* delta, float* total) {
   const int64_t ld = lanes.width;
@@ -227,10 +227,11 @@ static void sum_delta(const float* weights, const float* dweights, const Lanes& 
     vf sum = zero(), all = zero();
     for (int64_t j = 0; j < keys; ++j) {
       const vf w = load(weights + j * ld + i);
+      all = all + w;
+      if (dweights == nullptr) continue;
       vf x = w * load(dweights + j * ld + i);
       if (masked) x = lanes.seen(i, key_begin + j) ? x : zero();
       sum = sum + x;
-      all = all + w;
     }
     store(delta + i, load(delta + i) + sum);
     store(total + i, load(total + i) + all);
@@ -243,12 +244,28 @@ static void finish_delta(const AttentionParams& p, const AttentionGradients& g, 
                          const float* beforehand, int64_t sequence_lanes, const BackwardScratch<T>& s) {
   for (int64_t i = 0; i < lanes.count; ++i) {
     if (beforehand != nullptr) {
-      s.delta[i] = beforehand[kv_head * sequence_lanes + s.lane[i]];
-    } else if (s.total[i] != 0.0f) {
-      s.delta[i] /= s.total[i];
+      const float* at = beforehand + kv_head * sequence_lanes + s.lane[i];
+      s.delta[i] = at[0];
+      s.total[i] = at[p.kv_heads * sequence_lanes];
+    } else {
+      s.total[i] = inverse_total(s.total[i]);
+      s.delta[i] *= s.total[i];
     }
     const int64_t head = kv_head * p.group() + lanes.head[i];
     if (g.grad_lse != nullptr) s.delta[i] -= g.grad_lse[head * g.grad_lse_head + lanes.row[i] * g.grad_lse_row];
+  }
+}
+
+// Makes the weights of a row sum to 1, as eager's do: a single key's weight is exactly 1 then.
+template <class T>
+static void normalise_weights(const Lanes& lanes, int64_t at, int64_t keys, const BackwardScratch<T>& s) {
+  if constexpr (kSumsDelta<T>) {
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t i = 0; i < lanes.width; i += W) {
+        float* w = s.scores + j * lanes.width + i;
+        store(w, load(w) * load(s.total + at + i));
+      }
+    }
   }
 }
 

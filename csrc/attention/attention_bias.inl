@@ -63,6 +63,7 @@ static void bias_item(const AttentionParams& p, const AttentionGradients& g, con
             if (!lanes.sees_any(k, k + keys)) continue;
             const bool masked = !lanes.sees_all(k, k + keys);
             tile_of_weights<T>(p, g, b, sequence, head, lanes, at, k, keys, s);
+            normalise_weights(lanes, at, keys, s);
             tile_dscores<T>(lanes, at, k, keys, masked, s);
             add_bias(p, b, sequence, head, lanes, s.key_row, keys, s.dscores, sums);
           }

@@ -41,12 +41,12 @@ void attention_merge(const AttentionParams& p, const ForwardMerge& merge, const 
 }
 
 template <class T>
-static size_t backward_bytes(const AttentionParams& p, const AttentionGradients& g, const BackwardItem* item) {
+static size_t backward_bytes(const AttentionParams& p, const BackwardItem* item) {
   Arena arena{nullptr};
   if (item == nullptr) {
     BackwardScratch<T>(p, arena, kBackwardLanes, kKeyBlock, 1);
   } else {
-    const Holding hold(kSumsDelta<T>, g, *item);
+    const Holding hold(kSumsDelta<T>, *item);
     if (item->few) {
       FewBackwardScratch<T>(p, arena, hold.tiles);
     } else {
@@ -57,11 +57,11 @@ static size_t backward_bytes(const AttentionParams& p, const AttentionGradients&
 }
 
 // Scratch memory for an item; null: for a bias item.
-size_t attention_backward_scratch(const AttentionParams& p, const AttentionGradients& g, const BackwardItem* item) {
+size_t attention_backward_scratch(const AttentionParams& p, const BackwardItem* item) {
   switch (p.dtype) {
-    case DType::bf16: return backward_bytes<bf16_t>(p, g, item);
-    case DType::f16: return backward_bytes<f16_t>(p, g, item);
-    default: return backward_bytes<float>(p, g, item);
+    case DType::bf16: return backward_bytes<bf16_t>(p, item);
+    case DType::f16: return backward_bytes<f16_t>(p, item);
+    default: return backward_bytes<float>(p, item);
   }
 }
 

@@ -10,8 +10,7 @@ FXA_DECLARE(void, attention_forward_item,
             (const fastxattn::AttentionParams&, const fastxattn::ForwardItem&, float* workspace, void* scratch))
 FXA_DECLARE(void, attention_merge,
             (const fastxattn::AttentionParams&, const fastxattn::ForwardMerge&, const float* workspace))
-FXA_DECLARE(size_t, attention_backward_scratch,
-            (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BackwardItem*))
+FXA_DECLARE(size_t, attention_backward_scratch, (const fastxattn::AttentionParams&, const fastxattn::BackwardItem*))
 FXA_DECLARE(void, attention_sum_item,
             (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BackwardItem&,
              float* workspace, void* scratch))
@@ -35,16 +34,15 @@ auto select_merge(Isa isa) -> void (*)(const AttentionParams&, const ForwardMerg
   FXA_SELECT(isa, attention_merge)
 }
 
+using ScratchSize = size_t (*)(const AttentionParams&, const BackwardItem*);
 using ItemKernel = void (*)(const AttentionParams&, const AttentionGradients&, const BackwardItem&, float*, void*);
 using BiasKernel = void (*)(const AttentionParams&, const AttentionGradients&, const BiasItem&, const int64_t*,
                             const float*, float*, void*);
 
-auto select_backward_scratch(Isa isa)
-    -> size_t (*)(const AttentionParams&, const AttentionGradients&,
-                  const BackwardItem*){FXA_SELECT(isa, attention_backward_scratch)} ItemKernel
-    select_sum_item(Isa isa){FXA_SELECT(isa, attention_sum_item)} ItemKernel
-    select_backward_item(Isa isa){FXA_SELECT(isa, attention_backward_item)} BiasKernel
-    select_bias_item(Isa isa){FXA_SELECT(isa, attention_bias_item)}
+auto select_backward_scratch(Isa isa) -> ScratchSize { FXA_SELECT(isa, attention_backward_scratch) }
+auto select_sum_item(Isa isa) -> ItemKernel { FXA_SELECT(isa, attention_sum_item) }
+auto select_backward_item(Isa isa) -> ItemKernel { FXA_SELECT(isa, attention_backward_item) }
+auto select_bias_item(Isa isa) -> BiasKernel{FXA_SELECT(isa, attention_bias_item)}
 
 // Uninitialised floats: every one is written before it is read.
 std::unique_ptr<float[]> floats(int64_t n) {
@@ -90,7 +88,7 @@ void attention_backward(const AttentionParams& p, const AttentionGradients& g, c
     for_each_task(parallel, static_cast<int64_t>(plan.tasks.size()), [&](int64_t task, int64_t) {
       for (int64_t i = plan.tasks[task].begin; i < plan.tasks[task].end; ++i) {
         const BackwardItem& item = plan.items[i];
-        if (all || item.delta >= 0) run_item(p, g, item, workspace.get(), thread_scratch(bytes(p, g, &item)));
+        if (all || item.delta >= 0) run_item(p, g, item, workspace.get(), thread_scratch(bytes(p, &item)));
       }
     });
   };
@@ -110,7 +108,7 @@ void attention_backward(const AttentionParams& p, const AttentionGradients& g, c
     std::memset(sums, 0, static_cast<size_t>(n) * sizeof(float));
     const std::vector<BiasItem> items = plan_bias(p);
     const auto run_item = select_bias_item(isa);
-    const size_t most = bytes(p, g, nullptr);
+    const size_t most = bytes(p, nullptr);
     for_each_task(parallel, static_cast<int64_t>(items.size()), [&](int64_t i, int64_t) {
       run_item(p, g, items[i], plan.delta.data(), workspace.get(), sums, thread_scratch(most));
     });

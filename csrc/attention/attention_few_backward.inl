@@ -101,6 +101,7 @@ static void few_panel(const AttentionParams& p, const AttentionGradients& g, con
                       float* key_bias, const FewBackwardScratch<T>& s, const BackwardScratch<T>& t) {
   const int64_t ld = lanes.width, per_head = sequence.queries * p.group();
   const float keep = p.dropout_p < 1.0f ? 1.0f / (1.0f - p.dropout_p) : 0.0f;
+  normalise_weights(lanes, 0, keys, t);
   if (g.needs_scores()) {
     tile_dscores<T>(lanes, 0, k, keys, !lanes.sees_all(k, k + keys), t);
     if (key_bias != nullptr) {
@@ -153,7 +154,8 @@ static void sum_few(const AttentionParams& p, const AttentionGradients& g, const
     const int64_t keys = least(kKeyBlock, item.key_end - k);
     if (!lanes.sees_any(k, k + keys)) continue;
     few_weights<T>(p, g, item, sequence, lanes, k, keys, s, s);
-    sum_delta(s.scores, s.dscores, lanes, k, keys, !lanes.sees_all(k, k + keys), s.delta, s.total);
+    sum_delta(s.scores, g.needs_scores() ? s.dscores : nullptr, lanes, k, keys, !lanes.sees_all(k, k + keys), s.delta,
+              s.total);
   }
   float* delta = workspace + item.delta_partial;
   float* total = delta + p.kv_heads * sequence.queries * p.group();
@@ -164,7 +166,7 @@ template <class T>
 static void backward_few(const AttentionParams& p, const AttentionGradients& g, const BackwardItem& item,
                          float* workspace, Arena arena) {
   const Sequence sequence = sequence_of(p, item.sequence);
-  const Holding hold(kSumsDelta<T>, g, item);
+  const Holding hold(kSumsDelta<T>, item);
   const FewBackwardScratch<T> s(p, arena, hold.tiles);
   const Lanes lanes = few_lanes<T>(p, g, sequence, item, s);
   const int64_t ld = lanes.width, sequence_lanes = sequence.queries * p.group();
@@ -186,9 +188,10 @@ static void backward_few(const AttentionParams& p, const AttentionGradients& g, 
     const int64_t keys = least(kKeyBlock, item.key_end - k);
     const BackwardScratch<T> t = s.tile(tile++);
     weigh(k, keys, t);
-    sum_delta(t.scores, t.dscores, lanes, k, keys, !lanes.sees_all(k, k + keys), s.delta, s.total);
+    sum_delta(t.scores, g.needs_scores() ? t.dscores : nullptr, lanes, k, keys, !lanes.sees_all(k, k + keys), s.delta,
+              s.total);
   }
-  if (kSumsDelta<T> && g.needs_scores()) {
+  if (kSumsDelta<T>) {
     const float* beforehand = item.delta < 0 ? nullptr : workspace + item.delta;
     // The lanes' numbers count over all heads already.
     finish_delta<T>(p, g, 0, lanes, beforehand, sequence_lanes, s);

@@ -103,7 +103,8 @@ void merge_deltas(const BackwardPlan& plan, float* workspace) {
     float* total = delta + m.lanes;
     sum_parts(delta, m.stride, m.chunks, 2 * m.lanes, delta);
     for (int64_t i = 0; i < m.lanes; ++i) {
-      if (total[i] != 0.0f) delta[i] /= total[i];
+      total[i] = inverse_total(total[i]);
+      delta[i] *= total[i];
     }
   }
 }

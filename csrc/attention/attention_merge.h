@@ -5,7 +5,7 @@
 
 namespace fastxattn {
 
-// Sums every sequence's delta over its key chunks and divides it by the weights' sum, in the first chunk's place.
+// Sums every sequence's delta and total over its key chunks, in the first chunk's place: delta / total and 1 / total.
 void merge_deltas(const BackwardPlan& plan, float* workspace);
 
 void merge_backward(const AttentionParams& p, const AttentionGradients& g, const AttentionContent& content,

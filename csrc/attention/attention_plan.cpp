@@ -138,8 +138,7 @@ BackwardPlan plan_backward(const AttentionParams& p, const AttentionGradients& g
     // The weights of so many keys are not held until delta is known; the bias's own pass asks for it too.
     const bool beforehand = key_chunks > 1 || s.keys > kHeldTiles * kKeyBlock || g.grad_bias;
     int64_t delta = -1, delta_stride = 0;
-    reserve(p.dtype == DType::f32 && g.needs_scores() && beforehand, 2 * p.kv_heads * lanes, key_chunks, delta,
-            delta_stride);
+    reserve(p.dtype == DType::f32 && beforehand, 2 * p.kv_heads * lanes, key_chunks, delta, delta_stride);
     if (delta >= 0) plan.deltas.push_back({p.kv_heads * lanes, delta, delta_stride, key_chunks});
     plan.delta[static_cast<size_t>(b)] = delta;
     if (merge.query_partial >= 0 || merge.key_partial >= 0 || merge.key_bias_partial >= 0) plan.merges.push_back(merge);

@@ -62,7 +62,7 @@ struct BackwardItem {
   int64_t query_partial;     // [kv_head][lane of the sequence][head_dim], its share of grad_query
   int64_t key_partial;       // [kv_head][key of the sequence][head_dim + value_dim], its share of grad_key, grad_value
   int64_t key_bias_partial;  // [bias head][key of the sequence], its share of grad_key_bias
-  int64_t delta;             // [kv_head][lane of the sequence], delta summed beforehand; -1: the item sums it itself
+  int64_t delta;             // [2][kv_head][lane of the sequence], summed beforehand: delta, 1 / total; -1: not
   int64_t delta_partial;     // where this item's keys' share of that is summed
   bool few;                  // few query rows: stream the keys instead of tiling
 };
@@ -82,6 +82,9 @@ struct DeltaMerge {
   int64_t at, stride;  // workspace offset of the first chunk, floats from one to the next
   int64_t chunks;
 };
+
+// What weights are multiplied by so that they sum to 1: nothing where no key is seen, or where the sum is not a number.
+inline float inverse_total(float total) { return total > 0.0f && total <= 3.4e38f ? 1.0f / total : 1.0f; }
 
 struct BackwardPlan {
   std::vector<BackwardItem> items;

@@ -46,6 +46,8 @@ struct Plan {
   bool every_row[2] = {false, false};  // each row of the side belongs to some item
 };
 
+constexpr int64_t kFewKeys = 16;
+
 constexpr int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Cuts depend on the sequence alone: neither threads nor neighbours change a result.
@@ -145,16 +147,21 @@ void bidirectional_backward(const Params& given, const Parallel& parallel, Isa i
   const auto bytes = select_scratch(isa);
   const auto merge = select_backward_merge(isa);
   const auto workspace = floats(plan.workspace);
+  // In 16 bits delta from the rounded out is near enough but for softmaxes over a few tokens.
+  const auto wanted = [&](const Item& item, bool sums_only) {
+    return !sums_only || p.dtype == DType::f32 || item.keys < kFewKeys;
+  };
   const auto pass = [&](bool sums_only) {
     for_each_task(parallel, static_cast<int64_t>(plan.items.size()), [&](int64_t i, int64_t) {
       const Item& item = plan.items[static_cast<size_t>(i)];
-      run(p, item, sums_only, workspace.get(), thread_scratch(bytes(p, item, true)));
+      if (wanted(item, sums_only)) run(p, item, sums_only, workspace.get(), thread_scratch(bytes(p, item, true)));
     });
     for_each_task(parallel, static_cast<int64_t>(plan.merges.size()), [&](int64_t i, int64_t) {
-      merge(p, plan.merges[static_cast<size_t>(i)], sums_only, workspace.get());
+      const Merge& one = plan.merges[static_cast<size_t>(i)];
+      if (wanted(one.first, sums_only)) merge(p, one, sums_only, workspace.get());
     });
   };
-  if (p.dtype == DType::f32) pass(true);
+  pass(true);
   pass(false);
 }
 

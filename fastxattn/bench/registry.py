@@ -46,18 +46,25 @@ class Case:
         return f"{self.name} {self.direction} {str(self.dtype).removeprefix('torch.')}"
 
 
-def run_case(case: Case, *, rounds: int = 11, max_seconds: float = math.inf) -> list[Record]:
+def run_case(
+    case: Case,
+    *,
+    rounds: int = 11,
+    max_seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Record]:
     """Check and time one case. A failing check yields rows without times for our providers.
 
     Args:
         case: what to run.
         rounds: how often every provider is timed.
         max_seconds: no new round begins after so long, except that there are at least three.
+        clock: what time is taken with, see :func:`fastxattn.bench.interleaved`.
     """
     workload = case.build()
     gate = workload.check()
     peak = measure_peak(case.dtype)
-    timings = interleaved(workload.providers, rounds=rounds, max_seconds=max_seconds)
+    timings = interleaved(workload.providers, rounds=rounds, max_seconds=max_seconds, clock=clock)
     rival = timings[workload.rival]
     records = []
     for name, timing in timings.items():

@@ -36,6 +36,13 @@ def row_counts(rows: int, device: torch.device, group: Group) -> list[int]:
     return [int(count) for count in torch.cat(every).tolist()]
 
 
+def total_count(flags: torch.Tensor, group: Group) -> torch.Tensor:
+    """How many entries are true over all ranks, as a tensor."""
+    total = flags.sum()
+    guarded("counting rows", group, lambda: dist.all_reduce(total, group=group))
+    return total
+
+
 def gather_rows(x: torch.Tensor, counts: list[int], group: Group) -> torch.Tensor:
     """All ranks' rows in order of rank, without gradient."""
     most = max(counts)

@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 
 from fastxattn.distributed import ring
-from fastxattn.distributed.collectives import GatherRows, GlobalSum, Group, gather_rows, row_counts, world_size
+from fastxattn.distributed.collectives import (
+    GatherRows,
+    GlobalSum,
+    Group,
+    gather_rows,
+    row_counts,
+    total_count,
+    world_size,
+)
 from fastxattn.ops import contrastive
 from fastxattn.ops.contrastive import checks
 from fastxattn.ops.contrastive.reference import unit_rows, wide
@@ -35,10 +43,10 @@ def infonce_loss(
         a: (n, D), this rank's rows; ``n`` may differ between ranks and be 0.
         b: (n, D), this rank's rows.
         logit_scale: a number or one-element tensor, the same on every rank.
-        groups: this rank's integer group ids of both sides, which may span ranks; ``gather`` only.
+        groups: this rank's integer group ids of both sides, which may span ranks.
         symmetric: both directions, or only a to b.
         normalize: unit-length features.
-        label_smoothing: share of the target spread over all candidates; ``gather`` only.
+        label_smoothing: share of the target spread over all candidates.
         strategy: ``gather`` holds everybody's features; ``ring`` passes them round in memory O(N D / W).
         group: process group; None for the default one.
         backend: see :func:`fastxattn.infonce_loss`.
@@ -52,8 +60,6 @@ def infonce_loss(
         RuntimeError: another rank left or died; raised within the process group's timeout.
     """
     _check(a, b, strategy)
-    if strategy == "ring" and (groups is not None or label_smoothing):
-        raise ValueError("groups and label_smoothing must be left out with strategy='ring'")
     if world_size(group) == 1:
         return contrastive.infonce_loss(
             a, b, logit_scale, groups=groups, symmetric=symmetric, normalize=normalize,
@@ -67,8 +73,8 @@ def infonce_loss(
     shares = []
     for own, other, ids in pairs:
         if strategy == "ring":
-            rows = ring.infonce_rows(own, other, scale, counts, group, backend)
-            shares.append(rows.sum() / max(number, 1))
+            rows, has = ring.infonce_rows(own, other, scale, ids, label_smoothing, counts, group, backend)
+            shares.append(rows.sum() / total_count(has, group).clamp(min=1))
             continue
         everybody = GatherRows.apply(other, counts, group)
         if ids is None:
@@ -104,8 +110,6 @@ def sigmoid_loss(
 ) -> torch.Tensor:
     """The global sigmoid loss; arguments, returns and errors as in :func:`infonce_loss` of this module."""
     _check(a, b, strategy)
-    if strategy == "ring" and groups is not None:
-        raise ValueError("groups must be left out with strategy='ring'")
     if world_size(group) == 1:
         return contrastive.sigmoid_loss(
             a, b, logit_scale, logit_bias, groups=groups, normalize=normalize, backend=backend
@@ -115,7 +119,7 @@ def sigmoid_loss(
     bias = checks.one_element("logit_bias", logit_bias, a.device)
     counts = row_counts(a.shape[0], a.device, group)
     if strategy == "ring":
-        total = ring.sigmoid_total(a, b, scale, bias, counts, group, backend)
+        total = ring.sigmoid_total(a, b, scale, bias, groups, counts, group, backend)
     else:
         first = sum(counts[: dist.get_rank(group)])
         targets = torch.arange(first, first + a.shape[0], device=a.device)

@@ -2,86 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import Tensor
 
 from fastxattn.distributed.collectives import Group, rotate, world_size
 from fastxattn.ops.contrastive.api import BACKENDS
 from fastxattn.ops.contrastive.autograd import operator
+from fastxattn.ops.contrastive.fused import dense_ids, row_losses
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.ops.contrastive.schema import GRADS
 from fastxattn.runtime import backend as choose
 
 
-def _backend(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, requested: str) -> str:
+def _backend(a: Tensor, b: Tensor, scale: Tensor, requested: str) -> str:
     name = choose.resolve("distributed ring", BACKENDS, Problem(a, b, scale), requested)
     if name == "reference":
         raise RuntimeError("distributed ring: runs on fused backends only; use strategy='gather' with the reference")
     return name
 
 
-def _problem(a: torch.Tensor, b: torch.Tensor, scale: Any, bias: Any, own: bool, backend: str) -> tuple[Any, ...]:
-    """The operators' arguments for one block: positives lie on the diagonal of a rank's own block only."""
-    id_b = torch.arange(b.shape[0], dtype=torch.int32, device=a.device)
-    id_a = id_b if own else torch.full((a.shape[0],), -1, dtype=torch.int32, device=a.device)
+def _problem(
+    a: Tensor, b: Tensor, scale: Any, bias: Any, own: bool, backend: str, ids: tuple[Tensor, Tensor] | None
+) -> tuple[Any, ...]:
+    """The operators' arguments for one block; without ids positives lie on the diagonal of a rank's own block only."""
+    exact = None
+    if ids is not None:
+        id_a, id_b = dense_ids(ids)  # numbered anew for every block: only equality counts
+    else:
+        id_b = torch.arange(b.shape[0], dtype=torch.int32, device=a.device)
+        id_a = id_b if own else torch.full((a.shape[0],), -1, dtype=torch.int32, device=a.device)
     head = (a, b, scale, bias, None, None, id_a, id_b, None, None)
-    exact = operator("positive_logits", backend)(*head, None, False, False) if own and a.shape[0] else None
+    if ids is None and own and a.shape[0]:
+        exact = operator("positive_logits", backend)(*head, None, False, False)
     return (*head, exact, False)
 
 
-class RingInfoNCE(torch.autograd.Function):
-    """Each local row's loss against every rank's columns."""
+def _merged(x: Tensor, y: Tensor) -> Tensor:
+    """Statistics of the same rows over two sets of columns, as one (see contrastive.schema.STATS)."""
+    negatives, positives = x[4] + y[4], x[5] + y[5]
+
+    def mean(plane: int, count: int, total: Tensor) -> Tensor:
+        return (x[plane] * x[count] + y[plane] * y[count]) / total.clamp(min=1)
+
+    def lse_pos(s: Tensor) -> Tensor:
+        return torch.where(s[5] > 0, s[2] + s[3], -torch.inf)
+
+    mean_pos = mean(2, 5, positives)
+    excess = (torch.logaddexp(lse_pos(x), lse_pos(y)) - mean_pos).clamp(min=0)
+    return torch.stack([
+        torch.logaddexp(x[0], y[0]), mean(1, 4, negatives), mean_pos, torch.where(positives > 1, excess, 0.0),
+        negatives, positives, x[6] + y[6],
+    ])  # fmt: skip
+
+
+class RingStats(torch.autograd.Function):
+    """Each local row's statistics against every rank's columns."""
 
     @staticmethod
     def forward(
-        ctx: Any, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, counts: list[int], group: Group, backend: str
-    ) -> torch.Tensor:
-        """One turn of the ring merges the log-sum-exps."""
-        rank, world = dist.get_rank(group), world_size(group)
-        merged: torch.Tensor | None = None
-        block = b.detach()
-        for step in range(world):
-            owner = (rank + step) % world
-            problem = _problem(a, block, scale, None, step == 0, backend)
-            stats, _ = operator("contrastive_stats", backend)(*problem, *[None] * 4, True, False, False)
-            if merged is None:
-                merged = stats
-            else:
-                merged[0] = torch.logaddexp(merged[0], stats[0])
-            if step + 1 < world:
-                (block,) = rotate([block], counts, owner, group)
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        ids_a: Tensor | None,
+        ids_b: Tensor | None,
+        means: bool,
+        counts: list[int],
+        group: Group,
+        backend: str,
+    ) -> Tensor:
+        """One turn of the ring merges what the blocks have."""
+        merged: Tensor | None = None
+        for problem, _ in RingStats.turn(a, [b.detach()], ids_a, ids_b, scale, counts, group, backend):
+            stats, _ = operator("contrastive_stats", backend)(*problem, *[None] * 4, True, False, means)
+            merged = stats if merged is None else _merged(merged, stats)
         assert merged is not None
-        ctx.save_for_backward(a, b, scale, merged)
+        ctx.save_for_backward(a, b, scale, ids_a, ids_b, merged)
         ctx.flags = (counts, group, backend)
-        return F.softplus(merged[0] - merged[2], threshold=50.0)
+        return merged
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        """A second turn: the visiting block's gradient grows at every stop and arrives home complete."""
-        a, b, scale, merged = ctx.saved_tensors
-        counts, group, backend = ctx.flags
+    def turn(
+        a: Tensor, visiting: list[Tensor], ids_a: Any, ids_b: Any, scale: Tensor, counts: list[int], group: Group,
+        backend: str,
+    ) -> Iterator[tuple[tuple[Any, ...], list[Tensor]]]:  # fmt: skip
+        """Each block's problem and what travels with it; after the last one everything is passed on once more,
+        home, when more than the block travels.
+        """
         rank, world = dist.get_rank(group), world_size(group)
-        share = torch.sigmoid(merged[0] - merged[2]) * grad
-        grads = torch.zeros((GRADS, a.shape[0]), device=a.device)
-        grads[0], grads[2] = share, -share
-        grad_a = torch.zeros(a.shape, device=a.device)
-        block, grad_block = b.detach(), torch.zeros(b.shape, device=b.device)
-        dots = torch.zeros((), dtype=torch.float64, device=a.device)
+        travelling = [*visiting] if ids_b is None else [*visiting, ids_b]
         for step in range(world):
-            owner = (rank + step) % world
-            problem = _problem(a, block, scale, None, step == 0, backend)
-            columns = torch.zeros((merged.shape[0], block.shape[0]), device=a.device)
+            ids = None if ids_b is None else (ids_a, travelling[-1])
+            yield _problem(a, travelling[0], scale, None, step == 0, backend, ids), travelling
+            if step + 1 < world or len(visiting) > 1:
+                travelling[:] = rotate(travelling, counts, (rank + step) % world, group)
+        visiting[:] = travelling[: len(visiting)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """A second turn: the visiting block's gradient grows at every stop and arrives home complete."""
+        a, b, scale, ids_a, ids_b, merged = ctx.saved_tensors
+        counts, group, backend = ctx.flags
+        grad_a = torch.zeros(a.shape, device=a.device)
+        dots = torch.zeros((), dtype=torch.float64, device=a.device)
+        visiting = [b.detach(), torch.zeros(b.shape, device=b.device)]
+        for problem, travelling in RingStats.turn(a, visiting, ids_a, ids_b, scale, counts, group, backend):
+            columns = torch.zeros((merged.shape[0], travelling[0].shape[0]), device=a.device)
             part_a, part_b, dot = operator("contrastive_backward", backend)(
-                grads, columns[:GRADS].contiguous(), merged, columns, *problem, None, None, True, False, 7
-            )
+                grad[:GRADS].contiguous(), columns[:GRADS].contiguous(), merged, columns, *problem, None, None, True,
+                False, 7,
+            )  # fmt: skip
             grad_a += part_a
-            grad_block += part_b
+            travelling[1] = travelling[1] + part_b
             dots += dot.sum(dtype=torch.float64)
-            block, grad_block = rotate([block, grad_block], counts, owner, group)
-        return grad_a.to(a.dtype), grad_block.to(b.dtype), dots.to(scale.dtype), None, None, None
+        return grad_a.to(a.dtype), visiting[1].to(b.dtype), dots.to(scale.dtype), *[None] * 6
 
 
 class RingSigmoid(torch.autograd.Function):
@@ -90,58 +128,78 @@ class RingSigmoid(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        ids_a: Tensor | None,
+        ids_b: Tensor | None,
         counts: list[int],
         group: Group,
         backend: str,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Nothing is left for the backward pass but a multiplication."""
         rank, world = dist.get_rank(group), world_size(group)
         grad_a, total = torch.zeros(a.shape, device=a.device), torch.zeros((), dtype=torch.float64, device=a.device)
         block, grad_block = b.detach(), torch.zeros(b.shape, device=b.device)
         dots, slopes = torch.zeros_like(total), torch.zeros_like(total)
+        travelling = [] if ids_b is None else [ids_b]
         for step in range(world):
             owner = (rank + step) % world
-            problem = _problem(a, block, scale, bias, step == 0, backend)
+            ids = None if ids_a is None else (ids_a, travelling[0])
+            problem = _problem(a, block, scale, bias, step == 0, backend, ids)
             loss, part_a, part_b, dot, row_dz = operator("sigmoid", backend)(*problem, None, 7)
             total += loss.sum(dtype=torch.float64)
             dots += dot.sum(dtype=torch.float64)
             slopes += row_dz.sum(dtype=torch.float64)
             grad_a += part_a
             grad_block += part_b
-            block, grad_block = rotate([block, grad_block], counts, owner, group)
+            block, grad_block, *travelling = rotate([block, grad_block, *travelling], counts, owner, group)
         ctx.save_for_backward(grad_a, grad_block, dots, slopes)
         ctx.dtype = a.dtype
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Scale what the forward pass left. Every rank must pass the same ``grad``."""
         grad_a, grad_b, dots, slopes = ctx.saved_tensors
         features = ((g * grad).to(ctx.dtype) for g in (grad_a, grad_b))
-        return (*features, (dots * grad).float(), (slopes * grad).float(), None, None, None)
+        return (*features, (dots * grad).float(), (slopes * grad).float(), *[None] * 5)
 
 
 def infonce_rows(
-    a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, counts: list[int], group: Group, backend: str
-) -> torch.Tensor:
-    """Each of this rank's rows' loss, (n,) float32."""
-    rows: torch.Tensor = RingInfoNCE.apply(a, b, scale, counts, group, _backend(a, b, scale, backend))
-    return rows
-
-
-def sigmoid_total(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    ids: tuple[Tensor, Tensor] | None,
+    label_smoothing: float,
     counts: list[int],
     group: Group,
     backend: str,
-) -> torch.Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Each of this rank's rows' loss, (n,) float32, and whether the row has a positive anywhere."""
+    problem = Problem(a, b, scale, label_smoothing=label_smoothing)
+    stats: Tensor = RingStats.apply(
+        a, b, scale, *_wide(ids), label_smoothing > 0, counts, group, _backend(a, b, scale, backend)
+    )
+    return row_losses(stats, problem, [])
+
+
+def sigmoid_total(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ids: tuple[Tensor, Tensor] | None,
+    counts: list[int],
+    group: Group,
+    backend: str,
+) -> Tensor:
     """The sum of this rank's rows' losses."""
-    total: torch.Tensor = RingSigmoid.apply(a, b, scale, bias, counts, group, _backend(a, b, scale, backend))
+    total: Tensor = RingSigmoid.apply(a, b, scale, bias, *_wide(ids), counts, group, _backend(a, b, scale, backend))
     return total
+
+
+def _wide(ids: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Ids as they travel: of one width on every rank."""
+    return (None, None) if ids is None else (ids[0].long(), ids[1].long())

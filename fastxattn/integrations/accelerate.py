@@ -50,7 +50,8 @@ def accelerate(
         loss: swap contrastive loss modules too (open_clip's).
         verify: inputs to try the model on, a dict of keyword arguments or a tuple of positional ones: the original,
             the accelerated and a float64 copy of the original are run and the first two timed. If the error budget is
-            broken, or the model became slower, the swap is undone; the report says so.
+            broken, or the model became slower, the swap is undone; the report says so. If a run raises, so does this
+            call, and nothing stays swapped.
         dry_run: report what would be swapped, and change nothing.
         strict: raise where a module that has an adapter cannot be swapped, and where verification undoes the swap.
 
@@ -104,11 +105,14 @@ def accelerate(
     for module, adapter in done:
         swap(module, adapter)
     if verify is not None and done:
-        with _temporarily([module for module, _ in done]) as original:
-            report.verification = verify_swap(model, verify, original)
+        try:
+            with _temporarily([module for module, _ in done]) as original:
+                report.verification = verify_swap(model, verify, original)
+        finally:
+            if report.verification is None or not report.verification.kept:
+                for module, _ in reversed(done):
+                    unswap(module)
         if not report.verification.kept:
-            for module, _ in reversed(done):
-                unswap(module)
             report.left += [Left(s.name, s.module, report.verification.reason) for s in report.swapped]
             report.swapped = []
             if strict:

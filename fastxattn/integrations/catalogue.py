@@ -8,6 +8,7 @@ from fastxattn.integrations.swap import register_adapter
 HOOKED = [
     "blip_2",
     "instructblip",
+    "instructblipvideo",
     "clip",
     "siglip",
     "llava",
@@ -24,12 +25,16 @@ HOOKED = [
     "bridgetower",
 ]
 
+_VIDEO = "instructblipvideo.modeling_instructblipvideo.InstructBlipVideo"
+
 # Class of transformers.models -> adapter in fastxattn.integrations.transformers.
 CLASSES = {
     "blip_2.modeling_blip_2.Blip2QFormerEncoder": "qformer:QFormerEncoder",
     "blip_2.modeling_blip_2.Blip2QFormerMultiHeadAttention": "qformer:QFormerAttention",
     "instructblip.modeling_instructblip.InstructBlipQFormerEncoder": "qformer:QFormerEncoder",
     "instructblip.modeling_instructblip.InstructBlipQFormerMultiHeadAttention": "qformer:QFormerAttention",
+    f"{_VIDEO}QFormerEncoder": "qformer:QFormerEncoder",
+    f"{_VIDEO}QFormerMultiHeadAttention": "qformer:QFormerAttention",
     "clip.modeling_clip.CLIPModel": "clip:ClipModel",
     "clip.modeling_clip.CLIPTextModel": "clip:ClipText",
     "clip.modeling_clip.CLIPEncoder": "clip:ClipEncoder",
@@ -45,6 +50,9 @@ CLASSES = {
     "lxmert.modeling_lxmert.LxmertAttention": "bert_like:LxmertAttention",
     "flava.modeling_flava.FlavaSelfAttention": "bert_like:SelfAttention",
     "vilt.modeling_vilt.ViltSelfAttention": "bert_like:SelfAttention",
+    "table_transformer.modeling_table_transformer.TableTransformerAttention": "detr_like:TableTransformerAttention",
+    "mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer": "detr_like:Mask2FormerLayer",
+    "mask2former.modeling_mask2former.Mask2FormerAttention": "detr_like:Mask2FormerAttention",
     "grounding_dino.modeling_grounding_dino.GroundingDinoEncoder": "grounding_dino:FusionMaps",
     "grounding_dino.modeling_grounding_dino.GroundingDinoBiMultiHeadAttention": "grounding_dino:Fusion",
 }
@@ -62,3 +70,7 @@ register_adapter(
 )
 for _name in ("ClipLoss", "CoCaLoss", "SigLipLoss"):
     register_adapter(f"open_clip.loss.{_name}", f"{_HERE}.open_clip:{_name}")
+for _name in ("open_flamingo.src.helpers", "flamingo_pytorch.flamingo_pytorch"):
+    register_adapter(f"{_name}.MaskedCrossAttention", f"{_HERE}.flamingo:MaskedCrossAttention")
+for _name in ("MultiHeadAttentionWithCache", "MultiHeadSelfAttention"):
+    register_adapter(f"torchmultimodal.modules.layers.multi_head_attention.{_name}", f"{_HERE}.torchmultimodal:{_name}")

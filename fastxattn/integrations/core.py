@@ -37,6 +37,17 @@ def worth(query: Tensor, key: Tensor) -> bool:
     return query.device.type == "cuda"
 
 
+def torch_streams(query: Tensor, key: Tensor) -> bool:
+    """Whether torch's kernel is the faster one for one query per key head that sees all keys.
+
+    Both only read keys and values then. Without AVX-512, torch's float32 kernel reads them 1.3 to 1.4 times as fast.
+    """
+    if query.device.type != "cpu" or query.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    one = query.shape[2] == 1 and query.shape[1] == key.shape[1]
+    return one and native.active_cpu_isa() in ("generic", "avx2", "neon")
+
+
 def attend_padded(
     query: Tensor,
     key: Tensor,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +14,23 @@ from torch import Tensor, nn
 from fastxattn.integrations.core import plain_linear, read
 from fastxattn.integrations.swap import Adapter
 from fastxattn.nn.projected import KeyValueWeights
+
+_unused: contextvars.ContextVar[bool] = contextvars.ContextVar("attention_weights_unused", default=False)
+
+
+@contextlib.contextmanager
+def weights_unused() -> Iterator[None]:
+    """Inside, attention weights that modules ask for are not looked at: for adapters of modules that drop them."""
+    token = _unused.set(True)
+    try:
+        yield
+    finally:
+        _unused.reset(token)
+
+
+def weights_are_unused() -> bool:
+    """Whether the caller said so (:func:`weights_unused`)."""
+    return not torch.compiler.is_compiling() and _unused.get()
 
 
 class MultiheadAttention(Adapter):
@@ -40,6 +60,7 @@ class MultiheadAttention(Adapter):
     ) -> tuple[Tensor, Tensor | None]:
         """As the original's."""
         out = None
+        need_weights = need_weights and not weights_are_unused()
         if not need_weights and query.dim() == 3 and not query.is_nested and plain_linear(self.out_proj):  # type: ignore[attr-defined]
             out = self._attend(query, key, value, key_padding_mask, attn_mask)
         if out is not None:

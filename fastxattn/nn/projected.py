@@ -184,6 +184,8 @@ def cross_attend(
             context.values.shape[1],
             query.dtype,
             query.device.type,
+            backward=torch.is_grad_enabled() and (query.requires_grad or weights.key_weight.requires_grad),
+            context_grad=context.values.requires_grad,
         )
         note(choice)
         possible = possible and choice.absorb

@@ -69,7 +69,7 @@ def test_idefics_projects_its_images_once(resampler: bool) -> None:
 
 
 def test_idefics_keeps_nothing_in_training() -> None:
-    from fastxattn.integrations.transformers import idefics as module
+    from fastxattn.integrations import kept as module
 
     model, inputs, _ = idefics()
     accelerate(model)

@@ -14,7 +14,7 @@ from zoo import TEXT, VISION, lengths_mask
 
 from fastxattn.integrations import core, masks
 from fastxattn.integrations.masks import recognise
-from fastxattn.integrations.transformers import register
+from fastxattn.integrations.transformers import attention, register
 from fastxattn.integrations.transformers.attention import fastxattn_attention
 
 register()
@@ -236,6 +236,24 @@ def test_small_problems_go_to_torch_with_the_same_meaning(monkeypatch: pytest.Mo
     dead = torch.ones(2, 1, 5, 9).bool()
     dead[0, 0, 1] = False
     assert torch.equal(attend(q, k, v, dead)[0, 1], torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_one_query_goes_where_keys_are_read_faster(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    calls: list[str] = []
+    run = attention.attend_padded
+    monkeypatch.setattr(attention, "attend_padded", lambda *a, **k: calls.append("ours") or run(*a, **k))
+    monkeypatch.setattr(core.native, "active_cpu_isa", lambda: isa)
+    q, k, v = qkv(lq=1)
+    seen = lengths_mask([9, 3], 9).bool()[:, None, None]
+    agree(attend(q, k, v, None), plain(q, k, v))
+    assert calls == (["ours"] if isa == "avx512" else [])
+    calls.clear()
+    agree(attend(q, k, v, seen), plain(q, k, v, seen))  # half of these keys need not be read
+    assert calls == ["ours"]
+    q, k, v = qkv(lq=1, kv=2)
+    agree(attend(q, k, v, None), plain(q, k, v))  # several heads read the same keys
+    assert calls == ["ours", "ours"]
 
 
 SIGLIP2 = {**{k: v for k, v in VISION.items() if k != "image_size"}, "num_patches": 16}

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import ENTRIES, Entry
+from zoo_detection import ENTRIES as MORE
 
 import fastxattn.nn.projected as projected
 import fastxattn.ops.attention.api as attention_api
 from fastxattn.integrations import Report, accelerate, core, restore, status
 from fastxattn.testing import measure_error
 
-both = pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
+both = pytest.mark.parametrize("entry", ENTRIES + MORE, ids=lambda e: e.name)
 
 
 @pytest.fixture(autouse=True)

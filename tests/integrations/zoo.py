@@ -63,6 +63,13 @@ def instructblip() -> Any:
     return model, inputs, {**inputs, "encoder_hidden_states": spoil(features, mask, float("nan")), "input_ids": ids}
 
 
+def instructblipvideo() -> Any:
+    _, inputs, other = instructblip()
+    module = hf.models.instructblipvideo.modeling_instructblipvideo
+    config = module.InstructBlipVideoQFormerConfig(**TEXT, encoder_hidden_size=80)
+    return module.InstructBlipVideoQFormerModel(config), inputs, other
+
+
 def _captions(ends: list[int], total: int, eos: int) -> tuple[Tensor, Tensor]:
     ids = torch.randint(3, eos, (len(ends), total))
     for row, end in enumerate(ends):
@@ -378,6 +385,7 @@ def _texts(lengths: list[int]) -> Callable[[Any], list[Tensor]]:
 ENTRIES = [
     Entry("blip2-qformer", qformer, _last, ("QFormerEncoder", "QFormerAttention", "AttentionHook")),
     Entry("instructblip-qformer", instructblip, _queries, ("QFormerEncoder", "QFormerAttention", "AttentionHook")),
+    Entry("instructblipvideo-qformer", instructblipvideo, _queries, ("QFormerEncoder", "QFormerAttention")),
     Entry("clip", clip, lambda o: [o.logits_per_image, o.text_embeds, o.image_embeds], ("ClipText", "ClipEncoder")),
     Entry("clip-text-masked", clip_text_masked, _texts([20, 5, 10]), ("ClipText",)),
     Entry("siglip", siglip, lambda o: [o.logits_per_image, o.text_embeds, o.image_embeds],

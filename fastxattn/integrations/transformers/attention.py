@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastxattn.integrations.core import attend_padded, attend_rows, worth
+from fastxattn.integrations.core import attend_padded, attend_rows, torch_streams, worth
 from fastxattn.integrations.masks import PackedMask, recognise
 from fastxattn.integrations.transformers.capturing import wants_maps
 
@@ -59,6 +59,8 @@ def fastxattn_attention(
         return _sdpa(query, key, value, attention_mask, scale, dropout), None
     visible = recognise(attention_mask, batch, query.shape[2], key.shape[2])
     bias = None if position_bias is None or _is_zero(position_bias) else position_bias
+    if visible.everything and bias is None and not softcap and torch_streams(query, key):
+        return _sdpa(query, key, value, None, scale, dropout), None
     return attend_padded(query, key, value, visible, bias=bias, scale=scale, softcap=softcap, dropout_p=dropout), None
 
 

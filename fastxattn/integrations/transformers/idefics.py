@@ -6,17 +6,17 @@ import weakref
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastxattn.integrations.core import attend_padded, pack_keys
+from fastxattn.integrations.kept import forget, may_keep, once
 from fastxattn.integrations.masks import Visible, recognise
 from fastxattn.integrations.swap import Adapter
 from fastxattn.integrations.transformers import IMPLEMENTATION
 from fastxattn.integrations.transformers.capturing import wants_maps
 from fastxattn.ops.attention import varlen_cross_attention
 
-_Kept = tuple[Tensor, tuple[Any, ...], Tensor, Tensor]
-_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+__all__ = ["IdeficsCrossAttention", "IdeficsCrossLayer", "forget"]
 
 
 class IdeficsCrossLayer(Adapter):
@@ -81,11 +81,9 @@ class IdeficsCrossAttention(Adapter):
         if me.qk_layer_norms:
             query = me.q_layer_norm(query)
         dropout = me.dropout if me.training else 0.0
-        may_keep = not (
-            torch.is_grad_enabled() or me.training or states.is_inference() or torch.compiler.is_compiling()
-        )
-        if may_keep or visible.bias is not None:
-            key, value = _once(me, states) if may_keep else _project(me, states)
+        keep = may_keep(me, states)
+        if keep or visible.bias is not None:
+            key, value = once(me, states, lambda x: _project(me, x)) if keep else _project(me, states)
             out = attend_padded(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
@@ -103,30 +101,6 @@ def _project(module: Any, states: Tensor) -> tuple[Tensor, Tensor]:
     key = module.k_proj(states).unflatten(-1, (module.num_heads, module.head_dim))
     value = module.v_proj(states).unflatten(-1, (module.num_heads, module.head_dim))
     return (module.k_layer_norm(key) if module.qk_layer_norms else key), value
-
-
-def _once(module: Any, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of ``states``, kept until other states or other weights come.
-
-    The states are recognised by their memory, which the entry keeps alive and which therefore cannot be anyone
-    else's, and by torch's version counters: every decoding step passes a new view of the same tensor.
-    """
-    stamp = (
-        *(states.data_ptr(), states.shape, states.stride(), states.dtype, states._version),
-        *((p.data_ptr(), p._version) for p in module.parameters()),
-        torch.is_autocast_enabled(states.device.type),
-    )
-    kept = _kept.get(module)
-    if kept is None or kept[1] != stamp:
-        kept = (states, stamp, *_project(module, states))
-        _kept[module] = kept
-    return kept[2], kept[3]
-
-
-def forget(model: nn.Module) -> None:
-    """Free the image keys and values that the modules of ``model`` keep."""
-    for module in model.modules():
-        _kept.pop(module, None)
 
 
 def _over_visible(module: Any, query: Tensor, states: Tensor, visible: Visible, dropout: float) -> Tensor:

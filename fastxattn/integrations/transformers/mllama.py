@@ -48,7 +48,7 @@ class MllamaCrossAttention(Adapter):
                 hidden_states, states, past_key_values, attention_mask, use_cache, **kwargs
             )
         rows = visible.keys.reshape(-1).nonzero().squeeze(1)
-        kept = states.flatten(0, 1).index_select(0, rows)
+        kept = _take(states.flatten(0, 1), rows)
         key = me.k_norm(me.k_proj(kept).unflatten(-1, (me.num_key_value_heads, me.head_dim)))
         value = me.v_proj(kept).unflatten(-1, (me.num_key_value_heads, me.head_dim))
         if past_key_values is not None:
@@ -115,6 +115,15 @@ def _check_later_step(layer: Any, mask: Tensor | None) -> None:
 def _starts(cache: Any, layer: int) -> bool:
     """Whether ``cache`` holds nothing for this layer yet (a second image extends what is there)."""
     return cache is None or cache.get_seq_length(layer) == 0
+
+
+def _take(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Those rows of ``tokens``; on the CPU uncopied where they lie together, as one image's first tiles do."""
+    if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel() > 0:
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == rows.numel():
+            return tokens[first : last + 1]
+    return tokens.index_select(0, rows)
 
 
 def _scatter(packed: Tensor, rows: Tensor, batch: int, length: int) -> Tensor:

@@ -39,8 +39,8 @@ class Bidirectional(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_a: Tensor | None, grad_b: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Gradients of queries, values and biases."""
-        *tensors, seed, out_a, out_b, lse_a, lse_b = ctx.saved_tensors
-        problem = BidirectionalProblem(*tensors, *ctx.numbers, seed)
+        *fields, out_a, out_b, lse_a, lse_b = ctx.saved_tensors
+        problem = BidirectionalProblem._make([*fields[:_TENSORS], *ctx.numbers, fields[_TENSORS]])
         outs = [
             torch.zeros_like(out) if grad is None else grad if grad.stride(2) == 1 else grad.contiguous()
             for grad, out in ((grad_a, out_a), (grad_b, out_b))

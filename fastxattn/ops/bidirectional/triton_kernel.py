@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastxattn.ops.attention.triton.backward import across, anchor_of, load_norm, load_statistic
+from fastxattn.ops.attention.triton.backward import across, anchor_of, load_norm, load_statistic, rows_by_keys
 from fastxattn.ops.attention.triton.common import (
     adjust_scores,
     dot,
@@ -94,7 +94,7 @@ def bidirectional_backward_rows(
         b_w = load_rows(p_vy + i_head64 * stride_vyh, o_y, stride_vyr, m_n, True, DIM_Y, BLOCK_Y)
         b_dw = load_rows(p_doy + i_head64 * stride_oyh, o_y, stride_oyr, m_n, True, DIM_X, BLOCK_X)
         m_seen = m_m[:, None] & m_n[None, :]
-        b_s = dot(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+        b_s = rows_by_keys(b_q, b_k, EXACT, PRECISION)  # [BLOCK_M, BLOCK_N]
         b_s, b_tanh = adjust_scores(
             b_s, None, None, o_x[:, None], o_y[None, :], o_x[:, None], o_y[None, :], o_head_x[:, None], m_seen, 0, 0,
             0, 0, scale, softcap, UNIT, SOFTCAP, False,
@@ -107,7 +107,7 @@ def bidirectional_backward_rows(
         if EXACT:
             b_p = b_p / load_norm(p_norm_x, o_x, o_head_x, rows_x, m_m)[:, None]
             b_r = b_r / load_norm(p_norm_y, o_y, o_head_y, rows_y, m_n)[None, :]
-        b_dp = dot(b_do, tl.trans(b_w), None, PRECISION)
+        b_dp = rows_by_keys(b_do, b_w, EXACT, PRECISION)
         b_dr = across(b_v, b_dw, EXACT, PRECISION)
         b_dropped = b_r
         if p_seed_x is not None:

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 
-from fastxattn.ops.contrastive import checks, cpu, fused, reference
+from fastxattn.ops.contrastive import checks, cpu, fused, reference, triton
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.backend import Backend, Explanation
 
-BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
+BACKENDS = (
+    Backend("cpu", cpu.supports),
+    Backend("triton", triton.supports),
+    Backend("reference", lambda problem: None),
+)
 REDUCTIONS = ("mean", "sum", "none")
 Ids = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -68,7 +72,7 @@ def infonce_loss(
         reduction: ``mean``, ``sum`` (half of both directions' sum when symmetric), or ``none``: the rows' losses (N,),
             and when symmetric a pair with the columns' (M,).
         return_metrics: also return one :class:`Metrics` per direction, from the same pass.
-        backend: ``auto``, ``cpu`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
 
     Returns:
         The loss in float32 (float64 for float64); with ``return_metrics`` a pair (loss, [metrics, ...]).
@@ -147,7 +151,7 @@ def sigmoid_loss(
         weights: (N,) weights of the rows; the mean becomes the weighted mean.
         normalize: unit-length features inside the same pass.
         reduction: ``mean``, ``sum`` or ``none`` (N,).
-        backend: ``auto``, ``cpu`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
 
     Returns:
         The loss in float32 (float64 for float64).

@@ -83,9 +83,9 @@ def infonce_fused(p: Problem, backend: str) -> tuple[list[tuple[torch.Tensor, to
         p.a, p.b, p.scale, *sides.norms, sides.id_a, sides.id_b, *sides.skips, sides.exact, *limits, *ranks,
         p.exclude_self, True, p.symmetric, means, backend,
     )  # fmt: skip
-    losses = [_direction(row, p, _row_extras(p, sides, means))]
+    losses = [row_losses(row, p, _row_extras(p, sides, means))]
     if p.symmetric:
-        losses.append(_direction(col, p, _queue(p, p.b, p.queue_a, sides.norms[1], means, backend)))
+        losses.append(row_losses(col, p, _queue(p, p.b, p.queue_a, sides.norms[1], means, backend)))
     metrics = []
     if p.metrics:
         for stats in (row.detach(), col.detach())[: 1 + p.symmetric]:
@@ -93,7 +93,8 @@ def infonce_fused(p: Problem, backend: str) -> tuple[list[tuple[torch.Tensor, to
     return losses, metrics
 
 
-def _direction(stats: torch.Tensor, p: Problem, extras: list[Extra]) -> tuple[torch.Tensor, torch.Tensor]:
+def row_losses(stats: torch.Tensor, p: Problem, extras: list[Extra]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's loss and whether it has a positive, from (7, N) statistics and further negatives."""
     lse_neg, mean_neg, mean_pos, excess, num_neg, num_pos = stats[:6].unbind(0)
     for extra in extras:
         lse_neg = torch.logaddexp(lse_neg, extra[0])
@@ -143,21 +144,13 @@ def _queue(
 def _distilled(p: Problem, sides: Sides) -> list[tuple[torch.Tensor, torch.Tensor]]:
     assert p.teacher is not None
     nothing = torch.full((p.a.shape[0],), -1, dtype=torch.int32, device=p.a.device)
+    # In float32: each feature's gradient is a difference of two parts, which must not be rounded before it is taken.
+    a, b = p.a.float(), p.b.float()
     stats = PairStats.apply(
-        p.a,
-        p.b,
-        p.scale,
-        *sides.norms,
-        nothing,
-        sides.id_b,
-        *[None] * 7,
-        False,
-        True,
-        p.symmetric,
-        False,
-        sides.backend,
-    )
-    a, b = (unit_rows(p.a.float()), unit_rows(p.b.float())) if p.normalize else (p.a, p.b)
+        a, b, p.scale, *sides.norms, nothing, sides.id_b, *[None] * 7, False, True, p.symmetric, False, sides.backend,
+    )  # fmt: skip
+    if p.normalize:
+        a, b = unit_rows(a), unit_rows(b)
     teacher_a, teacher_b, teacher_scale = p.teacher
     dots = [SoftTargets.apply(a, b, p.scale, teacher_a, teacher_b, teacher_scale)]
     if p.symmetric:

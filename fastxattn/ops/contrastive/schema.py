@@ -13,6 +13,9 @@ weighted by ``weight`` in the same pass, in float32. Results not in ``needs`` ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 STATS = ("lse_neg", "mean_neg", "mean_pos", "excess_pos", "num_neg", "num_pos", "ahead")
@@ -48,8 +51,8 @@ def _backward_fake(
 ) -> tuple[torch.Tensor, ...]:
     needs = args[-1]
     assert isinstance(needs, int)
-    grad_a = a.new_empty(tuple(a.shape) if needs & NEEDS["a"] else (0,))
-    grad_b = b.new_empty(tuple(b.shape) if needs & NEEDS["b"] else (0,))
+    grad_a = a.new_empty(a.shape) if needs & NEEDS["a"] else a.new_empty((0,), dtype=torch.float32)
+    grad_b = b.new_empty(b.shape) if needs & NEEDS["b"] else b.new_empty((0,), dtype=torch.float32)
     return grad_a, grad_b, a.new_empty((a.shape[0],), dtype=torch.float32)
 
 
@@ -66,26 +69,25 @@ def _sigmoid_fake(a: torch.Tensor, b: torch.Tensor, *args: object) -> tuple[torc
     return floats(a.shape[0]), grad_a, grad_b, floats(rows), floats(rows)
 
 
-for _name, _signature, _fake in (
-    ("positive_logits", f"({_PROBLEM}, bool blocked) -> Tensor", _positive_fake),
-    (
-        "contrastive_stats",
+OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "positive_logits": (f"({_PROBLEM}, bool blocked) -> Tensor", _positive_fake),
+    "contrastive_stats": (
         f"({_PROBLEM}, {_LIMITS}, Tensor? rank_row, Tensor? rank_col, bool rows, bool columns, bool means) -> "
         "(Tensor row_stats, Tensor col_stats)",
         _stats_fake,
     ),
-    (
-        "contrastive_backward",
+    "contrastive_backward": (
         "(Tensor grad_row, Tensor grad_col, Tensor row_stats, Tensor col_stats, "
         f"{_PROBLEM}, {_LIMITS}, bool rows, bool columns, int needs) -> (Tensor grad_a, Tensor grad_b, Tensor dot)",
         _backward_fake,
     ),
-    (
-        "sigmoid",
+    "sigmoid": (
         f"({_PROBLEM}, Tensor? weight, int needs) -> "
         "(Tensor loss, Tensor grad_a, Tensor grad_b, Tensor dot, Tensor row_dz)",
         _sigmoid_fake,
     ),
-):
-    torch.library.define(f"fastxattn::{_name}_cpu", _signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"fastxattn::{_name}_cpu", _fake)
+}
+for _backend in ("cpu", "triton"):
+    for _name, (_signature, _fake) in OPERATORS.items():
+        torch.library.define(f"fastxattn::{_name}_{_backend}", _signature, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"fastxattn::{_name}_{_backend}", _fake)

@@ -8,14 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from fastxattn.ops.contrastive import checks
-from fastxattn.ops.late_interaction import cpu
+from fastxattn.ops.late_interaction import cpu, triton
 from fastxattn.ops.late_interaction.autograd import BestMatches
 from fastxattn.ops.late_interaction.cpu import Problem
 from fastxattn.ops.late_interaction.reference import maxsim_reference
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.backend import Backend, Explanation
 
-BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
+BACKENDS = (
+    Backend("cpu", cpu.supports),
+    Backend("triton", triton.supports),
+    Backend("reference", lambda problem: None),
+)
 DIRECTIONS = ("a", "b", "both")
 
 
@@ -44,8 +48,8 @@ def maxsim(
         cu_seqlens_b: (M + 1,) int32.
         direction: ``a``, ``b`` or ``both``.
         reduction: ``sum``, or ``mean`` over the set's tokens.
-        smooth: a temperature: the maximum becomes ``smooth * logsumexp(. / smooth)``; reference backend only.
-        backend: ``auto``, ``cpu`` or ``reference``.
+        smooth: a temperature: the maximum becomes ``smooth * logsumexp(. / smooth)``; not on the cpu backend.
+        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
 
     Returns:
         (N, M) float32 (float64 for float64); a pair of them for ``both``. A set without tokens on either side scores 0.
@@ -68,7 +72,7 @@ def maxsim(
     if name == "reference":
         sums = maxsim_reference(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
     else:
-        sums = BestMatches.apply(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b)
+        sums = BestMatches.apply(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth, name)
     if reduction == "mean":
         lengths_a, lengths_b = (cu.diff().clamp(min=1) for cu in (cu_seqlens_a, cu_seqlens_b))
         sums = sums[0] / lengths_a[: sums[0].shape[0], None], sums[1] / lengths_b
@@ -99,7 +103,7 @@ def late_interaction_loss(
         logit_scale: a number or a tensor of one element.
         reduction: ``mean`` (FILIP) or ``sum`` (ColBERT) over a set's tokens.
         smooth: temperature of a smooth maximum.
-        backend: ``auto``, ``cpu`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
 
     Returns:
         The loss in float32.

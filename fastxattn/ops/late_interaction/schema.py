@@ -4,9 +4,14 @@
 ``from_a``: ``sum_a`` (N, M) float32, the sum over a set's tokens of their best match in each set of b, and ``best_a``
 (Ta, M) int32, its place in that set (-1: the set is empty). ``from_b``: the same from b's tokens, ``sum_b`` (N, M) and
 ``best_b`` (Tb, N). The backward operator takes both sums' gradients and returns float32 gradients of a and b.
+``smooth_maxsim`` takes the smooth maximum ``smooth * logsumexp(. / smooth)`` instead; its ``best`` are these maxima in
+float32, -inf where the set is empty.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -41,13 +46,28 @@ def _backward_fake(*args: object) -> tuple[torch.Tensor, ...]:
 
 
 _ARGUMENTS = "Tensor a, Tensor b, Tensor cu_a, Tensor cu_b, bool from_a, bool from_b"
-for _name, _signature, _fake in (
-    ("maxsim_cpu", f"({_ARGUMENTS}) -> (Tensor sum_a, Tensor sum_b, Tensor best_a, Tensor best_b)", _maxsim_fake),
-    (
-        "maxsim_backward_cpu",
-        f"(Tensor grad_a, Tensor grad_b, Tensor best_a, Tensor best_b, {_ARGUMENTS}, int needs) -> (Tensor, Tensor)",
-        _backward_fake,
-    ),
-):
-    torch.library.define(f"fastxattn::{_name}", _signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"fastxattn::{_name}", _fake)
+_SAVED = f"Tensor grad_a, Tensor grad_b, Tensor best_a, Tensor best_b, {_ARGUMENTS}, int needs"
+_RESULTS = "(Tensor sum_a, Tensor sum_b, Tensor best_a, Tensor best_b)"
+
+
+def _smooth_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    sum_a, sum_b, best_a, best_b = _maxsim_fake(*args[:6])
+    return sum_a, sum_b, best_a.float(), best_b.float()
+
+
+def _smooth_backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    return _backward_fake(*args[:-1])
+
+
+OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "maxsim": (f"({_ARGUMENTS}) -> {_RESULTS}", _maxsim_fake),
+    "maxsim_backward": (f"({_SAVED}) -> (Tensor, Tensor)", _backward_fake),
+}
+TRITON = OPERATORS | {
+    "smooth_maxsim": (f"({_ARGUMENTS}, float smooth) -> {_RESULTS}", _smooth_fake),
+    "smooth_maxsim_backward": (f"({_SAVED}, float smooth) -> (Tensor, Tensor)", _smooth_backward_fake),
+}
+for _backend, _operators in (("cpu", OPERATORS), ("triton", TRITON)):
+    for _name, (_signature, _fake) in _operators.items():
+        torch.library.define(f"fastxattn::{_name}_{_backend}", _signature, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"fastxattn::{_name}_{_backend}", _fake)

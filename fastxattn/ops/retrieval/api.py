@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastxattn.ops.contrastive import checks
-from fastxattn.ops.retrieval import cpu
+from fastxattn.ops.retrieval import cpu, triton
 from fastxattn.ops.retrieval.cpu import Problem
 from fastxattn.ops.retrieval.reference import topk_reference
 from fastxattn.runtime import backend as choose
@@ -17,7 +17,11 @@ from fastxattn.runtime.backend import Backend, Explanation
 if TYPE_CHECKING:
     import numpy
 
-BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
+BACKENDS = (
+    Backend("cpu", cpu.supports),
+    Backend("triton", triton.supports),
+    Backend("reference", lambda problem: None),
+)
 CORPUS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)
 CHUNK_BYTES = 1 << 28  # of a memory-mapped corpus held at once
 
@@ -40,7 +44,7 @@ def topk_similarity(
         k: how many, at least 1.
         metric: ``inner`` product, or ``cosine`` (a zero vector scores 0).
         corpus_scale: (R,) factor of each row, for int8 rows made by :func:`quantize_int8`.
-        backend: ``auto``, ``cpu`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
 
     Returns:
         Scores (Q, k) float32, descending, and int64 row indices. Of equal scores the first row comes first. Where the
@@ -104,7 +108,7 @@ def _search(
         raise TypeError(f"corpus must be float32, bfloat16, float16, int8 or float64; got {corpus.dtype}")
     if corpus.device != queries.device:
         raise ValueError(f"corpus must be on {queries.device} as the queries; got {corpus.device}")
-    name = choose.resolve("topk_similarity", BACKENDS, Problem(corpus.device.type, corpus.dtype), backend)
+    name = choose.resolve("topk_similarity", BACKENDS, Problem(corpus.device.type, corpus.dtype, k), backend)
     query = queries.detach() if name == "reference" and queries.dtype == torch.float64 else queries.detach().float()
     factor = None if scale is None else scale.detach().float()
     if metric == "cosine":
@@ -116,7 +120,8 @@ def _search(
         return topk_reference(query, corpus, factor, k, first)
     corpus = corpus if corpus.stride(1) == 1 or corpus.shape[1] == 1 else corpus.contiguous()
     factor = None if factor is None else factor.contiguous()
-    scores, rows = torch.ops.fastxattn.topk_similarity_cpu(query.contiguous(), corpus, factor, k, first)
+    operator = getattr(torch.ops.fastxattn, f"topk_similarity_{name}")
+    scores, rows = operator(query.contiguous(), corpus, factor, k, first)
     return scores, rows
 
 

@@ -16,6 +16,7 @@ class Problem:
 
     device: str
     dtype: torch.dtype
+    k: int = 1
 
 
 def supports(problem: Problem) -> str | None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import torch
 
-torch.library.define(
-    "fastxattn::topk_similarity_cpu",
-    "(Tensor queries, Tensor corpus, Tensor? factor, int k, int first) -> (Tensor scores, Tensor indices)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
-
-@torch.library.register_fake("fastxattn::topk_similarity_cpu")  # type: ignore[untyped-decorator]
 def _topk_fake(
     queries: torch.Tensor, corpus: torch.Tensor, factor: torch.Tensor | None, k: int, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = queries.new_empty((queries.shape[0], k), dtype=torch.float32)
     return scores, queries.new_empty((queries.shape[0], k), dtype=torch.int64)
+
+
+for _backend in ("cpu", "triton"):
+    torch.library.define(
+        f"fastxattn::topk_similarity_{_backend}",
+        "(Tensor queries, Tensor corpus, Tensor? factor, int k, int first) -> (Tensor scores, Tensor indices)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    torch.library.register_fake(f"fastxattn::topk_similarity_{_backend}", _topk_fake)

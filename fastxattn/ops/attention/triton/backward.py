@@ -54,17 +54,30 @@ def anchor_of(p_lse, o_row, o_head, rows_q, m_row, length_k, EXACT: tl.constexpr
 
 
 @triton.jit
+def rows_by_keys(b_rows, b_keys, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """b_rows @ b_keys^T, with EXACT from two chains of additions, which lose fewer digits than one."""
+    if EXACT and b_rows.shape[1] >= 32:
+        b_rows_0, b_rows_1 = tl.split(tl.reshape(b_rows, (b_rows.shape[0], b_rows.shape[1] // 2, 2)))
+        b_keys_0, b_keys_1 = tl.split(tl.reshape(b_keys, (b_keys.shape[0], b_keys.shape[1] // 2, 2)))
+        # Subtracted: the compiler would fold an addition into one chain again.
+        b_other = dot(-b_rows_1, tl.trans(b_keys_1), None, PRECISION)
+        return dot(b_rows_0, tl.trans(b_keys_0), None, PRECISION) - b_other
+    return dot(b_rows, tl.trans(b_keys), None, PRECISION)
+
+
+@triton.jit
 def across(b_keys, b_rows, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """b_keys @ b_rows^T, with EXACT rounded as the passes by rows round it: what cancels there must cancel here."""
     if EXACT:
-        return tl.trans(dot(b_rows, tl.trans(b_keys), None, PRECISION))
+        return tl.trans(rows_by_keys(b_rows, b_keys, True, PRECISION))
     return dot(b_keys, tl.trans(b_rows), None, PRECISION)
 
 
 @triton.jit
 def load_norm(p_norm, o_row, o_head, rows_q, m_row):
-    """What the weights of these rows add up to, 1 where nothing is there."""
-    return tl.load(p_norm + o_head.to(tl.int64) * rows_q + o_row, mask=m_row, other=1.0)
+    """What the weights of these rows add up to; 1 where nothing is there, or NaN, which is for those who are seen."""
+    b_norm = tl.load(p_norm + o_head.to(tl.int64) * rows_q + o_row, mask=m_row, other=1.0)
+    return tl.where(b_norm == b_norm, b_norm, 1.0)
 
 
 @triton.jit
@@ -83,7 +96,7 @@ def row_step(
     b_k = load_rows(p_k, o_row_k, stride_kr, m_n, True, HEAD_DIM, BLOCK_D)
     b_v = load_rows(p_v, o_row_k, stride_vr, m_n, True, VALUE_DIM, BLOCK_DV)
     m_seen = m_m[:, None] & m_n[None, :]
-    b_s = dot(b_q, tl.trans(b_k), None, PRECISION)
+    b_s = rows_by_keys(b_q, b_k, b_q.dtype == tl.float32, PRECISION)
     b_s, b_tanh = adjust_scores(
         b_s, p_key_bias, p_bias, o_row[:, None], o_row_k[None, :], o_pos[:, None], (o_row_k - start_k)[None, :],
         o_head[:, None], m_seen, stride_key_bias, stride_bias_q, stride_bias_k, stride_bias_h, scale, softcap, UNIT,
@@ -92,7 +105,7 @@ def row_step(
     if p_range is not None:
         m_seen = (o_n[None, :] >= b_start[:, None]) & (o_n[None, :] < b_end[:, None])
     b_p = tl.where(m_seen, power(b_s - b_lse[:, None], UNIT), 0.0)
-    b_dp = dot(b_do, tl.trans(b_v), None, PRECISION)
+    b_dp = rows_by_keys(b_do, b_v, b_q.dtype == tl.float32, PRECISION)
     if p_seed is not None:
         b_keep = keep_mask(p_seed, o_row, i_first, o_head, dropout_p, BLOCK_N)
         b_dp = tl.where(b_keep, b_dp / (1.0 - dropout_p), 0.0)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastxattn.ops.attention.triton.backward import anchor_of, load_norm, load_statistic
+from fastxattn.ops.attention.triton.backward import anchor_of, load_norm, load_statistic, rows_by_keys
 from fastxattn.ops.attention.triton.common import (
     adjust_scores,
-    dot,
     find_span,
     keep_mask_scattered,
     load_ranges,
@@ -82,7 +81,7 @@ def attention_backward_bias(
                     b_k = load_rows(p_k + i_kv64 * stride_kh, o_row_k, stride_kr, m_n, True, HEAD_DIM, BLOCK_D)
                     b_v = load_rows(p_v + i_kv64 * stride_vh, o_row_k, stride_vr, m_n, True, VALUE_DIM, BLOCK_DV)
                     m_seen = m_m[:, None] & m_n[None, :]
-                    b_s = dot(b_q, tl.trans(b_k), None, PRECISION)
+                    b_s = rows_by_keys(b_q, b_k, p_norm is not None, PRECISION)
                     b_s, _tanh = adjust_scores(
                         b_s, p_key_bias, p_bias + i_b64 * stride_bias_b, o_row[:, None], o_row_k[None, :],
                         o_m[:, None], o_n[None, :], o_head[:, None], m_seen,
@@ -95,7 +94,7 @@ def attention_backward_bias(
                     b_p = power(b_s - b_lse[:, None], UNIT)
                     if p_norm is not None:
                         b_p = b_p / load_norm(p_norm, o_row, o_head, rows_q, m_m)[:, None]
-                    b_dp = dot(b_do, tl.trans(b_v), None, PRECISION)
+                    b_dp = rows_by_keys(b_do, b_v, p_norm is not None, PRECISION)
                     if p_seed is not None:
                         b_keep = keep_mask_scattered(p_seed, o_row, o_slot, o_head, dropout_p)
                         b_dp = tl.where(b_keep, b_dp / (1.0 - dropout_p), 0.0)

@@ -1,0 +1,72 @@
+"""Late interaction: ``python -m benchmarks.bench_late_interaction [--full] [--memory]``.
+
+The rival is FILIP's loss as it is usually written: one einsum to all token similarities, two maxima, two cross
+entropies. ``--memory`` prints the peak extra memory of one step of both instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import main
+from fastxattn.bench.memory import peak_extra_bytes
+from fastxattn.bench.registry import Case, Workload
+from fastxattn.ops.late_interaction import late_interaction_loss
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+def steps(sets: int, tokens_a: int, tokens_b: int, d: int) -> tuple[Step, Step]:
+    """Forward and backward, ours and eager, on the same tokens."""
+    a, b = (F.normalize(torch.randn(sets * t, d), dim=1).requires_grad_() for t in (tokens_a, tokens_b))
+    cu_a, cu_b = (torch.arange(sets + 1, dtype=torch.int32) * t for t in (tokens_a, tokens_b))
+
+    def ours() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(late_interaction_loss(a, b, cu_a, cu_b, 10.0, backend="cpu"), (a, b))
+
+    def eager() -> tuple[Tensor, ...]:
+        similarity = torch.einsum("nid,mjd->nmij", a.view(sets, tokens_a, d), b.view(sets, tokens_b, d))
+        labels = torch.arange(sets)
+        rows, columns = similarity.max(3).values.mean(2), similarity.max(2).values.mean(2)
+        loss = (F.cross_entropy(10 * rows, labels) + F.cross_entropy(10 * columns.T, labels)) / 2
+        return torch.autograd.grad(loss, (a, b))
+
+    return ours, eager
+
+
+def case(sets: int, tokens_a: int, tokens_b: int, d: int) -> Case:
+    def build() -> Workload:
+        ours, eager = steps(sets, tokens_a, tokens_b, d)
+
+        def check() -> str:
+            pairs = zip(ours(), eager(), strict=True)
+            errors = [((x - y).norm() / y.norm()).item() for x, y in pairs]
+            # A tie within rounding sends a gradient elsewhere, in either implementation.
+            return "ok" if max(errors) < 1e-3 else f"gradients differ by {max(errors):.1e}"
+
+        flops = 2.0 * sets * sets * tokens_a * tokens_b * d
+        return Workload({"fastxattn cpu": ours, "einsum + max": eager}, "einsum + max", check, flops)
+
+    name = f"{sets} x {sets} sets of {tokens_a} x {tokens_b}, D={d}"
+    return Case("late_interaction", name, "forward+backward", torch.float32, build)
+
+
+def cases(full: bool) -> Iterator[Case]:
+    """FILIP's shape: 32 words against 196 patches."""
+    yield case(64, 32, 196, 256)
+    if full:
+        yield case(256, 32, 196, 256)
+
+
+if __name__ == "__main__":
+    if "--memory" in sys.argv:
+        ours, eager = (peak_extra_bytes(step) for step in steps(256 if "--full" in sys.argv else 64, 32, 196, 256))
+        if ours is not None and eager is not None:
+            print(f"fastxattn cpu {ours / 2**20:.0f} MiB, eager {eager / 2**20:.0f} MiB: {ours / eager:.1%}")
+    else:
+        main("late_interaction", cases)

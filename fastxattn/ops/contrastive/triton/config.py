@@ -1,0 +1,51 @@
+"""Tile sizes of the Triton kernels, from the dtype alone; tests/offline compiles them all without a spill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch configuration."""
+
+    block_m: int
+    """Rows of the tile; statistics have as many columns, so that a positive's tile rounds as theirs do."""
+    block_n: int
+    """Columns of the tile."""
+    block_k: int
+    """Features (columns of the slopes) of one step of a product."""
+    steps: int
+    """Steps after which a product is put away: more than one keeps the error of long float32 sums down."""
+    warps: int
+    """Warps per program (num_warps)."""
+    stages: int
+    """Software pipeline depth (num_stages)."""
+
+
+_HALF = {"stats": Tile(64, 64, 64, 1, 8, 2), "slope": Tile(64, 64, 64, 1, 8, 2),
+         "gradient": Tile(128, 64, 32, 1, 8, 2)}  # fmt: skip
+_SINGLE = {"stats": Tile(32, 32, 32, 4, 8, 1), "slope": Tile(32, 32, 32, 4, 8, 1),
+           "gradient": Tile(32, 64, 32, 1, 8, 2)}  # fmt: skip
+_POSITIVE = Tile(32, 32, 64, 1, 4, 1)
+LIKE = {
+    "stats": "stats", "blocked": "stats", "slope": "slope", "sigmoid": "slope", "gradient": "gradient",
+    "gradient_t": "gradient", "positive": "positive",
+}  # fmt: skip
+"""Which tile each kernel launches with."""
+
+WINDOW = 4096
+"""Rows and columns of the window of slopes that the gradients are made from."""
+PROGRAMS, MOST_SPLITS = 512, 16
+
+
+def pick(kernel: str, dtype: torch.dtype) -> Tile:
+    """The shipped tile of ``kernel``."""
+    return _POSITIVE if kernel == "positive" else (_SINGLE if dtype == torch.float32 else _HALF)[kernel]
+
+
+def splits(row_blocks: int, column_blocks: int) -> int:
+    """Into how many shares the columns are cut, so that few rows still fill a device; decided by shapes alone."""
+    return max(1, min(PROGRAMS // row_blocks, MOST_SPLITS, column_blocks))

@@ -1,0 +1,38 @@
+"""Whether Triton kernels can run: on CUDA and ROCm devices, and on CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+_OLDEST = (8, 0)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton interprets kernels in this process."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on ``device``; None when they do."""
+    if device.type == "cpu" and not interpreted():
+        return "the tensors are on cpu, and TRITON_INTERPRET=1 is not set"
+    if device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {device.type}"
+    if not _installed():
+        return "triton is not installed; install it with `pip install fastxattn[triton]`"
+    # Fake tensors have no device to ask, and ROCm numbers its devices differently.
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            return f"it needs compute capability 8.0, and the device has {capability[0]}.{capability[1]}"
+    return None
