@@ -4,12 +4,13 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-interpreted lint native docs bench bench-full bench-regression report soak gpu
+.PHONY: help demo test test-interpreted lint native cuda docs bench bench-full bench-regression report soak gpu
 .PHONY: wheels check-wheels check-version clean
 help:
 	@echo "make demo         the main job on real input: BLIP-2's Q-Former, eager against fastxattn (build/demo/)"
-	@echo "make test         lint, types, the documentation site and every test"
-	@echo "make test-interpreted  the Triton kernels in Triton's interpreter"
+	@echo "make test         lint, types, the documentation site and every test, Triton kernels in their interpreter too"
+	@echo "make test-interpreted  of these, the Triton kernels alone"
+	@echo "make cuda         the CUDA kernels, where nvcc is (fastxattn/_lib/libfastxattn_cuda.so)"
 	@echo "make docs         the documentation site (site/)"
 	@echo "make bench        CPU benchmarks to benchmarks/results/*.csv, tables and charts, in under 10 minutes"
 	@echo "make bench-full   more shapes, slower rivals, whole models"
@@ -41,16 +42,19 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cuh' 'csrc/*.cu')
 	$(VENV)/bin/mypy
 
-# Triton decides at import whether its interpreter runs, so those tests have a process, and being slow a target, of
-# their own.
-INTERPRETED := tests/test_attention_triton.py tests/test_importance.py tests/test_bidirectional.py
+# Triton decides at import whether its interpreter runs, so those tests have a process of their own.
+INTERPRETED := $(foreach name,attention_triton importance bidirectional contrastive_triton late_interaction_triton \
+	retrieval_triton,tests/test_$(name).py)
 test: lint native
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(INTERPRETED)) tests
+	$(MAKE) test-interpreted
 
-# The losses' Triton tests wait for the interpreter, and do little without it.
-LOSSES := $(foreach op,contrastive late_interaction retrieval,$(wildcard tests/test_$(op)_triton.py))
 test-interpreted: $(VENV)/.test native
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(INTERPRETED) $(LOSSES)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(INTERPRETED)
+
+# Needs nvcc and no GPU; `make demo` or `make test` first set the environment up.
+cuda: $(VENV)/.demo
+	$(PY) build_native.py --cuda
 
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
