@@ -69,7 +69,7 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
   bool there[2];
   Range range[2];
   float lse[2], delta[2];
-  [[maybe_unused]] float grad_lse[2], norm[2] = {0.0f, 0.0f}, inverse[2] = {1.0f, 1.0f};
+  [[maybe_unused]] float grad_lse[2], norm[2] = {0.0f, 0.0f}, lost[2] = {0.0f, 0.0f}, inverse[2] = {1.0f, 1.0f};
   FXA_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int i = warp_row + lane_index() / 4 + 8 * half;
@@ -148,7 +148,10 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
       float weight = power<T>(fused(s[n][e], factor, -lse[half]));
       if constexpr (kExact) {
         if (step < tiles) {
-          norm[half] += seen ? weight : 0.0f;
+          // Compensated (Kahan): over thousands of keys the sum's own rounding would be the largest error.
+          const float term = (seen ? weight : 0.0f) - lost[half], next = norm[half] + term;
+          lost[half] = (next - norm[half]) - term;
+          norm[half] = next;
           delta[half] += seen ? weight * ds[n][e] : 0.0f;
           continue;
         }
