@@ -4,12 +4,19 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-interpreted lint native bench bench-full gpu clean
+.PHONY: help demo test test-interpreted lint native cuda docs bench bench-full bench-regression report soak gpu
+.PHONY: wheels check-wheels check-version clean
 help:
 	@echo "make demo         the main job on real input: BLIP-2's Q-Former, eager against fastxattn (build/demo/)"
-	@echo "make test         lint, types and every test"
-	@echo "make test-interpreted  the Triton kernels in Triton's interpreter"
-	@echo "make bench        CPU benchmarks to benchmarks/results/*.csv, tables and charts"
+	@echo "make test         lint, types, the documentation site and every test, Triton kernels in their interpreter too"
+	@echo "make test-interpreted  of these, the Triton kernels alone"
+	@echo "make cuda         the CUDA kernels, where nvcc is (fastxattn/_lib/libfastxattn_cuda.so)"
+	@echo "make docs         the documentation site (site/)"
+	@echo "make bench        CPU benchmarks to benchmarks/results/*.csv, tables and charts, in under 10 minutes"
+	@echo "make bench-full   more shapes, slower rivals, whole models"
+	@echo "make report       one HTML page of every result (build/report.html)"
+	@echo "make soak         random problems, sanitizers, killed processes, broken files; SOAK_MINUTES=20"
+	@echo "make wheels       sdist and wheel in dist/; make check-wheels installs them into clean environments"
 	@echo "make gpu          everything a GPU proves, on a machine that has one"
 	@echo "make clean        remove build products and the virtual environment"
 
@@ -35,17 +42,56 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cuh' 'csrc/*.cu')
 	$(VENV)/bin/mypy
 
-# Triton decides at import whether its interpreter runs, so those tests have a process, and being slow a target, of
-# their own.
-INTERPRETED := tests/test_attention_triton.py tests/test_importance.py tests/test_bidirectional.py
+# Triton decides at import whether its interpreter runs, so those tests have a process of their own.
+INTERPRETED := $(foreach name,attention_triton importance bidirectional contrastive_triton late_interaction_triton \
+	retrieval_triton,tests/test_$(name).py)
 test: lint native
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(INTERPRETED)) tests
+	$(MAKE) test-interpreted
 
-test-interpreted: native
+test-interpreted: $(VENV)/.test native
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(INTERPRETED)
 
+# Needs nvcc and no GPU; `make demo` or `make test` first set the environment up.
+cuda: $(VENV)/.demo
+	$(PY) build_native.py --cuda
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+# The rooms; whole models take longer than the ten minutes that this has.
 bench: $(VENV)/.test native
 	$(PY) -m fastxattn bench
+	$(PY) -m benchmarks.tables
+
+bench-full: $(VENV)/.test native
+	$(PY) -m fastxattn bench --full
+	$(PY) -m benchmarks.bench_contrastive --memory --full
+	$(PY) -m benchmarks.errors
+	$(PY) -m benchmarks.tables
+
+# Times are stored, and none is asserted: machines differ. `pytest-benchmark compare` reads the folder.
+bench-regression: $(VENV)/.test native
+	$(PY) -m pytest benchmarks/test_regression.py --benchmark-storage=build/benchmarks --benchmark-autosave
+
+report: $(VENV)/.test native
+	$(PY) -m fastxattn report
+
+SOAK_MINUTES ?= 20
+soak: $(VENV)/.test native
+	$(PY) -m benchmarks.soak --minutes $(SOAK_MINUTES) --write
+
+wheels: $(VENV)/.demo
+	rm -rf dist && mkdir -p build
+	mkdir dist
+	$(PY) -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" > build/sdist.log
+	FASTXATTN_BUILD_NATIVE=1 $(PY) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+
+check-wheels: $(VENV)/.demo
+	$(PY) .ci/check_wheels.py dist
+
+check-version:
+	$(PYTHON) .ci/check_wheels.py --tag $(TAG)
 
 gpu: $(VENV)/.test native
 	$(PY) benchmarks/gpu.py

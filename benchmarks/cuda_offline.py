@@ -30,6 +30,13 @@ SHARED_PER_BLOCK = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_1
 SHARED_PER_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90a": 228, "sm_100": 228}  # KiB
 SIZES = {"f16_t": 2, "bf16_t": 2, "float": 4}
 EXPECTED = {2: ("HMMA", "LDSM", "LDGSTS"), 4: ("HMMA", "LDSM", "LDGSTS")}
+TILE = 2 * 2 * 64 * 144
+"""Bytes of the stages of csrc/core/cuda_tile.cuh."""
+OTHERS = {  # shared memory and warps of the kernels without a head dim
+    "select": (8192 * 4 + 256 * 4 + 64 * 4 + 256 * 4, 8), "merge": (0, 8), "match": (TILE + 4 * 64 * 4, 8),
+    "maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8), "contrastive_stats": (TILE, 8), "contrastive_slopes": (TILE, 8),
+}  # fmt: skip
+PRODUCTS = ("match", "maxsim", "contrastive_stats", "contrastive_slopes")
 HMMA_CYCLES = 8
 """A sub-core of an A100 multiplies 256 16-bit pairs a cycle; m16n8k16 has 2048."""
 
@@ -72,8 +79,11 @@ class Row:
             found.append(f"spills {self.spills} bytes")
         if self.shared > SHARED_PER_BLOCK[self.arch] * 1024:
             found.append(f"needs {self.shared} bytes of shared memory")
-        if self.dim:
-            missing = [op for op in EXPECTED[SIZES[self.dtype]] if op not in self.opcodes.split()]
+        expected: tuple[str, ...] = EXPECTED[SIZES[self.dtype]] if self.dim else ()
+        if self.kernel in PRODUCTS:  # float32 is multiplied exactly, outside the matrix unit
+            expected = EXPECTED[2] if SIZES[self.dtype] == 2 else ("LDGSTS", "FFMA")
+        if expected:
+            missing = [op for op in expected if op not in self.opcodes.split()]
             if missing:
                 found.append(f"has no {' '.join(missing)}")
         return found
@@ -192,15 +202,19 @@ def describe(mangled: str, instructions: list[tuple[int, str]], arch: str, regis
     forward = kernel == "attention_forward"
     shared = ((1 if forward else 2) * rows + 4 * keys) * dim * SIZES[dtype] + (16 if forward else 16 + 40 * keys)
     warps = rows // 16 if dim else 4
+    if not dim:
+        shared, warps = OTHERS.get(kernel, (0, 4))
     granted = -(-registers // 8) * 8 * 32 * warps
-    blocks = min(65536 // granted, SHARED_PER_SM[arch] * 1024 // (shared + 1024) if dim else 64)
+    blocks = min(65536 // granted, SHARED_PER_SM[arch] * 1024 // (shared + 1024))
     ops = Counter(opcode(t) for _, t in instructions)
     variant = "rich" if "Lb1E" in mangled else "plain"
     tile: Counter[str] = whole_tile(instructions) if dim and variant == "plain" else Counter()
-    matrix = sorted(op for op in ops if op in ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG"))
+    matrix = sorted(
+        op for op in ops if op in ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG") or (op == "FFMA" and not dim)
+    )
     return Row(
         kernel, dtype, dim, f"{rows}x{keys}" if dim else "", variant, arch, registers, spills,
-        shared if dim else 0, min(blocks * warps, 48 if arch in ("sm_86", "sm_89") else 64), len(instructions),
+        shared, min(blocks * warps, 48 if arch in ("sm_86", "sm_89") else 64), len(instructions),
         " ".join(matrix), tile.total(), tile["HMMA"], tile["LDGSTS"],
     )  # fmt: skip
 
@@ -210,7 +224,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", action="append", choices=sorted(SHARED_PER_BLOCK))
     parser.add_argument("--source", default="", help="only files whose name contains this")
-    parser.add_argument("--csv", type=Path, help="write the rows here")
+    parser.add_argument(
+        "--csv", type=Path, help="write the rows here; what it holds of other kernels and architectures stays"
+    )
     options = parser.parse_args()
     sources = [s for s in sorted((ROOT / "csrc").glob("*/*.cu")) if options.source in s.name]
     jobs = [(s, a) for a in options.arch or sorted(SHARED_PER_BLOCK) for s in sources]
@@ -220,10 +236,16 @@ def main() -> None:
         share = f", {row.issue_share:.0%} of issues, {row.time_share:.0%} of time" if row.loop else ""
         print(f"{row}{share}: {', '.join(row.faults()) or 'ok'}")
     if options.csv:
+        key = ("kernel", "dtype", "dim", "variant", "arch")
+        table = {}
+        if options.csv.exists():
+            with options.csv.open(newline="") as file:
+                table = {tuple(row[k] for k in key): row for row in csv.DictReader(file)}
+        table |= {tuple(str(getattr(row, k)) for k in key): asdict(row) for row in rows}
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Row)])
             writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+            writer.writerows(table.values())
     if any(row.faults() for row in rows):
         raise SystemExit(1)
 

@@ -31,12 +31,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 STATE = ROOT / "build/gpu-state.json"
 Provider = Callable[[], object]
-TESTS = (
-    "tests/test_attention_triton.py",
-    "tests/test_attention_cuda.py",
-    "tests/test_importance.py",
-    "tests/test_bidirectional.py",
-)
+TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        "attention_triton", "attention_cuda", "importance", "bidirectional", "contrastive_triton",
+        "late_interaction_triton", "retrieval_triton", "pruning_triton",
+    )
+)  # fmt: skip
 
 
 def lengths(low: int, high: int, batch: int, seed: int) -> list[int]:

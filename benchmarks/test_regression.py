@@ -1,26 +1,48 @@
-"""The CPU regression set: ``pytest benchmarks/test_regression.py --benchmark-autosave``; ``pytest-benchmark compare``.
+"""The CPU regression set: ``make bench-regression``; ``pytest-benchmark compare`` shows what changed between runs.
 
 No assertion is about time; the check that gates each case's speed is asserted.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
+from pathlib import Path
+
 import pytest
-import torch
 
-from benchmarks.bench_attention import SHAPES, workload
+from fastxattn.bench import Case
 
-CASES = [
-    (shape, dtype, grad) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16) for grad in (False, True)
-]
+# Quick ones of every room, from the registries that `make bench` runs.
+WANTED = (
+    r"attention .*ragged.*|attention dense 8x.*", r"(infonce|sigmoid) N=256 .*float32", r"late_interaction 64 x 64.*",
+    r"retrieval top-10 of 200000.*64 queries.*", r"context layer, 1 query.*float32",
+)  # fmt: skip
+ROOMS = {f"bench_{n}" for n in ("attention", "context", "contrastive", "late_interaction", "retrieval")}
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "grad"),
-    CASES,
-    ids=[f"{s.name}, {str(d).removeprefix('torch.')}, {'forward+backward' if g else 'forward'}" for s, d, g in CASES],
-)
-def test_attention(benchmark, shape, dtype, grad) -> None:  # type: ignore[no-untyped-def]
-    work = workload(shape, dtype, grad)
+def registry() -> dict[str, Case]:
+    """Every case that is wanted, by name."""
+    found: dict[str, Case] = {}
+    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
+        cases = importlib.import_module(f"benchmarks.{path.stem}").cases(False) if path.stem in ROOMS else ()
+        for case in cases:
+            if any(re.fullmatch(pattern, f"{case.op} {case.title}") for pattern in WANTED):
+                found[f"{case.op} {case.title}"] = case
+    return found
+
+
+CASES = registry()
+
+
+def test_every_room_is_in_the_set() -> None:
+    ops = {case.op for case in CASES.values()}
+    assert {"attention", "context", "infonce", "sigmoid", "late_interaction", "retrieval"} <= ops
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(benchmark, name: str) -> None:  # type: ignore[no-untyped-def]
+    work = CASES[name].build()
     assert work.check() == "ok"
-    benchmark.pedantic(work.providers["fastxattn cpu"], rounds=7, iterations=3, warmup_rounds=1)
+    ours = next(call for provider, call in work.providers.items() if provider.startswith("fastxattn"))
+    benchmark.pedantic(ours, rounds=7, iterations=3, warmup_rounds=1)

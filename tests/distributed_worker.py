@@ -152,7 +152,9 @@ def dying(rank: int, world: int) -> None:
 def main() -> None:
     scenario, rank, world, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=4 if scenario == "dying" else 300)
+    timeout = datetime.timedelta(
+        seconds=4 if scenario == "dying" else int(os.environ.get("FASTXATTN_TEST_TIMEOUT", "300"))
+    )
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     if scenario == "dying":
         dying(rank, world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 
 from fastxattn.bench import Case, Workload, read_csv, write_csv
 from fastxattn.bench.memory import peak_extra_bytes
-from fastxattn.bench.registry import run_case
+from fastxattn.bench.registry import run_case, run_cases
 from fastxattn.bench.report import markdown_table, plot_ratios
-from fastxattn.bench.timing import Timing
+from fastxattn.bench.timing import Timing, interleaved
 from fastxattn.testing import assert_within_budget, measure_error
 
 
@@ -71,3 +72,16 @@ def test_budget_catches_errors_bias_and_misplaced_nan() -> None:
     assert not measure_error("nan", misplaced, reference, eager).ok
     with pytest.raises(ValueError, match="shapes differ"):
         measure_error("shape", eager[:3], reference, eager)
+
+
+def test_no_case_begins_when_time_is_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FASTXATTN_BENCH_UNTIL", "1")
+    assert run_cases([case("ok")]) == []
+    assert "not measured: toy forward float32" in capsys.readouterr().out
+    monkeypatch.delenv("FASTXATTN_BENCH_UNTIL")
+    assert len(run_cases([case("ok")], rounds=3)) == 2
+
+
+def test_a_slow_case_ends_after_three_rounds() -> None:
+    taken = interleaved({"slow": lambda: time.sleep(0.02)}, rounds=50, max_seconds=0.0)
+    assert len(taken["slow"].rounds) == 3

@@ -1,16 +1,31 @@
-"""What the documents say is what the CSVs hold, and their links lead somewhere."""
+"""What the documents say is what the CSVs hold, their links lead somewhere, their code runs, and the site builds."""
 
 from __future__ import annotations
 
+import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import tables
+from fastxattn.integrations import swap
+from fastxattn.ops.pruning import STRATEGIES
+from tests import doc_setup
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# Pages whose snippets need no more than tests/doc_setup.py gives. The operations' pages are held to being Python.
+RUN = [
+    "README.md", "docs/index.md", "docs/accelerate.md", "docs/pruning.md", "docs/distributed.md", "docs/export.md",
+    "docs/extending.md",
+]  # fmt: skip
 
 
 def test_tables_are_drawn_from_the_csvs() -> None:
@@ -26,3 +41,56 @@ def test_a_stale_table_is_noticed() -> None:
 def test_relative_links_exist(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text())
     assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_snippets_are_python(page: Path) -> None:
+    for block in CODE.findall(page.read_text()):
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of the page, in order, in one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(swap, "_adapters", dict(swap._adapters))
+    strategies = dict(STRATEGIES)
+    namespace = doc_setup.names(page)
+    if page == "docs/distributed.md":
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    blocks = CODE.findall((ROOT / page).read_text())
+    assert blocks
+    try:
+        for block in blocks:
+            if 'inspect("theirs.onnx")' in block:
+                shutil.copy("model.onnx", "theirs.onnx")
+            exec(compile(block, page, "exec"), namespace)
+    finally:
+        STRATEGIES.clear()
+        STRATEGIES.update(strategies)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if hasattr(found := namespace.get("report"), "swapped"):  # what a snippet's accelerate() did
+        assert "exceeds the budget" not in str(found)
+
+
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    sources = [*(ROOT / "fastxattn").rglob("*.py"), ROOT / "build_native.py"]
+    said = "\n".join(path.read_text() for path in sources)
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*|\*\*`([^`]+)`\.\*\*", (ROOT / "docs/troubleshooting.md").read_text())
+    assert len(quoted) > 15
+    assert [a or b for a, b in quoted if (a or b) not in said] == []
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    home = (tmp_path / "site/index.html").read_text()
+    for page in PAGES[1:]:
+        if page.name != "index.md":
+            assert f"{page.relative_to(ROOT / 'docs').with_suffix('').as_posix()}/" in home, f"{page} is not in the nav"
+    assert "varlen_cross_attention" in (tmp_path / "site/reference/attention/index.html").read_text()

@@ -17,7 +17,7 @@ LAYERS = (
     ("fastxattn.nn",),
     ("fastxattn.integrations",),
     ("fastxattn.export",),
-    ("fastxattn.demo", "fastxattn.search"),
+    ("fastxattn.demo", "fastxattn.search", "fastxattn.overlay", "fastxattn.tune"),
     ("fastxattn.cli",),
 )
 
@@ -40,6 +40,24 @@ def test_import_brings_in_nothing_optional():
     optional = {"triton", "transformers", "onnx", "onnxruntime", "onnxscript", "matplotlib", "typer", "rich", "skimage"}
     assert not brought & (optional | {"pytest", "hypothesis", "numpy"})
     assert not {"torch._dynamo", "torch._inductor"} & set(python(code).split())
+
+
+def test_import_and_attention_need_torch_alone():
+    code = """
+import sys, torch
+# what torch brings itself, some of it only when first used
+torchs = {"sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec", "typing_extensions"}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        root = name.split(".")[0]
+        if root not in sys.stdlib_module_names | torchs | {"fastxattn", "torch"} and root not in sys.modules:
+            raise ImportError(f"fastxattn imports {name}")
+sys.meta_path.insert(0, Refuse())
+import fastxattn
+q, cu = torch.randn(3, 2, 8), torch.tensor([0, 1, 3], dtype=torch.int32)
+print(fastxattn.varlen_cross_attention(q, q, q, cu, cu).shape)
+"""
+    assert python(code).strip() == "torch.Size([3, 2, 8])"
 
 
 def test_import_loads_no_native_library():
@@ -72,6 +90,12 @@ def layer(name: str) -> int | None:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_module_has_a_layer():
+    assert [
+        m for m in map(module_name, FILES) if layer(m) is None and m not in ("fastxattn", "fastxattn.__main__")
+    ] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import fastxattn
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +68,31 @@ def test_a_required_native_build_that_cannot_happen_is_an_error(tmp_path: Path) 
     assert "the native build failed: no C++ compiler found" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md", "CITATION.cff", "fastxattn/py.typed"])
+def test_the_version_is_the_same_everywhere() -> None:
+    check = [sys.executable, str(ROOT / ".ci/check_wheels.py"), "--tag"]
+    good = subprocess.run([*check, f"v{fastxattn.__version__}"], capture_output=True, text=True, check=False)
+    assert good.returncode == 0, good.stderr
+    bad = subprocess.run([*check, "v99.0"], capture_output=True, text=True, check=False)
+    assert bad.returncode != 0
+    assert "versions differ" in bad.stderr
+
+
+def test_workflows_call_what_a_developer_calls() -> None:
+    """Each workflow is a thin caller: its commands are .ci/run and targets that the Makefile has."""
+    yaml = pytest.importorskip("yaml")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflows = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    assert {w.stem for w in workflows} == {"ci", "docs", "gpu", "release", "wheels"}
+    for workflow in workflows:
+        for job in yaml.safe_load(workflow.read_text())["jobs"].values():
+            for command in (step["run"] for step in job.get("steps", []) if "run" in step):
+                first, *rest = command.split()
+                assert first in ("make", ".ci/run"), command
+                assert {word for word in rest if "=" not in word} <= targets, command
+
+
+@pytest.mark.parametrize(
+    "name", ["SECURITY.md", "CONTRIBUTING.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "fastxattn/py.typed"]
+)
 def test_release_files_exist(name: str) -> None:
     assert (ROOT / name).exists()

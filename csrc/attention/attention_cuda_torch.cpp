@@ -1,13 +1,8 @@
 // torch ops over the CUDA attention kernels. Results are allocated by the caller
 // (fastxattn/ops/attention/cuda_launch.py); shapes, dtypes and strides are checked here, contents are clamped on the
 // device.
-#include <climits>
-
 #include "attention/attention_cuda.h"
-#include "bindings/torch_glue.h"
-
-// Lives in libtorch_cuda; absent where torch was built without CUDA, which can load this library all the same.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "bindings/torch_cuda_glue.h"
 
 namespace fastxattn {
 
@@ -52,17 +47,6 @@ V* plain(const OptionalTensor& t, const char* name, ScalarType dtype, const Tens
   FXA_CHECK(t->is_contiguous() && t->numel() >= least, name, " must be contiguous with at least ", least, " elements");
   return static_cast<V*>(const_cast<void*>(t->const_data_ptr()));
 }
-int32_t narrow(int64_t n, const char* name) {
-  FXA_CHECK(n <= INT_MAX, name, " must be below 2^31, got ", n);
-  return static_cast<int32_t>(n);
-}
-void* stream_of(const Tensor& query) {
-  FXA_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  void* stream = nullptr;
-  FXA_CHECK(aoti_torch_get_current_cuda_stream(query.get_device(), &stream) == 0, "no current CUDA stream");
-  return stream;
-}
-
 AttentionKernelParams make_params(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_q,
                                   const Tensor& cu_k, const OptionalTensor& used_q, const OptionalTensor& used_k,
                                   const OptionalTensor& index_q, const OptionalTensor& index_k,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import math
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -64,6 +65,7 @@ class Record:
     device: str = field(default_factory=device_name)
     versions: str = field(default_factory=versions)
     git_sha: str = field(default_factory=git_sha)
+    roofline: float = math.nan  # share of the peak measured in the same run, see fastxattn.bench.roofline
 
 
 def write_csv(path: Path, records: Iterable[Record]) -> None:
@@ -82,6 +84,7 @@ def write_csv(path: Path, records: Iterable[Record]) -> None:
                 f"{record.ratio:.3f}",
                 f"{record.gflops:.4g}",
             )
+            row["roofline"] = f"{record.roofline:.3f}" if math.isfinite(record.roofline) else ""
             writer.writerow(row)
 
 
@@ -94,4 +97,7 @@ def read_csv(path: Path) -> list[Record]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     casts = {"threads": int, "median_ms": float, "ratio": float, "gflops": float}
+    for row in rows:  # files written before there was a roofline have no such column
+        row["roofline"] = row.get("roofline") or "nan"
+    casts["roofline"] = float
     return [Record(**{name: casts.get(name, str)(value) for name, value in row.items()}) for row in rows]  # type: ignore[arg-type]

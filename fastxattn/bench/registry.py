@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastxattn.bench.records import Record
+from fastxattn.bench.roofline import measure_peak
 from fastxattn.bench.timing import interleaved
 
 
@@ -23,6 +26,8 @@ class Workload:
     """Returns "ok", or why our result is outside its error budget."""
     flops: float = 0.0
     """Useful floating-point operations of one call."""
+    bytes: float = 0.0
+    """Useful bytes read and written by one call: what bounds an operation that computes little."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,25 @@ class Case:
         return f"{self.name} {self.direction} {str(self.dtype).removeprefix('torch.')}"
 
 
-def run_case(case: Case, *, rounds: int = 11, clock: Callable[[], float] = time.perf_counter) -> list[Record]:
-    """Check and time one case. A failing check yields rows without times for our providers."""
+def run_case(
+    case: Case,
+    *,
+    rounds: int = 11,
+    max_seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Record]:
+    """Check and time one case. A failing check yields rows without times for our providers.
+
+    Args:
+        case: what to run.
+        rounds: how often every provider is timed.
+        max_seconds: no new round begins after so long, except that there are at least three.
+        clock: what time is taken with, see :func:`fastxattn.bench.interleaved`.
+    """
     workload = case.build()
     gate = workload.check()
-    timings = interleaved(workload.providers, rounds=rounds, clock=clock)
+    peak = measure_peak(case.dtype)
+    timings = interleaved(workload.providers, rounds=rounds, max_seconds=max_seconds, clock=clock)
     rival = timings[workload.rival]
     records = []
     for name, timing in timings.items():
@@ -64,17 +83,31 @@ def run_case(case: Case, *, rounds: int = 11, clock: Callable[[], float] = time.
                 ratio=float("nan") if failed else timing.ratio_to(rival),
                 gflops=float("nan") if failed else workload.flops / timing.median / 1e9,
                 gate=gate if ours else "rival",
+                roofline=math.nan if failed else peak.share(workload.flops, workload.bytes, timing.median),
             )
         )
     return records
 
 
-def run_cases(cases: Iterable[Case], *, rounds: int = 11, match: str = "") -> list[Record]:
-    """Run every case whose title contains ``match``, with a progress bar."""
+def run_cases(
+    cases: Iterable[Case], *, rounds: int = 11, match: str = "", max_seconds: float = math.inf
+) -> list[Record]:
+    """Run every case whose title contains ``match``, with a progress bar.
+
+    No case begins after the moment in the environment variable FASTXATTN_BENCH_UNTIL (seconds since 1970): how
+    ``fastxattn bench --minutes`` ends in time. What was left out is said.
+    """
     from rich.progress import track
 
+    until = float(os.environ.get("FASTXATTN_BENCH_UNTIL", "inf"))
     chosen = [case for case in cases if match in f"{case.op} {case.title}"]
     records: list[Record] = []
+    left_out = []
     for case in track(chosen, description="benchmarks"):
-        records += run_case(case, rounds=rounds)
+        if time.time() < until:
+            records += run_case(case, rounds=rounds, max_seconds=max_seconds)
+        else:
+            left_out.append(case.title)
+    if left_out:
+        print(f"out of time, not measured: {'; '.join(left_out)}")
     return records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -39,23 +40,30 @@ def interleaved(
     *,
     rounds: int = 11,
     min_seconds: float = 0.004,
+    max_seconds: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time every provider in turn, ``rounds`` times over, the order rotating from round to round.
 
-    Each entry is the mean of as many calls as fill ``min_seconds``, so that microsecond calls are measurable.
-    ``clock=time.process_time``, on one thread, measures what a call takes of a processor that other work shares.
+    Each entry is the mean of as many calls as fill ``min_seconds``, so that microsecond calls are measurable. After
+    ``max_seconds`` no new round begins, except that there are at least three. ``clock=time.process_time``, on one
+    thread, measures what a call takes of a processor that other work shares.
     """
+    began = time.perf_counter()
     repeats: dict[str, int] = {}
     for name, call in providers.items():
-        call()
-        _synchronize()
-        start = clock()
-        call()
-        _synchronize()
-        repeats[name] = max(1, round(min_seconds / max(clock() - start, 1e-7)))
+        taken_once = 0.0
+        for _ in range(2):  # the first call may compile and fill caches; one of a second or more says enough
+            if taken_once < 1.0:
+                start = clock()
+                call()
+                _synchronize()
+                taken_once = clock() - start
+        repeats[name] = max(1, round(min_seconds / max(taken_once, 1e-7)))
     names, taken = list(providers), {name: [] for name in providers}  # type: ignore[var-annotated]
     for i in range(rounds):
+        if i >= 3 and time.perf_counter() - began > max_seconds:
+            break
         for name in names[i % len(names) :] + names[: i % len(names)]:
             call = providers[name]
             _synchronize()

@@ -15,6 +15,9 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from build_native import NativeBuildError, find_nvcc  # noqa: E402  (the build's own module, not shipped)
+
 SOURCE = """
 #include "attention/attention_select.cuh"
 namespace fastxattn::attention {
@@ -45,9 +48,6 @@ def offline() -> ModuleType:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_attention_compiles_and_passes_the_gates(offline: ModuleType, arch: str, tmp_path: Path) -> None:
-    sys.path.insert(0, str(ROOT))
-    from build_native import NativeBuildError, find_nvcc
-
     try:
         find_nvcc()
         offline.find_cuobjdump()
@@ -63,6 +63,17 @@ def test_attention_compiles_and_passes_the_gates(offline: ModuleType, arch: str,
     # What one tile of 64 keys takes: 2 * 16 * 64 * dim products of 16 rows in instructions of 2048.
     assert {dim: row.loop_matrix for dim, row in forward.items()} == {64: 64, 128: 128}
     assert forward[64].time_share > 0.55 and forward[128].time_share > 0.65
+
+
+@pytest.mark.parametrize("room", ["pruning", "late_interaction", "contrastive"])
+def test_other_kernels_compile_and_pass_the_gates(offline: ModuleType, room: str, tmp_path: Path) -> None:
+    try:
+        rows = offline.rows_of(ROOT / f"csrc/{room}/{room}_sm80.cu", "sm_80", tmp_path)
+    except (NativeBuildError, ImportError) as error:
+        pytest.skip(f"the CUDA kernels are not compiled here: {error}")
+    assert len(rows) >= 3
+    for row in rows:
+        assert not row.faults(), f"{row}: {row.faults()}"
 
 
 def test_every_row_of_the_table_passes_the_gates(offline: ModuleType) -> None:

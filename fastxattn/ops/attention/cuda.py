@@ -9,18 +9,14 @@ from torch import Tensor
 
 from fastxattn.ops.attention import schema  # noqa: F401  (defines the operators)
 from fastxattn.ops.attention.problem import Problem
-from fastxattn.runtime import native
-
-_OLDEST = (8, 0)
+from fastxattn.runtime import cuda
 
 
 def supports(problem: Problem) -> str | None:
     """None when the kernels run this problem, else the reason why not."""
     query = problem.query
-    if query.device.type != "cuda":
-        return f"the tensors are on {query.device.type}"
-    if torch.version.hip is not None:
-        return "it is written for NVIDIA devices"
+    if (reason := cuda.unavailable(query.device)) is not None:
+        return reason
     if query.dtype == torch.float64:
         return "it computes in float32, and the tensors are float64"
     most = 128 if query.dtype == torch.float32 else 256
@@ -30,11 +26,7 @@ def supports(problem: Problem) -> str | None:
     for name, there in (("bias", problem.bias is not None), ("dropout", bool(problem.dropout_p))):
         if there:
             return f"it has no {name}"
-    if torch.cuda.is_available():  # fake tensors have no device to ask
-        capability = torch.cuda.get_device_capability(query.device)
-        if capability < _OLDEST:
-            return f"it needs compute capability 8.0, and the device has {capability[0]}.{capability[1]}"
-    return None if torch.compiler.is_compiling() else native.cuda_library().reason
+    return None
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:

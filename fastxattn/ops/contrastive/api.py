@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastxattn.ops.contrastive import checks, cpu, fused, reference, triton
+from fastxattn.ops.contrastive import checks, cpu, cuda, fused, reference, triton
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.backend import Backend, Explanation
@@ -17,6 +17,7 @@ BACKENDS = (
     Backend("triton", triton.supports),
     Backend("reference", lambda problem: None),
 )
+INFONCE = (*BACKENDS[:-1], Backend("cuda", cuda.supports), BACKENDS[-1])
 REDUCTIONS = ("mean", "sum", "none")
 Ids = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -111,7 +112,7 @@ def infonce_loss(
     if teacher is not None:
         _check_teacher(problem, teacher)
     weight = checks.row_weights(weights, (n, m) if symmetric else (n,))
-    name = choose.resolve("infonce_loss", BACKENDS, problem, backend)
+    name = choose.resolve("infonce_loss", INFONCE, problem, backend)
     losses, metrics = (
         reference.infonce_reference(problem) if name == "reference" else fused.infonce_fused(problem, name)
     )
@@ -185,7 +186,7 @@ def explain(
 ) -> Explanation:
     """Every backend's verdict on a contrastive loss of these features, and the one that would run."""
     problem = _problem(a, b, logit_scale, None, None, None, False, False)
-    return choose.explain("contrastive", BACKENDS, problem, backend)
+    return choose.explain("contrastive", INFONCE, problem, backend)
 
 
 def _autocast(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastxattn.ops.contrastive import checks
-from fastxattn.ops.late_interaction import cpu, triton
+from fastxattn.ops.late_interaction import cpu, cuda, triton
 from fastxattn.ops.late_interaction.autograd import BestMatches
 from fastxattn.ops.late_interaction.cpu import Problem
 from fastxattn.ops.late_interaction.reference import maxsim_reference
@@ -18,6 +18,7 @@ from fastxattn.runtime.backend import Backend, Explanation
 BACKENDS = (
     Backend("cpu", cpu.supports),
     Backend("triton", triton.supports),
+    Backend("cuda", cuda.supports),
     Backend("reference", lambda problem: None),
 )
 DIRECTIONS = ("a", "b", "both")
@@ -49,7 +50,7 @@ def maxsim(
         direction: ``a``, ``b`` or ``both``.
         reduction: ``sum``, or ``mean`` over the set's tokens.
         smooth: a temperature: the maximum becomes ``smooth * logsumexp(. / smooth)``; not on the cpu backend.
-        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
     Returns:
         (N, M) float32 (float64 for float64); a pair of them for ``both``. A set without tokens on either side scores 0.
@@ -103,7 +104,7 @@ def late_interaction_loss(
         logit_scale: a number or a tensor of one element.
         reduction: ``mean`` (FILIP) or ``sum`` (ColBERT) over a set's tokens.
         smooth: temperature of a smooth maximum.
-        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
     Returns:
         The loss in float32.

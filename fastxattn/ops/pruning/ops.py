@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastxattn.ops.pruning import (
     cpu,
+    cuda,
     reference,
-    schema,  # noqa: F401  (defines the operators)
+    schema,
 )
 from fastxattn.runtime.backend import Backend, Explanation, explain, resolve
 
@@ -44,14 +45,20 @@ BACKENDS = (
 )
 
 
+def backends(name: str) -> tuple[Backend, ...]:
+    """Those that have the operation, in the order in which ``auto`` tries them."""
+    has_cuda = name in schema.BACKENDS["cuda"]
+    return (BACKENDS[0], Backend("cuda", cuda.supports), *BACKENDS[1:]) if has_cuda else BACKENDS
+
+
 def run(name: str, probe: Tensor, backend: str, *arguments: object) -> Any:
     """Operation ``name`` of :mod:`~fastxattn.ops.pruning.schema`; ``probe``'s device and dtype decide the backend."""
-    return _implementation(name, resolve(f"pruning.{name}", BACKENDS, probe, backend))(*arguments)
+    return _implementation(name, resolve(f"pruning.{name}", backends(name), probe, backend))(*arguments)
 
 
 def explain_pruning(x: Tensor, backend: str = "auto") -> Explanation:
     """Which backend prunes tokens like ``x``, and each backend's verdict."""
-    return explain("pruning", BACKENDS, x, backend)
+    return explain("pruning", backends("select"), x, backend)
 
 
 def _implementation(name: str, chosen: str) -> Callable[..., Any]:
@@ -97,7 +104,7 @@ def merge_rows(
     """
     from fastxattn.ops.pruning.autograd import Merge
 
-    chosen = resolve("pruning.merge", BACKENDS, x, backend)
+    chosen = resolve("pruning.merge", backends("merge"), x, backend)
     out = Merge.apply(  # type: ignore[no-untyped-call]
         _as_rows(x), assignment, coefficient, rows, chosen
     )

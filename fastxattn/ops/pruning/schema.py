@@ -36,11 +36,12 @@ SCHEMAS = {
     "int max_count) -> Tensor",
     "quantile": "(Tensor scores, Tensor cu_seqlens, Tensor q) -> Tensor",
 }
-BACKENDS = ("cpu", "triton")
+BACKENDS = {"cpu": tuple(SCHEMAS), "triton": tuple(SCHEMAS), "cuda": ("select", "merge", "match")}
+"""Which operations each compiled backend has."""
 
-for _backend in BACKENDS:
-    for _name, _schema in SCHEMAS.items():
-        torch.library.define(f"fastxattn::pruning_{_name}_{_backend}", _schema, tags=torch.Tag.pt2_compliant_tag)
+for _backend, _names in BACKENDS.items():
+    for _name in _names:
+        torch.library.define(f"fastxattn::pruning_{_name}_{_backend}", SCHEMAS[_name], tags=torch.Tag.pt2_compliant_tag)
 
 
 def _select(
@@ -88,6 +89,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "greedy": _greedy,
     "quantile": _quantile,
 }
-for _backend in BACKENDS:
-    for _name, _fake in _FAKES.items():
-        torch.library.register_fake(f"fastxattn::pruning_{_name}_{_backend}", _fake)
+for _backend, _names in BACKENDS.items():
+    for _name in _names:
+        torch.library.register_fake(f"fastxattn::pruning_{_name}_{_backend}", _FAKES[_name])

@@ -79,3 +79,16 @@ def share(total: int, weights: Tensor, limits: Tensor) -> Tensor:
     ranked = torch.sort(remainder, descending=True, stable=True).indices
     place[ranked] = torch.arange(place.shape[0], device=place.device)
     return (whole + ((place < missing) & (whole < limits))).to(torch.int32)
+
+
+def inverse_norms(x: Tensor) -> Tensor:
+    """(total,) float32: 1 / length of each row, 0 for a zero row, NaN for one that is not finite."""
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    return torch.where(norm.isfinite(), torch.where(norm > 0, 1 / norm, 0.0), torch.nan)
+
+
+def members_by_row(assignment: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Who goes to each row: (total,) int64 sources, ascending for each row, and (rows + 1,) int64 where each begins."""
+    ordered = torch.sort(assignment, stable=True)
+    first = torch.searchsorted(ordered.values, torch.arange(rows + 1, dtype=torch.int32, device=assignment.device))
+    return ordered.indices, first

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastxattn.ops.pruning.reference import FLOOR, kept_offsets
 from fastxattn.ops.pruning.schema import MAX_MIN
+from fastxattn.ops.pruning.segments import inverse_norms, members_by_row
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SELECT_BLOCK, ROW_BLOCK = 1024, 256
@@ -292,19 +293,11 @@ def gather(x: Tensor, index: Tensor, coefficient: Tensor | None) -> Tensor:
 def merge(x: Tensor, assignment: Tensor, coefficient: Tensor | None, rows: int) -> Tensor:
     out = x.new_empty(rows, x.shape[1])
     if out.numel():
-        # Members of each row, in ascending order: a stable sort by row.
-        ordered = torch.sort(assignment, stable=True)
-        first = torch.searchsorted(ordered.values, torch.arange(rows + 1, dtype=torch.int32, device=x.device))
+        members, first = members_by_row(assignment, rows)
         given = x if coefficient is None else coefficient
         grid = (rows, triton.cdiv(x.shape[1], ROW_BLOCK))
-        merge_kernel[grid](x, ordered.indices, first, given, out, x.shape[1], coefficient is not None, ROW_BLOCK)
+        merge_kernel[grid](x, members, first, given, out, x.shape[1], coefficient is not None, ROW_BLOCK)
     return out
-
-
-def _inverse_norms(x: Tensor) -> Tensor:
-    """(total,) float32: 1 / length of each row, 0 for a zero row, NaN for one that is not finite."""
-    norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-    return torch.where(norm.isfinite(), torch.where(norm > 0, 1 / norm, 0.0), torch.nan)
 
 
 def match(
@@ -315,7 +308,7 @@ def match(
     if a_index.shape[0] and cu_a.shape[0] > 1:
         grid = (cu_a.shape[0] - 1, triton.cdiv(a_index.shape[0], MATCH_M))
         match_kernel[grid](
-            x, _inverse_norms(x), a_index, cu_a, b_index, cu_b, best, similarity, x.shape[1], exclude_self,
+            x, inverse_norms(x), a_index, cu_a, b_index, cu_b, best, similarity, x.shape[1], exclude_self,
             INTERPRET and x.dtype == torch.bfloat16, MATCH_M, MATCH_N, MATCH_K,
         )  # fmt: skip
     return best, similarity
@@ -334,7 +327,7 @@ def greedy(
     scores = torch.full((total,), -torch.inf, device=x.device)
     if total == 0 or cu_seqlens.shape[0] < 2:
         return scores
-    inverse = _inverse_norms(x)
+    inverse = inverse_norms(x)
     weight = torch.ones_like(scores) if quality is None else torch.where(quality.isfinite(), quality, torch.nan)
     unusable = inverse.isnan() | weight.isnan()
     maxmin = mode == MAX_MIN

@@ -36,8 +36,6 @@ LIKE = {
 }  # fmt: skip
 """Which tile each kernel launches with."""
 
-WINDOW = 4096
-"""Rows and columns of the window of slopes that the gradients are made from."""
 PROGRAMS, MOST_SPLITS = 512, 16
 
 

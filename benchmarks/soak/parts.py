@@ -1,0 +1,230 @@
+"""The parts of a soak beside the random problems: sanitizers, processes that die, files that are broken."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HANGS = -99
+
+
+@dataclass
+class Outcome:
+    """What a part did: how often each thing was tried, and what failed."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    skipped: str = ""
+
+
+def python(*arguments: str, timeout: float, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on this checkout."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, **variables},
+        capture_output=True, text=True, check=False, timeout=timeout,
+    )  # fmt: skip
+
+
+def sanitized(seconds: float, seed: int) -> Outcome:
+    """The torch-free kernels, forward and backward, under AddressSanitizer and UBSan."""
+    import build_native
+
+    outcome = Outcome()
+    if sys.platform != "linux":
+        outcome.skipped = "LD_PRELOAD of the sanitizer's runtime needs Linux"
+        return outcome
+    try:
+        module = build_native.build_test_module(ROOT / "build/test-module-asan", build_native.Toolchain.find(), True)
+    except build_native.NativeBuildError as error:
+        outcome.skipped = str(error)
+        return outcome
+    compiler = os.environ.get("CXX", "g++").split()[-1]
+    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    loop = (
+        "import importlib, sys, time; sys.path[:0] = sys.argv[3:5]\n"
+        "native, cases = map(importlib.import_module, ('_fastxattn_native', 'cases'))\n"
+        "end, seed = time.monotonic() + float(sys.argv[1]), int(sys.argv[2])\n"
+        "while time.monotonic() < end:\n"
+        "    for isa in native.isas():\n"
+        "        print(seed, isa, flush=True); cases.run_case(native, seed, isa, workers=1 + seed % 4)\n"
+        "    seed += 1\n"
+    )
+    done = python(
+        "-c", loop, str(seconds), str(seed), str(module.parent), str(ROOT / "tests/native"), timeout=seconds + 300,
+        LD_PRELOAD=runtime.stdout.strip(), ASAN_OPTIONS="detect_leaks=0", OPENBLAS_NUM_THREADS="1",
+    )  # fmt: skip
+    lines = done.stdout.split("\n")[:-1]
+    outcome.counts.update(f"attention, {line.split()[1]}, under ASan and UBSan" for line in lines)
+    if done.returncode != 0:
+        outcome.failures.append(f"sanitizer, seed {lines[-1] if lines else seed}: {done.stderr[-2000:]}")
+    return outcome
+
+
+def ranks(seconds: float, seed: int) -> Outcome:
+    """Processes that compute losses and attention together; one is killed at a random moment; then they start again."""
+    outcome, r, end = Outcome(), random.Random(seed), time.monotonic() + seconds
+    worker = ROOT / "tests/distributed_worker.py"
+    while True:
+        world = r.choice((2, 3))
+        killed = _launch(worker, world, r)
+        outcome.counts["group of processes with one killed"] += 1
+        for rank, (code, output) in enumerate(killed[:-1]):
+            # A survivor may have finished before; else it must have been told by an error, not left hanging. (gloo may
+            # abort the process on its way out after that.)
+            if code == HANGS or (code != 0 and "Error" not in output):
+                outcome.failures.append(f"rank {rank} of {world} after a kill ended with {code}: {output[-800:]}")
+        again = _launch(worker, world, None)
+        outcome.counts["group of processes started again, results compared"] += 1
+        outcome.failures += [
+            f"rank {rank} of {world}, restarted: {out[-800:]}" for rank, (code, out) in enumerate(again) if code != 0
+        ]
+        if time.monotonic() >= end:
+            return outcome
+
+
+def _launch(worker: Path, world: int, kill: random.Random | None) -> list[tuple[int, str]]:
+    """Exit code and output of every rank; with ``kill`` the last one gets SIGKILL after up to 6 s."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FASTXATTN_TEST_TIMEOUT": "20"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(worker), "all", str(rank), str(world), f"{folder}/store"], env=env,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        if kill is not None:
+            time.sleep(2 + 4 * kill.random())
+            processes[-1].send_signal(signal.SIGKILL)
+        found = []
+        for process in processes:
+            try:
+                output, _ = process.communicate(timeout=120)
+                found.append((process.returncode, output))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                found.append((HANGS, "hangs"))
+        return found
+
+
+def broken(data: bytes, r: random.Random) -> tuple[str, bytes]:
+    """A copy with bits flipped, bytes cut off, a stretch overwritten, moved or repeated."""
+    kind, where = r.choice(("flip", "cut", "overwrite", "repeat", "empty")), r.randrange(len(data))
+    length = r.choice((1, 4, 64, 1024))
+    if kind == "flip":
+        changed = bytearray(data)
+        for _ in range(r.choice((1, 8, 64))):
+            changed[r.randrange(len(data))] ^= 1 << r.randrange(8)
+        return kind, bytes(changed)
+    if kind == "cut":
+        return kind, data[:where]
+    if kind == "overwrite":
+        return kind, data[:where] + r.randbytes(length) + data[where + length :]
+    if kind == "repeat":
+        return kind, data[:where] + data[where : where + length] * 3 + data[where + length :]
+    return kind, b""
+
+
+FEED = """
+import json, sys
+import numpy as np, onnx
+from fastxattn import export
+from fastxattn.export.session import session_options
+import onnxruntime
+onnxruntime.set_default_logger_severity(4)
+for line in sys.stdin:
+    path = line.strip()
+    said = []
+    for job in ("inspect", "optimize", "load"):
+        print("begin", job, path, flush=True)
+        try:
+            if job == "inspect":
+                export.inspect(path)
+            elif job == "optimize":
+                export.optimize(path, path + ".out.onnx", overwrite=True)
+            else:
+                session = onnxruntime.InferenceSession(path, session_options(library=True))
+                feeds = {}
+                for value in session.get_inputs():
+                    shape = [3 if not isinstance(n, int) else n for n in value.shape]
+                    kind = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
+                            "tensor(bool)": np.bool_}.get(value.type, np.float32)
+                    feeds[value.name] = np.zeros([min(n, 64) for n in shape], kind)
+                session.run(None, feeds)
+            said.append("accepted")
+        except Exception as error:
+            said.append(type(error).__name__)
+        print("end", job, said[-1], flush=True)
+"""
+
+
+def files(seconds: float, seed: int) -> Outcome:
+    """Broken copies of exported files through ``inspect``, ``optimize`` and the runtime: errors, never a crash."""
+    outcome, end = Outcome(), time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        originals = list(_exported(Path(folder)))
+        while True:
+            r = random.Random(seed)
+            paths, kinds = [], {}
+            for i in range(40):
+                kind, data = broken(r.choice(originals), r)
+                path = Path(folder) / f"{seed}_{i}.onnx"
+                path.write_bytes(data)
+                paths.append(str(path))
+                kinds[str(path)] = kind
+            done = subprocess.run(
+                [sys.executable, "-c", FEED], input="\n".join(paths) + "\n", text=True, capture_output=True,
+                check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600,
+            )  # fmt: skip
+            last = ""
+            for line in done.stdout.splitlines():
+                word, job, rest = line.split(" ", 2)
+                last = line if word == "begin" else ""
+                if word == "end":
+                    outcome.counts[f"{job} of a broken file: {'accepted' if rest == 'accepted' else 'refused'}"] += 1
+            if done.returncode != 0:
+                outcome.failures.append(f"files, seed {seed}, {last}: exit {done.returncode}, {done.stderr[-800:]}")
+            seed += 1
+            if time.monotonic() >= end:
+                return outcome
+
+
+def _exported(folder: Path) -> Iterator[bytes]:
+    """Files with our nodes, packed and padded, and one with attention of standard operators."""
+    import torch
+
+    import fastxattn
+    from fastxattn import PackedTokens, export
+
+    class Packed(torch.nn.Module):
+        def forward(self, text: PackedTokens, image: PackedTokens) -> torch.Tensor:
+            sides = [t.values.unflatten(-1, (2, 8)) for t in (text, image, image)]
+            return fastxattn.varlen_cross_attention(*sides, text.cu_seqlens, image.cu_seqlens)
+
+    class Padded(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return fastxattn.cross_attention(q, k, v)
+
+    class Plain(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(q @ k.mT * 8**-0.5, -1) @ v
+
+    text, image = (PackedTokens.from_list([torch.randn(n, 16) for n in of]) for of in ((3, 2), (5, 4)))
+    padded = tuple(torch.randn(2, n, 2, 8) for n in (3, 5, 5))
+    for name, module, args in (("packed", Packed(), (text, image)), ("padded", Padded(), padded),
+                               ("plain", Plain(), padded)):  # fmt: skip
+        path = folder / f"{name}.onnx"
+        export.to_onnx(module.eval(), args, path)
+        yield path.read_bytes()

@@ -1,0 +1,96 @@
+"""What every command shares: the application, ``--json``, progress, and how an error leaves the program."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+# What a person can put right: one line and exit code 2. Anything else is a fault of ours and keeps its traceback.
+_EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+
+
+class Commands(TyperGroup):
+    """Turns what a person can put right into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # RuntimeErrors, too
+            raise
+        except _EXPECTED as error:
+            if ctx.params.get("traceback"):
+                raise
+            typer.echo(f"error: {error} (--traceback before the command shows where)", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fast, exact cross-modal attention, token pruning and contrastive losses for PyTorch.",
+    epilog="Exit codes: 0 success, 1 a check failed, 2 wrong usage or unusable input. "
+    "Tab completion: fastxattn --install-completion.",
+)
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")]
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="show where an error arose")] = False,
+) -> None:
+    """Options before the command."""
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: dataclasses are objects (with ``ok`` where they have one), NaN is null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"ok": value.ok, **fields} if hasattr(value, "ok") else fields
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def emit(value: Any, as_json: bool) -> None:
+    """Print a result: its own text, or JSON."""
+    typer.echo(json.dumps(plain(value), indent=2) if as_json else str(value))
+
+
+@contextlib.contextmanager
+def working(description: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with the time spent, on stderr, gone afterwards; yields a function that changes its words."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda text: bar.update(task, description=text)
+
+
+def checkout() -> Path:
+    """The source checkout that this package runs from.
+
+    Raises:
+        ValueError: the package is installed without its benchmarks.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks/common.py").exists():
+        raise ValueError("benchmarks/ is not beside the package: run this from a source checkout")
+    return root

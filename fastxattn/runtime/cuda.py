@@ -1,0 +1,34 @@
+"""Whether the CUDA C++ kernels can run, and the call that launches one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastxattn.runtime import native
+
+_OLDEST = (8, 0)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why no CUDA C++ kernel runs on ``device``; None when they do."""
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if torch.version.hip is not None:
+        return "it is written for NVIDIA devices"
+    if torch.cuda.is_available():  # fake tensors have no device to ask
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            return f"it needs compute capability 8.0, and the device has {capability[0]}.{capability[1]}"
+    return None if torch.compiler.is_compiling() else native.cuda_library().reason
+
+
+def launch(name: str, *arguments: Any) -> None:
+    """Operator ``<name>_cuda_launch`` of libfastxattn_cuda.so, which writes into what it is given."""
+    getattr(torch.ops.fastxattn, f"{name}_cuda_launch")(*arguments)
+
+
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether all rows of these matrices start at multiples of 16 bytes, as wide copies need."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)

@@ -1,0 +1,80 @@
+"""The soak finds what it looks for: a wrong kernel, a crash, and files that are broken in every way."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.soak.__main__ import MARKS, problems, table
+from benchmarks.soak.parts import Outcome, broken
+from benchmarks.soak.problems import one
+from benchmarks.soak.trials import DTYPES, MAKERS, judge
+from fastxattn.runtime import native
+
+needs_native = pytest.mark.skipif(native.cpu_library().library is None, reason="needs the CPU kernels")
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    if native.cpu_library().library is not None:
+        native.force_cpu_isa("auto")
+
+
+@needs_native
+@pytest.mark.parametrize("op", MAKERS)
+def test_every_operation_passes_and_a_wrong_one_does_not(op: str) -> None:
+    for seed in range(4):
+        dtype = DTYPES[seed % 3]
+        trial = MAKERS[op](random.Random(seed), torch.Generator().manual_seed(seed), dtype)
+        found = judge(trial, "cpu")
+        assert found.ok, (trial, found)
+        if any(t.numel() for t in trial.function(trial.inputs, "reference")):
+            right = trial.function
+
+            def wrong(inputs, backend, right=right):  # type: ignore[no-untyped-def]
+                out = right(inputs, backend)
+                return out if backend == "reference" else tuple(t + 1 for t in out)
+
+            assert not judge(replace(trial, function=wrong), "cpu").ok
+
+
+@needs_native
+def test_a_seed_is_the_same_problem_again(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = one(3, "cpu"), one(3, "cpu")
+    assert first == second
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["seed"] == 3
+
+
+@needs_native
+def test_problems_are_counted_by_operation_backend_and_dtype() -> None:
+    outcome, worst = problems(0.01, 5, "cpu")
+    assert outcome.failures == []
+    assert sum(outcome.counts.values()) >= 1
+    assert all(", cpu, " in name for name in worst)
+
+
+def test_broken_files_are_broken() -> None:
+    data = bytes(range(256)) * 8
+    kinds = {broken(data, random.Random(seed))[0] for seed in range(50)}
+    assert kinds == {"flip", "cut", "overwrite", "repeat", "empty"}
+    assert all(broken(data, random.Random(seed))[1] != data for seed in range(50))
+
+
+def test_the_record_counts_and_names_what_was_not_run() -> None:
+    outcome = Outcome()
+    outcome.counts["attention, cpu, float32"] = 7
+    outcome.failures.append("seed 3")
+    text = table({"cpu": outcome, "ranks": Outcome(skipped="no gloo")}, {"attention, cpu, float32": 0.5}, 5, 1)
+    assert "7 trials in 5 minutes from seed 1, **1 failures**" in text
+    assert "| attention, cpu, float32 | 7 | 0.50 |" in text
+    assert "ranks: not run, no gloo" in text
+    page = MARKS.sub(lambda m: m[1] + text + m[2], "a\n<!-- soak -->\nold\n<!-- end soak -->\nb")
+    assert "old" not in page
+    assert page.endswith("<!-- end soak -->\nb")
