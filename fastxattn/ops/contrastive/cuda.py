@@ -5,12 +5,14 @@ The kernels make statistics and slopes; the products of a window of slopes with 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastxattn.ops.contrastive import schema  # noqa: F401  (defines the operators)
 from fastxattn.ops.contrastive.problem import Problem
-from fastxattn.ops.contrastive.windows import STATES, Windows, finish_stats, no_stats, slopes_of, up
+from fastxattn.ops.contrastive.windows import STATES, Windows, slopes_of, statistics, up
 from fastxattn.runtime import cuda
 
 TILE = 64
@@ -55,20 +57,18 @@ def contrastive_stats(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Statistics of both directions, each a pass of its own over the products."""
     sides = (a, norm_a, id_a, skip_a, limit_row, rank_row), (b, norm_b, id_b, skip_b, limit_col, rank_col)
-    results = []
-    for by_row, wanted in (True, rows), (False, columns):
-        (x, norm_x, id_x, skip_x, limit, rank), (y, norm_y, id_y, skip_y, _, _) = sides if by_row else sides[::-1]
-        if not wanted or x.shape[0] == 0 or y.shape[0] == 0:
-            results.append(no_stats(x))
-            continue
+
+    def running(side: tuple[Any, ...], other: tuple[Any, ...], by_row: bool) -> Tensor:
+        (x, norm_x, id_x, skip_x, limit, rank), (y, norm_y, id_y, skip_y, _, _) = side, other
         splits = max(1, min(BLOCKS // up(x.shape[0], TILE), MOST_SPLITS, up(y.shape[0], TILE)))
         state = x.new_empty((splits, STATES, x.shape[0]), dtype=torch.float32)
         cuda.launch(
             "contrastive_stats", state, x, y, scale, bias, norm_x, norm_y, id_x, id_y, skip_x, skip_y, exact, limit,
             rank, by_row, exclude_self, means, cuda.aligned(x, y),
         )  # fmt: skip
-        results.append(finish_stats(state))
-    return results[0], results[1]
+        return state
+
+    return statistics(sides, rows, columns, running)
 
 
 def _multiply(dz: Tensor, y: Tensor, out: Tensor, rows: int, columns: int, transposed: bool) -> None:

@@ -7,6 +7,7 @@ gradients are made before the next: the same sums in the same order every time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,23 @@ def up(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def no_stats(x: Tensor) -> Tensor:
-    """Finished statistics of a direction in which nothing is seen."""
-    empty = x.new_zeros((len(STATS), x.shape[0]), dtype=torch.float32)
-    empty[0] = -torch.inf
-    return empty
+def statistics(
+    sides: tuple[tuple[Any, ...], tuple[Any, ...]], rows: bool, columns: bool, running: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Finished statistics of both directions, each a pass of its own over the products.
+
+    A side begins with its features; ``running(side, other, by_row)`` gives (splits, STATES, rows) of a direction.
+    """
+    results = []
+    for by_row, wanted in (True, rows), (False, columns):
+        side, other = sides if by_row else sides[::-1]
+        if wanted and side[0].shape[0] and other[0].shape[0]:
+            results.append(_finish(running(side, other, by_row)))
+        else:
+            nothing = side[0].new_zeros((len(STATS), side[0].shape[0]), dtype=torch.float32)
+            nothing[0] = -torch.inf
+            results.append(nothing)
+    return results[0], results[1]
 
 
 def _lse(top: Tensor, exps: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +52,7 @@ def _lse(top: Tensor, exps: Tensor) -> tuple[Tensor, Tensor]:
     return safe, (exps * torch.exp(top - safe)).sum(0)
 
 
-def finish_stats(state: Tensor) -> Tensor:
+def _finish(state: Tensor) -> Tensor:
     """(7, rows) statistics from the splits' running ones; NaN must survive, only an exact zero means nothing."""
     top, exps = _lse(state[:, 0], state[:, 1])
     negatives, ahead = state[:, 3].sum(0), state[:, 4].sum(0)

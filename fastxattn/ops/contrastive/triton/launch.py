@@ -5,6 +5,8 @@ Gradients are made window by window (:mod:`fastxattn.ops.contrastive.windows`): 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -18,7 +20,7 @@ from fastxattn.ops.contrastive.triton.kernels import (
     slope_kernel,
     stats_kernel,
 )
-from fastxattn.ops.contrastive.windows import STATES, Windows, finish_stats, no_stats, slopes_of
+from fastxattn.ops.contrastive.windows import STATES, Windows, slopes_of, statistics
 
 Optional = Tensor | None
 
@@ -57,12 +59,9 @@ def contrastive_stats(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Statistics of both directions, each a pass of its own over the products."""
     sides = (a, norm_a, id_a, skip_a, limit_row, rank_row), (b, norm_b, id_b, skip_b, limit_col, rank_col)
-    results = []
-    for by_row, wanted in (True, rows), (False, columns):
-        (x, norm_x, id_x, skip_x, limit, rank), (y, norm_y, id_y, skip_y, _, _) = sides if by_row else sides[::-1]
-        if not wanted or x.shape[0] == 0 or y.shape[0] == 0:
-            results.append(no_stats(x))
-            continue
+
+    def running(side: tuple[Any, ...], other: tuple[Any, ...], by_row: bool) -> Tensor:
+        (x, norm_x, id_x, skip_x, limit, rank), (y, norm_y, id_y, skip_y, _, _) = side, other
         tile = config.pick("stats", x.dtype)
         blocks = triton.cdiv(x.shape[0], tile.block_m)
         splits = config.splits(blocks, triton.cdiv(y.shape[0], tile.block_n))
@@ -71,8 +70,9 @@ def contrastive_stats(
             x, y, scale, bias, norm_x, norm_y, id_x, id_y, skip_x, skip_y, exact, limit, rank, state, x.shape[0],
             y.shape[0], x.shape[1], _stride(x), _stride(y), by_row, exclude_self, means, splits, **_tiles(tile),
         )  # fmt: skip
-        results.append(finish_stats(state))
-    return results[0], results[1]
+        return state
+
+    return statistics(sides, rows, columns, running)
 
 
 def _windows(a: Tensor, b: Tensor, norm_a: Optional, norm_b: Optional, needs: int, keep_float: bool) -> Windows:
