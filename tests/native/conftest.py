@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from fastxattn.runtime import native as native_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,7 +20,10 @@ def build(out: Path, sanitize: bool) -> Path:
     import build_native
 
     try:
-        return build_native.build_test_module(out, build_native.Toolchain.find(), sanitize)
+        tool = build_native.Toolchain.find()
+        # What this processor cannot run need not be compiled again for the tests.
+        usable = tuple(isa for isa in tool.isas if isa in native_runtime.available_cpu_isas())
+        return build_native.build_test_module(out, dataclasses.replace(tool, isas=usable or tool.isas), sanitize)
     except build_native.NativeBuildError as error:
         if "no C++ compiler" in str(error) or "needs pybind11" in str(error):
             pytest.skip(str(error))
