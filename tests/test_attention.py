@@ -149,9 +149,14 @@ def test_any_shape(case, dtype, seed):
     oracle, eager = contract.expectations(problem)
     for name, t in found.items():
         report = contract.measure_error(name, t, oracle[name], eager[name], backward=name.startswith("grad_"))
-        # On a handful of numbers a ratio of mean errors is luck; the largest error is held to the budget.
+        # A ratio of mean errors is luck on shapes like these; the largest error is held to the budget. On a handful of
+        # numbers that is luck too (eager's one number may be exact): those are held to rounding itself.
         assert report.same_nonfinite, str(report)
-        assert report.max_error <= report.max_budget, str(report)
+        if t.numel() >= 32:
+            assert report.max_error <= report.max_budget, str(report)
+        else:
+            size = oracle[name].nan_to_num(0.0, 0.0, 0.0).abs().max() if t.numel() else 0.0
+            assert report.max_error <= 8 * torch.finfo(dtype).eps * max(1.0, float(size)), str(report)
     contract.check_unseen(run, problem)
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from fastxattn.ops.attention import dispatch
 from fastxattn.ops.attention.triton import config, launch
 from fastxattn.ops.attention.triton.config import Tile
+from fastxattn.runtime.backend import resolve
 from fastxattn.testing import attention as contract
 from fastxattn.testing.attention import ATTENTION_CASES
 from fastxattn.testing.bounds import checked_accesses
@@ -148,7 +149,7 @@ def test_accesses_outside_a_tensor_are_found():
 def test_refusals():
     problem = BY_NAME["dense"].problem(torch.float64)
     with pytest.raises(RuntimeError, match="float64"):
-        run(problem)
+        resolve("attention", dispatch.BACKENDS, problem, "triton")
 
 
 def test_schedule_depends_on_shapes_alone():

@@ -368,7 +368,7 @@ def test_empty_batch():
         ({"groups": torch.zeros(3, dtype=torch.long)}, ValueError, r"groups\[0\] must have shape \(4,\)"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing must lie in"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
-        ({"backend": "cuda"}, ValueError, "backend must be auto or one of"),
+        ({"backend": "gpu"}, ValueError, "backend must be auto or one of"),
         ({"hard_negatives": torch.zeros(4, 8)}, ValueError, "hard_negatives must have shape"),
         ({"queue_a": torch.zeros(4, 8), "symmetric": False}, ValueError, "queue_a must be None"),
         ({"weights": torch.zeros(3)}, ValueError, "weights must be"),

@@ -63,9 +63,10 @@ def test_shapes(n, m, d):
 
 @needs_interpreter
 def test_windows_and_splits(monkeypatch):
-    from fastxattn.ops.contrastive.triton import config, launch
+    from fastxattn.ops.contrastive import windows
+    from fastxattn.ops.contrastive.triton import config
 
-    monkeypatch.setattr(launch, "WINDOW", 128)
+    monkeypatch.setattr(windows, "WINDOW", 128)
     monkeypatch.setattr(config, "PROGRAMS", 8)
     for dtype in DTYPES[:2]:
         a, b = features(150, 270, 16, dtype, 0.4)

@@ -50,7 +50,7 @@ def test_the_command_draws_what_it_is_asked_for(photo: Path, monkeypatch: pytest
     call = ["prune", str(photo), "--out", str(out), "--strategy", "divprune", "--strategy", "evit", "--keep", "0.25"]
     done = testing.CliRunner().invoke(app, call)
     assert done.exit_code == 0, done.output
-    assert done.output.splitlines()[:2] == ["divprune: 128 of 512", "evit: 129 of 512"]
+    assert done.stdout.splitlines()[:2] == ["divprune: 128 of 512", "evit: 129 of 512"]
     assert "no trained model" in done.output
     with image.open(out) as picture:
         assert picture.width > 900

@@ -294,7 +294,7 @@ static void backward_item(const AttentionParams& p, const AttentionGradients& g,
       // A panel that no lane of the first batch sees is packed when one does.
       const bool packed = one_panel && loaded;
       if (hold.tiles_held) sum_batch<T>(p, g, item, sequence, head, batch, true, !packed, s);
-      if (kSumsDelta<T>) finish_delta<T>(p, g, head, all, beforehand, sequence_lanes, s);
+      if (kSumsDelta<T>) finish_delta<T>(p, head, all, beforehand, sequence_lanes, s);
 
       int64_t tile = 0;
       for (int64_t k = item.key_begin; k < item.key_end; k += kKeyBlock) {

@@ -26,7 +26,8 @@ struct BackwardScratch {
   float* acc_query;               // per block: [head_dim][width]
   float *acc_key, *acc_value;     // [key][wide_key], [key][wide_value]: of a panel, or of all keys of the item
   float *lse, *rest, *factor_of;  // per lane: P = exp(s - lse - rest) * factor_of, see load_lane
-  float *delta, *total, *factor;  // per lane: delta - grad_lse; sum of the weights, then its inverse
+  // per lane: delta; the gradient of lse, apart, since dP - delta cancels first; sum of the weights, then its inverse
+  float *delta, *grad_lse, *total, *factor;
   // Tiles [kKeyBlock][kLaneBlock]: P, dP and then dS, d capped / d uncapped; as many as the item holds.
   float *scores, *dscores, *slope;
   float* extra;                    // one tile
@@ -59,6 +60,7 @@ struct BackwardScratch {
     rest = arena.take<float>(lanes);
     factor_of = arena.take<float>(lanes);
     delta = arena.take<float>(lanes);
+    grad_lse = arena.take<float>(lanes);
     total = arena.take<float>(lanes);
     factor = arena.take<float>(kLaneBlock);
     scores = arena.take<float>(tiles * kTile);
@@ -119,6 +121,7 @@ static void load_lane(const AttentionParams& p, const AttentionGradients& g, int
   s.rest[i] = small ? 0.0f : rest;
   s.factor_of[i] = (small ? 1.0f - rest : 1.0f) / static_cast<float>(1 << shift);
   s.delta[i] = s.total[i] = 0.0f;
+  s.grad_lse[i] = used && g.grad_lse != nullptr ? g.grad_lse[head * g.grad_lse_head + row * g.grad_lse_row] : 0.0f;
   if (kSumsDelta<T> || !used) return;
   const T* out = static_cast<const T*>(p.out) + (row * p.heads + head) * p.value_dim;
   vf sum = zero();
@@ -126,7 +129,6 @@ static void load_lane(const AttentionParams& p, const AttentionGradients& g, int
     sum = fma(load_first_as_f32(out + c, p.value_dim - c), load_first_as_f32(s.grad_at[i] + c, p.value_dim - c), sum);
   }
   s.delta[i] = reduce_add(sum);
-  if (g.grad_lse != nullptr) s.delta[i] -= g.grad_lse[head * g.grad_lse_head + row * g.grad_lse_row];
 }
 
 // Loads one head's lanes: query and grad_out panels, and what load_lane says.
@@ -238,10 +240,10 @@ static void sum_delta(const float* weights, const float* dweights, const Lanes& 
   }
 }
 
-// Completes delta: the sums over all keys, or what was summed beforehand, less the gradient of lse.
+// Completes delta: the sums over all keys, or what was summed beforehand.
 template <class T>
-static void finish_delta(const AttentionParams& p, const AttentionGradients& g, int64_t kv_head, const Lanes& lanes,
-                         const float* beforehand, int64_t sequence_lanes, const BackwardScratch<T>& s) {
+static void finish_delta(const AttentionParams& p, int64_t kv_head, const Lanes& lanes, const float* beforehand,
+                         int64_t sequence_lanes, const BackwardScratch<T>& s) {
   for (int64_t i = 0; i < lanes.count; ++i) {
     if (beforehand != nullptr) {
       const float* at = beforehand + kv_head * sequence_lanes + s.lane[i];
@@ -251,8 +253,6 @@ static void finish_delta(const AttentionParams& p, const AttentionGradients& g, 
       s.total[i] = inverse_total(s.total[i]);
       s.delta[i] *= s.total[i];
     }
-    const int64_t head = kv_head * p.group() + lanes.head[i];
-    if (g.grad_lse != nullptr) s.delta[i] -= g.grad_lse[head * g.grad_lse_head + lanes.row[i] * g.grad_lse_row];
   }
 }
 
@@ -277,7 +277,7 @@ static void tile_dscores(const Lanes& lanes, int64_t at, int64_t key_begin, int6
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t i = 0; i < ld; i += W) {
       float* d = s.dscores + j * ld + i;
-      vf x = load(s.scores + j * ld + i) * (load(d) - load(s.delta + at + i));
+      vf x = load(s.scores + j * ld + i) * (load(d) - load(s.delta + at + i) + load(s.grad_lse + at + i));
       if (masked) x = lanes.seen(i, key_begin + j) ? x : zero();
       store(d, x);
     }

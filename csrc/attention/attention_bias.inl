@@ -52,7 +52,7 @@ static void bias_item(const AttentionParams& p, const AttentionGradients& g, con
         if (all.count == 0) break;
         load_lanes<T>(p, g, head, sequence.keys, all, s);
         if (kSumsDelta<T> && delta[b] >= 0) {
-          finish_delta<T>(p, g, head, all, workspace + delta[b], sequence.queries * p.group(), s);
+          finish_delta<T>(p, head, all, workspace + delta[b], sequence.queries * p.group(), s);
         }
         for (int64_t k = 0; k < sequence.keys; k += kKeyBlock) {
           const int64_t keys = least(kKeyBlock, sequence.keys - k);

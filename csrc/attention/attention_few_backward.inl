@@ -194,7 +194,7 @@ static void backward_few(const AttentionParams& p, const AttentionGradients& g, 
   if (kSumsDelta<T>) {
     const float* beforehand = item.delta < 0 ? nullptr : workspace + item.delta;
     // The lanes' numbers count over all heads already.
-    finish_delta<T>(p, g, 0, lanes, beforehand, sequence_lanes, s);
+    finish_delta<T>(p, 0, lanes, beforehand, sequence_lanes, s);
   }
   tile = 0;
   for (int64_t k = item.key_begin; k < item.key_end; k += kKeyBlock) {

@@ -90,7 +90,7 @@ FXA_INLINE void for_keys_kept(const BidirectionalParams& p, uint64_t seed, int64
                               int64_t lane_slot, int64_t width, F&& f) {
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t i = 0; i < width; i += 4 * W) {
-      vu four;
+      vu four{};
       for (int k = 0; k < W; ++k) four[k] = static_cast<uint32_t>((lane_slot + i) / 4 + k);
       vu words[4] = {vu{} + static_cast<uint32_t>(key_row + j), four, vu{} + static_cast<uint32_t>(head), vu{}};
       philox(words, seed);

@@ -15,8 +15,6 @@ from fastxattn.runtime import cuda
 def supports(problem: Problem) -> str | None:
     """None when the kernels run this problem, else the reason why not."""
     query = problem.query
-    if (reason := cuda.unavailable(query.device)) is not None:
-        return reason
     if query.dtype == torch.float64:
         return "it computes in float32, and the tensors are float64"
     most = 128 if query.dtype == torch.float32 else 256
@@ -26,7 +24,7 @@ def supports(problem: Problem) -> str | None:
     for name, there in (("bias", problem.bias is not None), ("dropout", bool(problem.dropout_p))):
         if there:
             return f"it has no {name}"
-    return None
+    return cuda.unavailable(query.device)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
