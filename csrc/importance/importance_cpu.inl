@@ -55,6 +55,8 @@ static Lanes importance_lanes(const ImportanceParams& params, const Sequence& se
   const AttentionParams& p = params.attention;
   Lanes lanes{count, round_up(count, W), s.row, s.head, nullptr, nullptr, 0, 0, 0, 0};
   const float infinity = __builtin_inff();
+  constexpr bool exact = sizeof(T) == 4;
+  const int shift = sequence.keys > 0 ? (63 - __builtin_clzll(static_cast<uint64_t>(sequence.keys))) / 2 : 0;
   for (int64_t i = 0; i < lanes.width; ++i) {
     const bool there = i < count;
     const int64_t row = there ? query_row_of(p, sequence.first_q + query + i) : s.row[i - 1];
@@ -67,6 +69,13 @@ static Lanes importance_lanes(const ImportanceParams& params, const Sequence& se
                   : params.row_weight == nullptr
                       ? 1.0f
                       : params.row_weight[query_head * params.weight_head + row * params.weight_row];
+    if (exact && s.lse[i] > -1000.0f && s.lse[i] < 1000.0f) {
+      // The rounding of score - lse is less, the closer they are: half the logarithm of all keys goes from lse into the
+      // weight, as a power of two, and what rounding takes from lse then goes there too.
+      const double less = lse - shift * 0.69314718055994531;
+      s.lse[i] = static_cast<float>(less);
+      s.weight[i] *= (1.0f - static_cast<float>(less - s.lse[i])) / static_cast<float>(1 << shift);
+    }
     if (p.kv_range != nullptr) {
       s.begin[i] = p.kv_range[2 * row] < 0 ? 0 : p.kv_range[2 * row];
       s.end[i] =
@@ -99,7 +108,7 @@ static void add_weights(const float* scores, int64_t keys, float c, const float*
     for (int n = 0; n < N; ++n) {
       const vf score = load(scores + j * kImportanceLanes + n * W);
       const vf x = fma(score, slope, base[n]);
-      const vf p = exp2(exact ? x * splat(kLog2e) : x);
+      const vf p = exact ? exp(x) : exp2(x);
       // A hidden key takes nothing even of a weight that is NaN.
       sum = weighted ? fma(p, score == hidden ? zero() : factor[n], sum) : sum + p;
     }
@@ -146,8 +155,9 @@ static void importance_item(const ImportanceParams& params, const ImportanceItem
     for (int64_t j = 0; j < keys; j += kImportanceKeys) {
       const int64_t first = item.key_begin + j, n = least(kImportanceKeys, keys - j);
       if (!lanes.sees_any(first, first + n)) continue;
-      gemm<E, AOrder::rows, Init::zero>(n, lanes.width, depth, s.keys + j * s.key_ld, s.key_ld, s.queries,
-                                        kImportanceLanes, s.scores, kImportanceLanes);
+      // As in attention's backward pass: the few products of a row probe are summed in short pieces.
+      gemm_deep<E, AOrder::rows>(n, lanes.width, depth, s.keys + j * s.key_ld, s.key_ld, s.queries, kImportanceLanes,
+                                 s.scores, kImportanceLanes, NoHook{}, exact && lanes.width <= 32 ? 32 : kDeepest);
       const bool masked = !lanes.sees_all(first, first + n);
       if (transform || masked) {
         const float* extra = p.key_bias != nullptr ? s.extra : nullptr;
@@ -156,7 +166,8 @@ static void importance_item(const ImportanceParams& params, const ImportanceItem
         }
         adjust_scores(p, s.scores, n, kImportanceLanes, transform, extra, nullptr, masked, lanes, first);
       }
-      const auto add = params.row_weight != nullptr ? add_all_weights<exact, true> : add_all_weights<exact, false>;
+      const auto add =
+          exact || params.row_weight != nullptr ? add_all_weights<exact, true> : add_all_weights<exact, false>;
       add(s.scores, n, lanes.width, c, s.lse, s.weight, s.sums + j * W);
     }
   }
