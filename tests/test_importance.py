@@ -117,7 +117,7 @@ def test_triton(feature, dtype, monkeypatch):
         return check("triton", make(dtype, device=TRITON_DEVICE, **FEATURES[feature]))
     monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
     monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
-    short = FEATURES[feature] | {"lengths_q": (5, 0, 65, 1), "lengths_k": (20, 9, 40, 7)}
+    short = FEATURES[feature] | {"lengths_q": (5, 0, 33, 1), "lengths_k": (20, 9, 40, 7)}
     if "heads" not in short:
         short |= {"heads": 2, "kv_heads": 2}
     with checked_accesses():
