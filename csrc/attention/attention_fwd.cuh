@@ -119,31 +119,8 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
       }
     }
     float shrinks[2];
-    FXA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      float most = -kInfinity;
-      FXA_UNROLL
-      for (int n = 0; n < Keys / 8; ++n) most = maximum(most, maximum(s[n][2 * half], s[n][2 * half + 1]));
-      const float next = maximum(top[half], quad_max(most) * factor);
-      const float base = next == -kInfinity ? 0.0f : next;
-      const float shrink = power<T>(top[half] - base);
-      top[half] = next;
-      sum[half] *= shrink;
-      shrinks[half] = shrink;
-      FXA_UNROLL
-      for (int n = 0; n < Keys / 8; ++n) {
-        FXA_UNROLL
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[n][e] = power<T>(fused(s[n][e], factor, -base));
-          sum[half] += s[n][e];
-        }
-      }
-    }
-    // Once the largest score has been seen, which is soon, there is nothing to scale.
-    if (any(!(shrinks[0] == 1.0f && shrinks[1] == 1.0f))) {
-      FXA_UNROLL
-      for (int i = 0; i < D / 2; ++i) acc[i / 4][i % 4] *= shrinks[i % 4 / 2];
-    }
+    soften<T>(s, factor, top, sum, shrinks);
+    shrink_rows(acc, shrinks);
     if (Rich && bad) {
       multiply_depth_guarded<T, D, Keys, D>(acc, s, values, bad_rows<T, D, Keys>(values),
                                             [&](int half, int k) { return range[half].sees(first + k); });
@@ -178,7 +155,7 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
   for (int half = 0; half < 2; ++half) {
     const float total = quad_sum(sum[half]);
     if (!there[half]) continue;
-    const float lse = total == 0.0f ? -kInfinity : top[half] * (1.0f / kUnit<T>)+accurate_log(total);
+    const float lse = lse_of<T>(top[half], total);
     const float inverse = total == 0.0f ? 1.0f : 1.0f / total;
     const int64_t row = my_row[half], plane = split;
     if (lane_index() % 4 == 0) {

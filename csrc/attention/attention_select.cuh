@@ -35,10 +35,9 @@ void with_flag(bool flag, F f) {
 
 template <class T, class Launch>
 void run_forward(const AttentionKernelParams& p, Launch launch) {
-  const bool few = p.splits > 1 || static_cast<int64_t>(p.slots_q) * p.group <= int64_t{16} * p.batch;
   with_dim<T>(widest(p), [&](auto dim) {
     with_flag(is_rich(p), [&](auto rich) {
-      with_flag(few, [&](auto small) {
+      with_flag(few_queries(p), [&](auto small) {
         using Tile = ForwardTile<T, dim.value>;
         constexpr int rows = small.value ? Tile::kFewRows : Tile::kRows, keys = Tile::kKeys;
         const int64_t blocks = tile_count(p.slots_q, p.batch, p.group, rows) * p.kv_heads * p.splits;

@@ -20,6 +20,11 @@ inline int64_t tile_count(int slots, int batch, int group, int block) {
   return static_cast<int64_t>(slots) * group / block + batch;
 }
 
+// Whether the sequences have so few rows, on average, that tiles of 16 of them are enough.
+inline bool few_queries(const AttentionKernelParams& p) {
+  return p.splits > 1 || static_cast<int64_t>(p.slots_q) * p.group <= int64_t{16} * p.batch;
+}
+
 // The sequence that a tile number belongs to, and the number of the tile within it.
 struct TileOf {
   int sequence, number;
@@ -174,6 +179,48 @@ FXA_DEVICE V quad_sum(V x) {  // over the four lanes that share a row
 FXA_DEVICE float quad_max(float x) {
   x = maximum(x, shuffle_xor(x, 1));
   return maximum(x, shuffle_xor(x, 2));
+}
+
+// One step of the online softmax: products of a tile become weights relative to the largest score so far of each of the
+// thread's two rows. `factor`: from products to units of T; `sum`: of the weights in this lane's columns; `shrinks`: what
+// earlier weights, and sums with them, are to be multiplied by.
+template <class T, int N>
+FXA_DEVICE void soften(float (&s)[N][4], float factor, float (&top)[2], float (&sum)[2], float (&shrinks)[2]) {
+  FXA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float most = -kInfinity;
+    FXA_UNROLL
+    for (int n = 0; n < N; ++n) most = maximum(most, maximum(s[n][2 * half], s[n][2 * half + 1]));
+    const float next = maximum(top[half], quad_max(most) * factor);
+    const float base = next == -kInfinity ? 0.0f : next;
+    const float shrink = power<T>(top[half] - base);
+    top[half] = next;
+    sum[half] *= shrink;
+    shrinks[half] = shrink;
+    FXA_UNROLL
+    for (int n = 0; n < N; ++n) {
+      FXA_UNROLL
+      for (int e = 2 * half; e < 2 * half + 2; ++e) {
+        s[n][e] = power<T>(fused(s[n][e], factor, -base));
+        sum[half] += s[n][e];
+      }
+    }
+  }
+}
+
+// Scales accumulators. Once the largest score has been seen, which is soon, there is nothing to do.
+template <int N>
+FXA_DEVICE void shrink_rows(float (&acc)[N][4], const float (&shrinks)[2]) {
+  if (any(!(shrinks[0] == 1.0f && shrinks[1] == 1.0f))) {
+    FXA_UNROLL
+    for (int i = 0; i < N * 4; ++i) acc[i / 4][i % 4] *= shrinks[i % 4 / 2];
+  }
+}
+
+// Log-sum-exp of a row from its largest score, in units of T, and the sum of its weights.
+template <class T>
+FXA_DEVICE float lse_of(float top, float total) {
+  return total == 0.0f ? -kInfinity : top * (1.0f / kUnit<T>)+accurate_log(total);
 }
 
 // One row of accumulators (half 0 or 1 of the thread's two) times a factor to memory, columns below `width`.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/attention_select.cuh"
+#include "attention/attention_wgmma.cuh"
 #include "simt/bind.h"
 
 namespace fastxattn::simt {
@@ -36,7 +37,7 @@ AttentionKernelParams attention_params(const Arguments& a, Memory& memory) {
   return p;
 }
 
-// Launches on the runner instead of a device.
+// Launches on the runner instead of a device, and refuses the maps that the driver would refuse.
 struct OnRunner {
   Runner& runner;
   uint64_t order;
@@ -51,6 +52,14 @@ struct OnRunner {
                 .order = order},
                [&] { kernel(values...); });
   }
+  gpu::TensorMap tensor_map(const gpu::RowsTile& tile) const {
+    const auto steps = [](int64_t n, int64_t stride) { return n == 1 || (stride > 0 && stride % 8 == 0); };
+    if (reinterpret_cast<uintptr_t>(tile.base) % 16 != 0 || tile.width < 1 || tile.rows < 1 || tile.heads < 1 ||
+        !steps(tile.rows, tile.row_stride) || !steps(tile.heads, tile.head_stride) || tile.tile_rows > 256) {
+      throw SimtFault("a tensor map of this layout cannot be made");
+    }
+    return tile;
+  }
 };
 
 template <class T>
@@ -61,6 +70,17 @@ Statistics attention_forward(const Arguments& a) {
   p.part_out = a.output<float>(memory, "part_out"), p.part_lse = a.output<float>(memory, "part_lse");
   Runner runner(memory);
   attention::run_forward<T>(p, OnRunner{runner, static_cast<uint64_t>(a.integer("order", 0))});
+  return runner.statistics();
+}
+
+template <class T>
+Statistics attention_forward_wgmma(const Arguments& a) {
+  Memory memory;
+  AttentionKernelParams p = attention_params<T>(a, memory);
+  p.out = a.output<T>(memory, "out"), p.lse = a.output<float>(memory, "lse");
+  if (!attention::fits_wgmma<T>(p)) throw SimtFault("the kernel for compute capability 9.0 does not take this problem");
+  Runner runner(memory);
+  attention::run_forward_wgmma<T>(p, OnRunner{runner, static_cast<uint64_t>(a.integer("order", 0))});
   return runner.statistics();
 }
 

@@ -38,14 +38,14 @@ class Attention(torch.autograd.Function):
     """Forward and backward on the runner."""
 
     @staticmethod
-    def forward(ctx: Any, simt: Simt, order: int, counts: list, *fields: Any) -> Any:
+    def forward(ctx: Any, simt: Simt, kernel: str, order: int, counts: list, *fields: Any) -> Any:
         problem = Problem(*fields)
         plan = Plan.of(problem)
         out, lse = plan.results()
         part_out, part_lse = plan.parts()
         name = str(problem.query.dtype).removeprefix("torch.")
         counts.append(
-            getattr(simt, f"attention_{name}")(
+            getattr(simt, f"{kernel}_{name}")(
                 **arguments(problem, plan, order), out=as_array(out), lse=as_array(lse), part_out=as_array(part_out),
                 part_lse=as_array(part_lse),
             )
@@ -68,9 +68,9 @@ class Attention(torch.autograd.Function):
             )
         )  # fmt: skip
         final = sum_by_row(problem, grads)
-        return None, None, None, *(final.get(field) for field in Problem._fields)
+        return None, None, None, None, *(final.get(field) for field in Problem._fields)
 
 
-def runs_on(simt: Simt, order: int = 0, counts: list | None = None) -> Any:
-    """``run(problem)`` for fastxattn.testing.attention."""
-    return lambda problem: Attention.apply(simt, order, [] if counts is None else counts, *problem)
+def runs_on(simt: Simt, order: int = 0, counts: list | None = None, kernel: str = "attention") -> Any:
+    """``run(problem)`` for fastxattn.testing.attention; ``kernel`` names the forward, attention or attention_wgmma."""
+    return lambda problem: Attention.apply(simt, kernel, order, [] if counts is None else counts, *problem)

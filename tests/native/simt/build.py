@@ -60,12 +60,12 @@ class Simt:
     def __getattr__(self, name: str) -> Callable[..., dict[str, Any]]:
         def call(**keywords: Any) -> dict[str, Any]:
             given = [_argument(k, v) for k, v in keywords.items() if v is not None]
-            counts = (ctypes.c_uint64 * 10)()
+            counts = (ctypes.c_uint64 * 12)()
             message = self._call(name.encode(), (_Argument * len(given))(*given), len(given), counts)
             if message is not None:
                 raise SimtFault(message.decode())
             pairs = {kind: (counts[2 * i], counts[2 * i + 1]) for i, kind in enumerate(COUNTS)}
-            return pairs | {"mma": counts[8], "barriers": counts[9]}
+            return pairs | {"mma": counts[8], "barriers": counts[9], "wgmma": counts[10], "tma": counts[11]}
 
         return call
 

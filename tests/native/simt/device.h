@@ -138,6 +138,7 @@ struct Shared {
     Runner& r = Runner::current();
     std::memcpy(r.shared_store(place(i), sizeof(U), &r.counts().store), &u, sizeof(U));
   }
+  uint32_t address() const { return offset; }
   Shared at(int i) const { return {place(i)}; }
   template <class U>
   Shared<U> as() const {

@@ -1,5 +1,6 @@
-// ldmatrix and mma: what the last lane to arrive computes for its warp. Fragments lie as the PTX manual draws them.
-#include "simt/device.h"
+// ldmatrix, mma and wgmma: what the last lane to arrive computes for its warp or warp group. Fragments lie as the PTX
+// manual draws them.
+#include "core/cuda_hopper.h"
 
 namespace fastxattn::gpu::detail {
 namespace {
@@ -102,5 +103,100 @@ void mma_m16n8k8_tf32(int, void** lanes) {
   }
   multiply_fragments<8>(a, b, lanes);
 }
+
+namespace {
+
+// A matrix descriptor: where the operand starts, and the distances of its panels and of its groups of 8 rows.
+struct Descriptor {
+  uint32_t start, panel, rows;
+
+  explicit Descriptor(uint64_t bits) {
+    const auto field = [&](int first) { return static_cast<uint32_t>(bits >> first & 0x3fffu) << 4; };
+    start = field(0), panel = field(16), rows = field(32);
+    if (bits >> 62 != 1 || (bits >> 46 & 0xffffu) != 0) {
+      Runner::current().fault("a matrix descriptor must have swizzles of 128 bytes and no offset");
+    }
+  }
+  // The 16 bytes at `piece` of `row`; swizzling exchanges bits of the address.
+  uint32_t place(int row, int piece) const {
+    const uint32_t in_row = start + static_cast<uint32_t>(piece % 8) * 16;
+    const uint32_t plain = in_row + static_cast<uint32_t>(piece / 8) * panel +
+                           static_cast<uint32_t>(row / kSwizzleRows) * rows +
+                           static_cast<uint32_t>(row % kSwizzleRows) * kSwizzledBytes;
+    return plain ^ (plain >> 3 & 0x70u);
+  }
+};
+
+// `rows` rows of `pieces` times eight elements, as wgmma reads them.
+template <class T>
+std::vector<float> matrix(uint64_t bits, int rows, int pieces, const std::vector<uint32_t>& known, int group) {
+  const Descriptor from(bits);
+  std::vector<float> values;
+  for (int i = 0; i < rows; ++i) {
+    for (int piece = 0; piece < pieces; ++piece) {
+      T eight[8];
+      std::memcpy(eight, Runner::current().matrix_read(from.place(i, piece), known, group), 16);
+      for (T x : eight) values.push_back(to_float(x));
+    }
+  }
+  return values;
+}
+
+}  // namespace
+
+// D (64, columns): lane l of warp w has rows 16 w + l / 4 and 8 further down, columns 2 (l % 4) + {0, 1} of each eight.
+// Depth: A is in registers, and the rows of B run along the depth.
+template <class T, bool Depth>
+void wgmma(int warp, void** lanes) {
+  Runner& r = Runner::current();
+  const auto lane = [&](int i) -> const Wgmma& { return *static_cast<Wgmma*>(lanes[i]); };
+  const Wgmma& first = lane(0);
+  for (int i = 1; i < 128; ++i) {
+    const Wgmma& mine = lane(i);
+    if (mine.a != first.a || mine.b != first.b || mine.add != first.add || mine.columns != first.columns) {
+      r.fault("the threads of a warp group bring different operands to a wgmma");
+    }
+  }
+  const std::vector<uint32_t> known = r.known_to_group(warp / 4);
+  const int n = first.columns;
+  const auto b = Depth ? matrix<T>(first.b, 16, n / 8, known, warp / 4) : matrix<T>(first.b, n, 2, known, warp / 4);
+  std::vector<float> a(64 * 16);
+  if constexpr (Depth) {
+    for (int i = 0; i < 128; ++i) {
+      uint32_t words[4];
+      std::memcpy(words, lane(i).fragments->visible + static_cast<size_t>(lane(i).step) * 16, 16);
+      for (int e = 0; e < 4; ++e) {
+        float* to = a.data() + (i / 4 / 8 * 16 + i / 4 % 8 + e % 2 * 8) * 16 + i % 4 * 2 + e / 2 * 8;
+        to[0] = unpack_low<T>(words[e]), to[1] = unpack_high<T>(words[e]);
+      }
+    }
+  } else {
+    a = matrix<T>(first.a, 64, 2, known, warp / 4);
+  }
+  std::vector<double> depth_first(static_cast<size_t>(16 * n));  // B by depth and column
+  for (int k = 0; k < 16; ++k) {
+    for (int j = 0; j < n; ++j) depth_first[static_cast<size_t>(k * n + j)] = b[static_cast<size_t>(Depth ? k * n + j : j * 16 + k)];
+  }
+  std::vector<double> sums(static_cast<size_t>(n));
+  for (int i = 0; i < 64; ++i) {
+    const int owner = i / 16 * 32 + i % 8 * 4, half = i % 16 / 8 * 2;
+    const auto place = [&](int j) { return reinterpret_cast<float*>(lane(owner + j % 8 / 2).d->results) + j / 8 * 4 + half + j % 2; };
+    for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] = first.add ? static_cast<double>(*place(j)) : 0.0;
+    for (int k = 0; k < 16; ++k) {
+      const double x = a[static_cast<size_t>(i * 16 + k)];
+      const double* row = depth_first.data() + k * n;
+      for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] += x * row[j];
+      if (k % 8 == 7) {
+        for (auto& sum : sums) sum = static_cast<double>(cut(sum));
+      }
+    }
+    for (int j = 0; j < n; ++j) *place(j) = static_cast<float>(sums[static_cast<size_t>(j)]);
+  }
+  ++r.counts().wgmma;
+}
+template void wgmma<f16_t, false>(int, void**);
+template void wgmma<f16_t, true>(int, void**);
+template void wgmma<bf16_t, false>(int, void**);
+template void wgmma<bf16_t, true>(int, void**);
 
 }  // namespace fastxattn::gpu::detail

@@ -4,7 +4,7 @@
 #include "simt/bind.h"
 
 // Returns null, or what went wrong; `counts` gets wavefronts and ideal of load, store, ldmatrix and cp.async, then the
-// matrix instructions and the barriers.
+// matrix instructions of warps, the barriers, the matrix instructions of warp groups and the tile copies.
 extern "C" __attribute__((visibility("default"))) const char* fxa_simt_call(const char* name,
                                                                             const fastxattn::simt::Argument* arguments,
                                                                             int count, uint64_t* counts) {
@@ -18,7 +18,7 @@ extern "C" __attribute__((visibility("default"))) const char* fxa_simt_call(cons
     const Statistics s = found->second(Arguments(arguments, count));
     const uint64_t values[] = {
         s.load.wavefronts, s.load.ideal,          s.store.wavefronts, s.store.ideal, s.ldmatrix.wavefronts,
-        s.ldmatrix.ideal,  s.cp_async.wavefronts, s.cp_async.ideal,   s.mma,         s.barriers};
+        s.ldmatrix.ideal,  s.cp_async.wavefronts, s.cp_async.ideal,   s.mma,         s.barriers, s.wgmma, s.tma};
     std::memcpy(counts, values, sizeof(values));
     return nullptr;
   } catch (const std::exception& error) {

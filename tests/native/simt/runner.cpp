@@ -3,8 +3,10 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
+#include <numeric>
 
 #if defined(__x86_64__)
 asm(R"(
@@ -48,8 +50,6 @@ char* stack_of(int thread) {
   }
   return stacks[static_cast<size_t>(thread)];
 }
-
-std::string number(uint64_t n) { return std::to_string(n); }
 
 }  // namespace
 
@@ -96,11 +96,17 @@ void Runner::run_block() {
   cells_.assign(shared_.size() / kCellBytes, Cell{});
   threads_.resize(n);
   warps_.resize(n / 32);
+  groups_.assign((n + 127) / 128, WarpGroup{});
+  mbarriers_.clear();
+  bulk_.clear();
+  matrix_reads_.clear();
+  const auto nothing = std::make_shared<const std::vector<uint32_t>>(n + kMostMbarriers, 0);
   for (auto& barrier : barriers_) barrier = Barrier{};
   for (auto& warp : warps_) {
     warp.ready = 0xffffffffu;
     warp.arrived = 0;
-    warp.known.assign(n, 0);
+    warp.committed = warp.completed = 0;
+    warp.finished.clear();
     for (auto& log : warp.logs) log.lanes = 0;
     warp.logged = 0;
   }
@@ -109,8 +115,12 @@ void Runner::run_block() {
     t.state = Thread::ready;
     t.clock = 1;
     t.accesses = 0;
+    t.known = nothing;
     t.copies.clear();
     t.groups.clear();
+    t.fences.clear();
+    t.busy.clear();
+    t.wgmma_fences = 0;
     char* stack = stack_of(static_cast<int>(i));
     std::memcpy(stack, &kCanary, sizeof(kCanary));
     t.fiber.prepare(stack, kStackBytes, &thread_main);
@@ -120,6 +130,7 @@ void Runner::run_block() {
   thread_ = pick();
   Fiber::swap(main_, threads_[static_cast<size_t>(thread_)].fiber);
   if (fault_.empty() && finished_ < launch_.threads) fault_ = deadlock();
+  if (fault_.empty()) fault_ = unfinished();
   for (size_t i = 0; i < n && fault_.empty(); ++i) {
     if (std::memcmp(stack_of(static_cast<int>(i)), &kCanary, sizeof(kCanary)) != 0) {
       fault_ = std::string(name_) + ": a thread's stack overflowed";
@@ -157,7 +168,9 @@ int Runner::pick() {
 void Runner::yield() {
   const auto me = static_cast<size_t>(thread_);
   warps_[me / 32].ready &= ~(1u << (me % 32));
-  const int next = pick();
+  if (random_ != 0 && (random_ >> 50 & 7u) == 0) land_copy();
+  int next = pick();
+  while (next < 0 && finished_ < launch_.threads && land_copy()) next = pick();
   if (next == thread_) return;
   if (next < 0) {
     Fiber::swap(threads_[me].fiber, main_);
@@ -176,8 +189,12 @@ void Runner::fault(const std::string& what) {
 }
 
 std::string Runner::deadlock() const {
+  const bool never = std::any_of(threads_.begin(), threads_.end(), [](const Thread& t) {
+    return t.state == Thread::at_mbarrier;
+  });
   std::string text = std::string(name_) + ", block " + number(static_cast<uint64_t>(block_number_)) +
-                     ": divergent barrier: threads wait for each other in different places:";
+                     (never ? ": deadlock: an mbarrier never completes:" : ": divergent barrier:") +
+                     " threads wait for each other in different places:";
   std::vector<std::pair<std::string, std::vector<size_t>>> places;
   for (size_t i = 0; i < threads_.size(); ++i) {
     const std::string where = threads_[i].state == Thread::left ? "left the kernel" : threads_[i].where;
@@ -188,10 +205,15 @@ std::string Runner::deadlock() const {
   for (const auto& [where, who] : places) {
     text += " " + number(who.size()) + " at '" + where + "' (first: thread " + number(who.front()) + ");";
   }
+  for (const Mbarrier& b : mbarriers_) {
+    if (b.waiting.empty()) continue;
+    text += " the mbarrier at byte " + number(b.offset) + " lacks " + std::to_string(b.pending) + " arrivals and " +
+            std::to_string(b.bytes) + " bytes in phase " + number(b.phase) + ";";
+  }
   return text;
 }
 
-void Runner::warp_operation(const char* name, WarpOperation operation, void* operand) {
+void Runner::warp_operation(const char* name, WarpOperation operation, void* operand, bool by_group) {
   const auto me = static_cast<size_t>(thread_);
   Warp& warp = warps_[me / 32];
   Thread& t = threads_[me];
@@ -206,27 +228,65 @@ void Runner::warp_operation(const char* name, WarpOperation operation, void* ope
     fault(std::string("divergent warp: it came to ") + name + " while lanes of its warp wait at " + other);
   }
   warp.operation = operation;
-  if (++warp.arrived < 32) {
+  ++warp.arrived;
+  WarpGroup* group = by_group ? &groups_[me / 128] : nullptr;
+  if (warp.arrived == 32 && by_group) {
+    if (me / 128 * 128 + 128 > threads_.size()) fault(std::string(name) + " needs a warp group of 128 threads");
+    if (group->arrived != 0 && (group->operation != operation || std::strcmp(group->name, name) != 0)) {
+      fault(std::string("divergent warp group: it came to ") + name + " while warps of its group wait at " +
+            group->name);
+    }
+    group->name = name;
+    group->operation = operation;
+    ++group->arrived;
+  }
+  if (warp.arrived < 32 || (by_group && group->arrived < 4)) {
     t.state = Thread::at_warp;
     yield();
     return;
   }
-  void* operands[32];
-  const size_t first = me / 32 * 32;
-  for (size_t i = 0; i < 32; ++i) {
+  const size_t lanes = by_group ? 128 : 32, first = me / lanes * lanes;
+  void* operands[128];
+  for (size_t i = 0; i < lanes; ++i) {
     operands[i] = threads_[first + i].operand;
     threads_[first + i].state = Thread::ready;
   }
-  warp.arrived = 0;
-  settle_logs(warp);
-  operation(static_cast<int>(me / 32), operands);
-  warp.ready = 0xffffffffu;
+  if (by_group) group->arrived = 0;
+  for (size_t w = first / 32; w < (first + lanes) / 32; ++w) {
+    warps_[w].arrived = 0;
+    settle_logs(warps_[w]);
+  }
+  operation(static_cast<int>(first / 32), operands);
+  for (size_t w = first / 32; w < (first + lanes) / 32; ++w) warps_[w].ready = 0xffffffffu;
+}
+
+Known Runner::merged(const Known& a, const Known& b) {
+  if (a == b || b == nullptr) return a;
+  auto both = std::make_shared<std::vector<uint32_t>>(*a);
+  for (size_t i = 0; i < both->size(); ++i) (*both)[i] = std::max((*both)[i], (*b)[i]);
+  return both;
+}
+
+// What all of these threads know, and did themselves; their clocks advance.
+template <class Threads>
+Known Runner::meet(const Threads& who) {
+  Known last = nullptr;
+  auto known = std::make_shared<std::vector<uint32_t>>(threads_.size() + kMostMbarriers, 0);
+  for (auto i : who) {
+    const Known& theirs = threads_[static_cast<size_t>(i)].known;
+    if (theirs == last) continue;
+    last = theirs;
+    for (size_t j = 0; j < known->size(); ++j) (*known)[j] = std::max((*known)[j], (*theirs)[j]);
+  }
+  for (auto i : who) (*known)[static_cast<size_t>(i)] = threads_[static_cast<size_t>(i)].clock++;
+  for (auto i : who) threads_[static_cast<size_t>(i)].known = known;
+  return known;
 }
 
 void Runner::order_warp() {
-  const size_t first = static_cast<size_t>(thread_) / 32 * 32;
-  Warp& warp = warps_[first / 32];
-  for (size_t i = first; i < first + 32; ++i) warp.known[i] = threads_[i].clock++;
+  std::array<int, 32> lanes;
+  std::iota(lanes.begin(), lanes.end(), thread_ / 32 * 32);
+  meet(lanes);
 }
 
 int Runner::barrier(const char* name, int id, int wanted, bool value) {
@@ -252,147 +312,19 @@ int Runner::barrier(const char* name, int id, int wanted, bool value) {
   }
   ++statistics_.barriers;
   b.result = b.count;
-  // Everything any of them knew, and everything each of them did.
-  std::vector<uint32_t> known(threads_.size(), 0);
-  uint64_t last = ~uint64_t{0};
-  for (int i : b.waiting) {
-    if (const auto w = static_cast<uint64_t>(i / 32); w != last) {
-      last = w;
-      const auto& theirs = warps_[w].known;
-      for (size_t j = 0; j < known.size(); ++j) known[j] = std::max(known[j], theirs[j]);
-    }
-  }
-  for (int i : b.waiting) known[static_cast<size_t>(i)] = threads_[static_cast<size_t>(i)].clock;
+  meet(b.waiting);
   for (int i : b.waiting) {
     Thread& other = threads_[static_cast<size_t>(i)];
-    ++other.clock;
     other.state = Thread::ready;
     Warp& warp = warps_[static_cast<size_t>(i) / 32];
     warp.ready |= 1u << (i % 32);
     if (warp.logged != 0) settle_logs(warp);
     other.accesses = 0;
-    warp.known = known;
   }
   b.waiting.clear();
   b.arrived = 0;
   b.count = 0;
   return b.result;
-}
-
-bool Runner::happened(uint32_t thread, uint32_t clock, int me) const {
-  return static_cast<int>(thread) == me || warps_[static_cast<size_t>(me) / 32].known[thread] >= clock;
-}
-
-void Runner::check_range(uint32_t offset, uint32_t bytes, const char* what) {
-  if (uint64_t{offset} + bytes > launch_.shared_bytes) {
-    fault(std::string("shared memory ") + what + " out of bounds: " + number(bytes) + " bytes at " + number(offset) +
-          " of " + number(launch_.shared_bytes));
-  }
-  if (offset % bytes != 0) {
-    fault(std::string("misaligned shared memory ") + what + ": " + number(bytes) + " bytes at " + number(offset));
-  }
-}
-
-char* Runner::shared_load(uint32_t offset, uint32_t bytes, int thread, Traffic* traffic) {
-  check_range(offset, bytes, "load");
-  const auto me = static_cast<uint16_t>(thread);
-  const uint32_t now = threads_[me].clock;
-  for (uint32_t c = offset / kCellBytes; c < (offset + bytes + kCellBytes - 1) / kCellBytes; ++c) {
-    Cell& cell = cells_[c];
-    const auto at = [&] { return " at byte " + number(uint64_t{c} * kCellBytes); };
-    if (cell.in_flight) fault("load of shared memory that a cp.async is still filling (missing wait)" + at());
-    if (!cell.written) fault("read of uninitialised shared memory" + at());
-    if (!happened(cell.writer, cell.write_clock, thread)) {
-      fault("race: reads shared memory that thread " + number(cell.writer) +
-            " wrote, with no synchronisation in between," + at());
-    }
-    if (cell.read && cell.reader != me) {
-      cell.other = cell.reader;
-      cell.other_clock = cell.read_clock;
-      cell.read_other = true;
-    }
-    cell.reader = me;
-    cell.read_clock = now;
-    cell.read = true;
-  }
-  if (traffic != nullptr) log_access(offset, bytes, traffic);
-  return shared_.data() + offset;
-}
-
-void Runner::check_write(Cell& cell, uint32_t offset, bool atomic) {
-  const auto at = [&] { return " at byte " + number(offset); };
-  if (cell.in_flight) fault("store to shared memory that a cp.async is still filling (missing wait)" + at());
-  if (cell.written && !(atomic && cell.atomic) && !happened(cell.writer, cell.write_clock, thread_)) {
-    fault("race: writes shared memory that thread " + number(cell.writer) +
-          " wrote, with no synchronisation in between," + at());
-  }
-  const bool first = cell.read && !happened(cell.reader, cell.read_clock, thread_);
-  const bool second = cell.read_other && !happened(cell.other, cell.other_clock, thread_);
-  if (first || second) {
-    fault("race: writes shared memory that thread " + number(first ? cell.reader : cell.other) +
-          " reads, with no synchronisation in between," + at());
-  }
-  cell.writer = static_cast<uint16_t>(thread_);
-  cell.write_clock = threads_[static_cast<size_t>(thread_)].clock;
-  cell.written = true;
-  cell.read = cell.read_other = false;
-  cell.atomic = atomic;
-}
-
-char* Runner::shared_store(uint32_t offset, uint32_t bytes, Traffic* traffic) {
-  check_range(offset, bytes, "store");
-  for (uint32_t c = offset / kCellBytes; c < (offset + bytes + kCellBytes - 1) / kCellBytes; ++c) {
-    check_write(cells_[c], c * kCellBytes, false);
-  }
-  if (traffic != nullptr) log_access(offset, bytes, traffic);
-  return shared_.data() + offset;
-}
-
-char* Runner::shared_atomic(uint32_t offset, uint32_t bytes) {
-  check_range(offset, bytes, "atomic");
-  for (uint32_t c = offset / kCellBytes; c < (offset + bytes) / kCellBytes; ++c) {
-    if (!cells_[c].written) {
-      fault("atomic on uninitialised shared memory at byte " + number(uint64_t{c} * kCellBytes));
-    }
-    check_write(cells_[c], c * kCellBytes, true);
-  }
-  return shared_.data() + offset;
-}
-
-void Runner::copy_async(uint32_t to, const void* from, uint32_t bytes, uint32_t valid) {
-  if (valid > bytes) fault("cp.async of " + number(bytes) + " bytes with " + number(valid) + " valid ones");
-  if (reinterpret_cast<uintptr_t>(from) % bytes != 0 && valid != 0) fault("misaligned source of a cp.async");
-  if (valid != 0) memory_.check_load(from, valid, false);
-  shared_store(to, bytes, &statistics_.cp_async);
-  std::memset(shared_.data() + to, 0xff, bytes);
-  for (uint32_t c = to / kCellBytes; c < (to + bytes) / kCellBytes; ++c) cells_[c].in_flight = true;
-  Copy copy{to, static_cast<uint8_t>(bytes), {}};
-  if (valid != 0) std::memcpy(copy.data, from, valid);
-  threads_[static_cast<size_t>(thread_)].copies.push_back(copy);
-}
-
-void Runner::commit_copies() {
-  Thread& t = threads_[static_cast<size_t>(thread_)];
-  t.groups.push_back(static_cast<uint32_t>(t.copies.size()));
-}
-
-void Runner::wait_copies(uint32_t newest) {
-  Thread& t = threads_[static_cast<size_t>(thread_)];
-  if (t.groups.size() <= newest) return;
-  const size_t finished = t.groups.size() - newest;
-  const uint32_t end = t.groups[finished - 1];
-  for (uint32_t i = 0; i < end; ++i) {
-    const Copy& copy = t.copies[i];
-    std::memcpy(shared_.data() + copy.to, copy.data, copy.bytes);
-    for (uint32_t c = copy.to / kCellBytes; c < (copy.to + copy.bytes) / kCellBytes; ++c) {
-      cells_[c].in_flight = false;
-      cells_[c].writer = static_cast<uint16_t>(thread_);
-      cells_[c].write_clock = t.clock;
-    }
-  }
-  t.copies.erase(t.copies.begin(), t.copies.begin() + end);
-  t.groups.erase(t.groups.begin(), t.groups.begin() + static_cast<ptrdiff_t>(finished));
-  for (auto& group : t.groups) group -= end;
 }
 
 }  // namespace fastxattn::simt

@@ -5,6 +5,7 @@
 // README.md in this folder for the list.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -37,17 +38,28 @@ struct Statistics {
   Traffic load, store, ldmatrix, cp_async;
   uint64_t mma = 0;  // warp-level matrix instructions
   uint64_t barriers = 0;
+  uint64_t wgmma = 0;  // matrix instructions of warp groups
+  uint64_t tma = 0;    // tile copies
 };
+
+// Agents write shared memory: the threads, then the copies of each mbarrier, whose clock is its phase.
+inline constexpr size_t kMostMbarriers = 64;
+using Known = std::shared_ptr<const std::vector<uint32_t>>;  // by agent: up to which clock its writes are known
 
 // A byte range of shared memory: who touched it last, as far as races need to know.
 struct Cell {
   uint32_t write_clock = 0, read_clock = 0, other_clock = 0;
   uint16_t writer = 0, reader = 0, other = 0;  // other: the last reader that is not `reader`
-  bool written = false, read = false, read_other = false, atomic = false, in_flight = false;
+  bool written = false, read = false, read_other = false, atomic = false;
+  bool async = false;     // written by the TMA unit, not by a thread
+  bool mbarrier = false;  // part of one
+  enum : uint8_t { landed, cp_async, tma } in_flight = landed;
 };
 inline constexpr uint32_t kCellBytes = 2;
 
-using WarpOperation = void (*)(int warp, void** operands);  // operands of the 32 lanes
+inline std::string number(uint64_t n) { return std::to_string(n); }
+
+using WarpOperation = void (*)(int warp, void** operands);  // operands of its 32 lanes, or of its group's 128
 
 struct Copy {  // a cp.async in flight
   uint32_t to;
@@ -55,22 +67,36 @@ struct Copy {  // a cp.async in flight
   uint8_t data[16];
 };
 
+// Registers that wgmma works on: what the kernel sees, and what it will see once it has waited.
+struct AsyncRegisters {
+  char* visible = nullptr;
+  char* results = nullptr;  // null: they are only read
+  size_t bytes = 0;
+  uint32_t group = 0;    // the last one that works on them, 0: none
+  uint32_t touched = 0;  // the thread's wgmma_fence count when the kernel last used them
+};
+
 struct Thread {
   Fiber fiber;
-  enum State : uint8_t { ready, at_warp, at_barrier, left } state = ready;
+  enum State : uint8_t { ready, at_warp, at_barrier, at_mbarrier, left } state = ready;
   const char* where = "";  // what it waits at
   void* operand = nullptr;
   uint32_t clock = 1;            // advances when the thread synchronises
   uint32_t accesses = 0;         // shared accesses since the warp last met, for bank conflicts
   std::vector<Copy> copies;      // in flight, oldest first
   std::vector<uint32_t> groups;  // end of each committed group in `copies`
+  Known known;
+  std::vector<uint32_t> fences;       // clocks at which it made its writes known to the TMA unit and wgmma
+  std::vector<AsyncRegisters*> busy;  // that wgmma works on
+  uint32_t wgmma_fences = 0;
 };
 
 struct Warp {
   uint32_t ready = 0;  // lanes that can run
   int arrived = 0;     // lanes at the current warp function
   WarpOperation operation = nullptr;
-  std::vector<uint32_t> known;  // by thread: up to which clock its accesses happened before this warp's next ones
+  uint32_t committed = 0, completed = 0;            // groups of wgmma, numbered from 1
+  std::vector<std::array<uint32_t, 32>> finished;  // by group: the lanes' clocks when they had waited for it
   struct Log {
     uint32_t address[32];
     uint32_t lanes = 0;
@@ -79,6 +105,31 @@ struct Warp {
   };
   std::vector<Log> logs;  // by access number
   size_t logged = 0;
+};
+
+struct WarpGroup {
+  const char* name = nullptr;
+  int arrived = 0;  // warps at the current function of the group
+  WarpOperation operation = nullptr;
+  int registers = 0;  // per thread, 0: as launched
+};
+
+struct Mbarrier {
+  uint32_t offset = 0;
+  int arrivals = 0, pending = 0;  // wanted in each phase; lacking in this one
+  int64_t bytes = 0;              // announced and not there yet
+  uint32_t phase = 0;
+  int initialiser = 0;
+  uint32_t init_clock = 0;
+  std::vector<uint32_t> gathered;  // what those who arrived knew
+  Known released;                  // the same of the last phase that is over
+  std::vector<int> waiting;
+};
+
+struct BulkCopy {  // by the TMA unit, in flight
+  uint32_t to;
+  size_t mbarrier;
+  std::vector<char> data;
 };
 
 struct Barrier {
@@ -107,7 +158,7 @@ class Runner {
   Memory& memory() { return memory_; }
   Statistics& counts() { return statistics_; }
 
-  void warp_operation(const char* name, WarpOperation operation, void* operand);
+  void warp_operation(const char* name, WarpOperation operation, void* operand, bool by_group = false);
   int barrier(const char* name, int id, int threads, bool value);
   void order_warp();  // what the lanes of this warp did so far happens before what they do next
 
@@ -119,6 +170,22 @@ class Runner {
   void commit_copies();
   void wait_copies(uint32_t newest);
 
+  // async.cpp
+  void mbarrier_init(uint32_t offset, int arrivals);
+  void mbarrier_arrive(uint32_t offset, int bytes);
+  void mbarrier_wait(uint32_t offset, uint32_t parity);
+  void fence_async();
+  void copy_bulk(uint32_t to, uint32_t mbarrier, std::vector<char> data);
+  void use_registers(AsyncRegisters& registers);
+  void busy_registers(AsyncRegisters& registers);
+  void drop_registers(const AsyncRegisters& registers);
+  void wgmma_fence(int warp);
+  void wgmma_commit(int warp);
+  void wgmma_wait(int warp, uint32_t newest);
+  const char* matrix_read(uint32_t offset, const std::vector<uint32_t>& known, int group);  // 16 bytes
+  std::vector<uint32_t> known_to_group(int group) const;
+  void set_registers(int group, int count, bool grow);
+
   [[noreturn]] void fault(const std::string& what);
 
  private:
@@ -126,7 +193,18 @@ class Runner {
   void run_block();
   void yield();
   int pick();
-  bool happened(uint32_t thread, uint32_t clock, int me) const;
+  static Known merged(const Known& a, const Known& b);
+  template <class Threads>
+  Known meet(const Threads& who);
+  bool happened(uint32_t agent, uint32_t clock, int me) const;
+  bool is_fenced(uint32_t writer, uint32_t clock, const std::vector<uint32_t>& known) const;
+  std::string writer_of(const Cell& cell) const;
+  std::string filling(const Cell& cell) const;
+  void check_matrix_reads(uint32_t offset, uint32_t bytes);
+  size_t find_mbarrier(uint32_t offset, const char* what);
+  void settle(Mbarrier& b);
+  bool land_copy();
+  std::string unfinished() const;
   void check_range(uint32_t offset, uint32_t bytes, const char* what);
   void check_write(Cell& cell, uint32_t offset, bool atomic);
   void log_access(uint32_t offset, uint32_t bytes, Traffic* traffic);
@@ -149,7 +227,11 @@ class Runner {
   Fiber main_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
+  std::vector<WarpGroup> groups_;
   Barrier barriers_[16];
+  std::vector<Mbarrier> mbarriers_;
+  std::vector<BulkCopy> bulk_;
+  std::vector<uint32_t> matrix_reads_;  // by 16 bytes and warp: the group of wgmma that last read them, 0: none
   std::vector<char> shared_;
   std::vector<Cell> cells_;
 };
