@@ -6,7 +6,8 @@ compiles what changed. New kernels need no entry here: every csrc/<op>/*.cpp is 
 FASTXATTN_BUILD_ISAS=avx2 builds that instruction set and the generic one alone: quicker while working on a kernel.
 
 ``--cuda``, or FASTXATTN_BUILD_CUDA=1 in an installation, builds the CUDA kernels (csrc/<op>/*.cu) with the nvcc in
-$NVCC or on PATH; torch may be a CPU build. FASTXATTN_CUDA_ARCHS names the architectures, all of CUDA_ARCHS by default.
+$NVCC or on PATH; torch may be a CPU build. FASTXATTN_CUDA_ARCHS names the architectures, all of CUDA_ARCHS by default;
+csrc/<op>/*_sm90_*.cu are compiled for 90a alone.
 """
 
 from __future__ import annotations
@@ -188,6 +189,11 @@ def cuda_flags(archs: tuple[str, ...]) -> list[str]:
     return ["-std=c++20", "-O3", *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
 
 
+def _archs_of(source: Path, archs: tuple[str, ...]) -> tuple[str, ...]:
+    """Of ``archs``, those that a file is for: ``*_sm90_*.cu`` has instructions that only sm_90a has."""
+    return tuple(a for a in archs if a == "90a") if "_sm90_" in source.name else archs
+
+
 def _compile_cuda(nvcc: str, source: Path, objects: Path, flags: list[str]) -> Path:
     key = hashlib.sha256(" ".join([nvcc, *flags]).encode()).hexdigest()[:12]
     obj = objects / f"{source.relative_to(ROOT).as_posix().replace('/', '__')}.{key}.o"
@@ -208,10 +214,10 @@ def build_cuda(target: Path, tool: Toolchain) -> None:
     archs = tuple(os.environ.get("FASTXATTN_CUDA_ARCHS", "").replace(",", " ").split()) or CUDA_ARCHS
     objects = ROOT / "build/obj-cuda"
     objects.mkdir(parents=True, exist_ok=True)
-    kernels = sorted(CSRC.glob("*/*.cu"))
+    kernels = [(s, of) for s in sorted(CSRC.glob("*/*.cu")) if (of := _archs_of(s, archs))]
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
     with ThreadPoolExecutor(jobs) as pool:
-        compiled = list(pool.map(lambda s: _compile_cuda(nvcc, s, objects, cuda_flags(archs)), kernels))
+        compiled = list(pool.map(lambda k: _compile_cuda(nvcc, k[0], objects, cuda_flags(k[1])), kernels))
     runtime = subprocess.run([nvcc, "--dryrun", "-shared", "x.o"], capture_output=True, text=True, check=False).stderr
     folders = [word.strip('"') for word in runtime.split() if word.strip('"').startswith("-L")]
     link = [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread", *link]

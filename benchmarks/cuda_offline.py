@@ -39,6 +39,9 @@ OTHERS = {  # shared memory and warps of the kernels without a head dim
 PRODUCTS = ("match", "maxsim", "contrastive_stats", "contrastive_slopes")
 HMMA_CYCLES = 8
 """A sub-core of an A100 multiplies 256 16-bit pairs a cycle; m16n8k16 has 2048."""
+WGMMA = "attention_forward_wgmma"
+WGMMA_SLOTS, WGMMA_PAIRS = 4, 2048
+"""Tiles of keys and values in csrc/attention/attention_wgmma.cuh; 16-bit pairs that an H100's SM multiplies a cycle."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,15 @@ class Row:
     @property
     def time_share(self) -> float:
         """Time in the matrix unit when nothing overlaps: every other instruction one cycle."""
-        busy = self.loop_matrix * HMMA_CYCLES
+        busy = self.matrix_cycles
         return busy / (busy + self.loop - self.loop_matrix) if self.loop else 0.0
+
+    @property
+    def matrix_cycles(self) -> int:
+        """Cycles that a tile keeps the matrix unit busy; a warp group's products occupy those of all four sub-cores."""
+        if self.kernel != WGMMA:
+            return self.loop_matrix * HMMA_CYCLES
+        return 2 * 64 * int(self.tile.split("x")[1]) * self.dim // WGMMA_PAIRS
 
     def faults(self) -> list[str]:
         """Why this row fails the gates; empty when it passes."""
@@ -82,6 +92,8 @@ class Row:
         expected: tuple[str, ...] = EXPECTED[SIZES[self.dtype]] if self.dim else ()
         if self.kernel in PRODUCTS:  # float32 is multiplied exactly, outside the matrix unit
             expected = EXPECTED[2] if SIZES[self.dtype] == 2 else ("LDGSTS", "FFMA")
+        if self.kernel == WGMMA:
+            expected = ("HGMMA", "LDGSTS", "UTMALDG")
         if expected:
             missing = [op for op in expected if op not in self.opcodes.split()]
             if missing:
@@ -101,6 +113,8 @@ def compile_source(source: Path, arch: str, folder: Path) -> tuple[str, str]:
     )
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} does not compile for {arch}:\n{done.stderr[-4000:]}")
+    if "wgmma.mma_async instructions are serialized" in done.stderr:
+        raise RuntimeError(f"{source.name}: the compiler serializes wgmma:\n{done.stderr[-4000:]}")
     code = subprocess.run([find_cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True)
     return done.stderr, code.stdout
 
@@ -153,12 +167,13 @@ def whole_tile(instructions: list[tuple[int, str]]) -> Counter[str]:
     for s, e in ends.items():
         to, goes_on = jumps.get(e - 1, (-1, True))
         after[s] = [t for t in (to, e if goes_on else -1) if t in ends]
-    most = max((c["HMMA"] for c in counts.values()), default=0)
+    matrix = {s: c["HMMA"] + c["HGMMA"] for s, c in counts.items()}
+    most = max(matrix.values(), default=0)
     fetched = max((c["LDGSTS"] for c in counts.values()), default=0)
     if most < 4:
         return Counter()
     best: tuple[int, Counter[str]] | None = None
-    busy = [s for s, c in counts.items() if c["HMMA"] == most]
+    busy = [s for s, n in matrix.items() if n == most]
     for head in {to for i, (to, _) in jumps.items() if 0 <= to <= i and any(to <= b <= i for b in busy)}:
         # State: block, products and copies met; both keys and values are copied.
         queue: list[tuple[int, int, int, int, tuple[int, ...]]] = [(0, head, 0, 0, ())]
@@ -174,7 +189,7 @@ def whole_tile(instructions: list[tuple[int, str]]) -> Counter[str]:
             if (block, products, copies) in seen:
                 continue
             seen.add((block, products, copies))
-            grown = min(products + counts[block]["HMMA"], 4 * most)
+            grown = min(products + matrix[block], 4 * most)
             cost += ends[block] - block
             met = min(copies + counts[block]["LDGSTS"], 2 * fetched)
             for to in after[block]:
@@ -199,9 +214,11 @@ def describe(mangled: str, instructions: list[tuple[int, str]], arch: str, regis
     dtype = "f16_t" if "5f16_t" in mangled else "bf16_t" if "6bf16_t" in mangled else "float"
     numbers = [int(n) for n in re.findall(r"Li(\d+)E", mangled)]
     dim, rows, keys = numbers if len(numbers) == 3 else (0, 0, 0)
-    forward = kernel == "attention_forward"
+    forward = kernel.startswith("attention_forward")
     shared = ((1 if forward else 2) * rows + 4 * keys) * dim * SIZES[dtype] + (16 if forward else 16 + 40 * keys)
     warps = rows // 16 if dim else 4
+    if kernel == WGMMA:  # and the queries, a barrier for full and one for empty, and the group that fetches
+        shared, warps = (rows + WGMMA_SLOTS * keys) * dim * 2 + 16 * WGMMA_SLOTS, warps + 4
     if not dim:
         shared, warps = OTHERS.get(kernel, (0, 4))
     granted = -(-registers // 8) * 8 * 32 * warps
@@ -215,7 +232,7 @@ def describe(mangled: str, instructions: list[tuple[int, str]], arch: str, regis
     return Row(
         kernel, dtype, dim, f"{rows}x{keys}" if dim else "", variant, arch, registers, spills,
         shared, min(blocks * warps, 48 if arch in ("sm_86", "sm_89") else 64), len(instructions),
-        " ".join(matrix), tile.total(), tile["HMMA"], tile["LDGSTS"],
+        " ".join(matrix), tile.total(), tile["HMMA"] + tile["HGMMA"], tile["LDGSTS"],
     )  # fmt: skip
 
 
@@ -229,7 +246,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     sources = [s for s in sorted((ROOT / "csrc").glob("*/*.cu")) if options.source in s.name]
-    jobs = [(s, a) for a in options.arch or sorted(SHARED_PER_BLOCK) for s in sources]
+    archs = options.arch or sorted(SHARED_PER_BLOCK)
+    jobs = [(s, a) for a in archs for s in sources if a == "sm_90a" or "_sm90_" not in s.name]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         rows = [r for found in pool.map(lambda j: rows_of(*j, Path(folder)), jobs) for r in found]
     for row in rows:

@@ -13,7 +13,20 @@ namespace fastxattn {
                                         void* stream);
 FXA_ATTENTION_DTYPES(FXA_DECLARE_DTYPE)
 
+// Absent from a library that was built without code for compute capability 9.0 (FASTXATTN_CUDA_ARCHS).
+#define FXA_DECLARE_SM90(name)                                                                           \
+  __attribute__((weak)) bool attention_forward_sm90_##name(const AttentionKernelParams& p, void* stream, \
+                                                           const char*& fault);
+FXA_DECLARE_SM90(f16)
+FXA_DECLARE_SM90(bf16)
+
+// The kernel of attention_wgmma.cuh runs what it takes where it is at home, that of attention_fwd.cuh everything else.
 const char* attention_forward_cuda(const AttentionKernelParams& p, DType dtype, void* stream) {
+  const auto hopper = dtype == DType::f16    ? &attention_forward_sm90_f16
+                      : dtype == DType::bf16 ? &attention_forward_sm90_bf16
+                                             : nullptr;
+  const char* fault = nullptr;
+  if (hopper != nullptr && hopper(p, stream, fault)) return fault;
   if (dtype == DType::f16) return attention_forward_f16(p, stream);
   if (dtype == DType::bf16) return attention_forward_bf16(p, stream);
   return attention_forward_f32(p, stream);

@@ -15,11 +15,11 @@ inline bool is_hopper() {
 }
 
 // In the file of each dtype. False, and nothing is launched, where the device or the problem is for another kernel.
-#define FXA_ATTENTION_SM90(name, T)                                                                             \
-  bool attention_forward_sm90_##name(const AttentionKernelParams& p, void* stream, const char*& fault) {        \
-    if (!attention::fits_wgmma<T>(p) || !is_hopper()) return false;                                             \
-    attention::run_forward_wgmma<T>(p, OnHopper{{static_cast<cudaStream_t>(stream), fault}});                   \
-    return true;                                                                                                \
+#define FXA_ATTENTION_SM90(name, T)                                                                      \
+  bool attention_forward_sm90_##name(const AttentionKernelParams& p, void* stream, const char*& fault) { \
+    if (!attention::fits_wgmma<T>(p) || !is_hopper()) return false;                                      \
+    attention::run_forward_wgmma<T>(p, OnHopper{{static_cast<cudaStream_t>(stream), fault}});            \
+    return true;                                                                                         \
   }
 
 }  // namespace fastxattn

@@ -182,8 +182,8 @@ FXA_DEVICE float quad_max(float x) {
 }
 
 // One step of the online softmax: products of a tile become weights relative to the largest score so far of each of the
-// thread's two rows. `factor`: from products to units of T; `sum`: of the weights in this lane's columns; `shrinks`: what
-// earlier weights, and sums with them, are to be multiplied by.
+// thread's two rows. `factor`: from products to units of T; `sum`: of the weights in this lane's columns; `shrinks`:
+// what earlier weights, and sums with them, are to be multiplied by.
 template <class T, int N>
 FXA_DEVICE void soften(float (&s)[N][4], float factor, float (&top)[2], float (&sum)[2], float (&shrinks)[2]) {
   FXA_UNROLL

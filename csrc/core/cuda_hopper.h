@@ -4,7 +4,8 @@
 //
 // In namespace fastxattn::gpu, beside what this file itself has:
 //   mbarrier_init(b, arrivals)  fence_barriers(): before anybody else uses a new barrier, with a barrier after it
-//   mbarrier_arrive(b)  mbarrier_arrive_expect(b, bytes)  mbarrier_wait(b, parity): until the phase of that parity is
+//   mbarrier_arrive(b)  mbarrier_arrive_after(b, x): not before x is computed, which the compiler may put off otherwise
+//   mbarrier_arrive_expect(b, bytes)  mbarrier_wait(b, parity): until the phase of that parity is
 //   over; before the first one, the phase of parity 1 counts as over                  b: Shared<uint64_t>, 8 bytes
 //   TensorMap: rows in memory as the TMA unit sees them, made on the host from a RowsTile
 //   tma_load(Shared, map, b, column, row, head): one thread copies a tile and counts its bytes at the barrier

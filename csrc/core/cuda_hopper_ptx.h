@@ -44,8 +44,9 @@ using TensorMap = CUtensorMap;
 template <class T>
 FXA_DEVICE void tma_load(Shared<T> to, const TensorMap& map, Shared<uint64_t> b, int column, int row, int head) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
-      ::"r"(to.address()), "l"(&map), "r"(b.address()), "r"(column), "r"(row), "r"(head)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(to.address()),
+      "l"(&map), "r"(b.address()), "r"(column), "r"(row), "r"(head)
       : "memory");
 }
 
@@ -65,8 +66,7 @@ struct WgmmaRegisters {
   V v[N][4];
 
   FXA_DEVICE V (&operator[](int i))[4] { return v[i]; }
-  FXA_DEVICE V (&all())[N][4] { return v; }
-  FXA_DEVICE void hold() {
+  FXA_DEVICE V (&all()) [N][4] { return v; } FXA_DEVICE void hold() {
     FXA_UNROLL
     for (int i = 0; i < N * 4; ++i) {
       if constexpr (std::is_same_v<V, float>) {
@@ -95,29 +95,28 @@ FXA_DEVICE void wgmma_wait(Registers&... registers) {
 }
 
 #define FXA_BLOCK(i) "+f"(d.v[i][0]), "+f"(d.v[i][1]), "+f"(d.v[i][2]), "+f"(d.v[i][3])
-#define FXA_BLOCKS_8(i)                                                                                       \
+#define FXA_BLOCKS_8(i)                                                                                   \
   FXA_BLOCK(i), FXA_BLOCK(i + 1), FXA_BLOCK(i + 2), FXA_BLOCK(i + 3), FXA_BLOCK(i + 4), FXA_BLOCK(i + 5), \
       FXA_BLOCK(i + 6), FXA_BLOCK(i + 7)
 #define FXA_RESULTS_64 FXA_BLOCKS_8(0)
 #define FXA_RESULTS_128 FXA_BLOCKS_8(0), FXA_BLOCKS_8(8)
-#define FXA_NAMES_64 \
+#define FXA_NAMES_64                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FXA_NAMES_128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define FXA_NAMES_128                                                                \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // Of m64 x columns x k16: `operands` names A, B and the predicate's number, `inputs` are their values.
-#define FXA_WGMMA(columns, types, operands, predicate, majors, ...)                                       \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " predicate                                          \
-               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." types " {" FXA_NAMES_##columns \
-               "}, " operands ", add, 1, 1, " majors ";\n}"                                               \
-               : FXA_RESULTS_##columns                                                                    \
+#define FXA_WGMMA(columns, types, operands, predicate, majors, ...)                                                 \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " predicate ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns \
+               "k16.f32." types " {" FXA_NAMES_##columns "}, " operands ", add, 1, 1, " majors ";\n}"               \
+               : FXA_RESULTS_##columns                                                                              \
                : __VA_ARGS__)
 #define FXA_WGMMA_ROWS(columns, types, a, b, p) \
   FXA_WGMMA(columns, types, a ", " b, p, "0, 0", "l"(desc_a), "l"(desc_b), "r"(static_cast<int>(add)))
-#define FXA_WGMMA_DEPTH(columns, types, a0, a1, a2, a3, b, p)                                                  \
+#define FXA_WGMMA_DEPTH(columns, types, a0, a1, a2, a3, b, p)                                                \
   FXA_WGMMA(columns, types, "{" a0 ", " a1 ", " a2 ", " a3 "}, " b, p, "1", "r"(a[0]), "r"(a[1]), "r"(a[2]), \
             "r"(a[3]), "l"(desc_b), "r"(1))
 
@@ -141,7 +140,7 @@ template <class T, int Blocks, int Steps>
 FXA_DEVICE void wgmma_depth(WgmmaRegisters<float, Blocks>& d, WgmmaRegisters<uint32_t, Steps>& fragments, int step,
                             uint64_t desc_b) {
   static_assert(Blocks == 8 || Blocks == 16);
-  const uint32_t(&a)[4] = fragments.v[step];
+  const uint32_t (&a)[4] = fragments.v[step];
   if constexpr (Blocks == 8) {
     if constexpr (std::is_same_v<T, f16_t>) {
       FXA_WGMMA_DEPTH(64, "f16.f16", "%32", "%33", "%34", "%35", "%36", "%37");

@@ -33,10 +33,9 @@ struct OnHopper : OnDevice {
     const auto bytes = [](int64_t n, int64_t stride) { return n == 1 ? cuuint64_t{16} : cuuint64_t(2 * stride); };
     const cuuint64_t strides[] = {bytes(tile.rows, tile.row_stride), bytes(tile.heads, tile.head_stride)};
     const cuuint32_t box[] = {gpu::kSwizzled, static_cast<cuuint32_t>(tile.tile_rows), 1}, steps[] = {1, 1, 1};
-    const CUresult error =
-        encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tile.base), sizes, strides, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tile.base), sizes, strides,
+                                  box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (error != CUDA_SUCCESS) fault = "the driver refuses the layout of key or value (cuTensorMapEncodeTiled)";
     return map;
   }

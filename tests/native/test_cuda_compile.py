@@ -65,6 +65,21 @@ def test_attention_compiles_and_passes_the_gates(offline: ModuleType, arch: str,
     assert forward[64].time_share > 0.55 and forward[128].time_share > 0.65
 
 
+def test_attention_for_hopper_compiles_and_passes_the_gates(offline: ModuleType, tmp_path: Path) -> None:
+    """Products of warp groups and tile copies, none of them serialized by the compiler."""
+    try:
+        rows = offline.rows_of(ROOT / "csrc/attention/attention_sm90_f16.cu", "sm_90a", tmp_path)
+    except (NativeBuildError, ImportError) as error:
+        pytest.skip(f"the CUDA kernels are not compiled here: {error}")
+    assert len(rows) == 4 and {row.kernel for row in rows} == {offline.WGMMA}
+    for row in rows:
+        assert not row.faults(), f"{row}: {row.faults()}"
+    plain = {row.dim: row for row in rows if row.variant == "plain"}
+    # What a warp group multiplies with 128 keys, in products of 64 x 128 x 16 and, for values at 64, 64 x 64 x 16.
+    assert {dim: row.loop_matrix for dim, row in plain.items()} == {64: 4 + 8, 128: 8 + 8}
+    assert plain[64].time_share > 0.5 and plain[128].time_share > 0.6
+
+
 @pytest.mark.parametrize("room", ["pruning", "late_interaction", "contrastive"])
 def test_other_kernels_compile_and_pass_the_gates(offline: ModuleType, room: str, tmp_path: Path) -> None:
     try:

@@ -243,24 +243,34 @@ void Runner::check_matrix_reads(uint32_t offset, uint32_t bytes) {
   }
 }
 
+// Per thread, of a kernel that takes all it can get.
+int Runner::launched_registers() const { return std::min(65536 / launch_.threads / 8 * 8, 248); }
+
 void Runner::set_registers(int group, int count, bool grow) {
-  const int launched = std::min(65536 / launch_.threads / 8 * 8, 255);
+  const int launched = launched_registers();
   if (count % 8 != 0 || count < 24 || count > 256) fault("a register count must be a multiple of 8 in 24..256");
   if (grow ? count < launched : count > launched) {
     fault("registers_" + std::string(grow ? "grow" : "shrink") + " to " + std::to_string(count) + " from " +
           std::to_string(launched));
   }
   groups_[static_cast<size_t>(group)].registers = count;
-  int all = 0;
-  for (const WarpGroup& g : groups_) all += (g.registers != 0 ? g.registers : 24) * 128;
-  if (all > 65536) fault("the warp groups want " + std::to_string(all) + " registers, and there are 65536");
 }
 
 // What a block may not leave behind.
 std::string Runner::unfinished() const {
-  if (bulk_.empty()) return "";
-  return std::string(name_) + ", block " + number(static_cast<uint64_t>(block_number_)) +
-         ": it ended while a TMA copy was in flight to byte " + number(bulk_.front().to);
+  const std::string where = std::string(name_) + ", block " + number(static_cast<uint64_t>(block_number_)) + ": ";
+  if (!bulk_.empty()) return where + "it ended while a TMA copy was in flight to byte " + number(bulk_.front().to);
+  for (const Mbarrier& b : mbarriers_) {
+    if (b.bytes != 0) return where + "it ended in the middle of a phase of the mbarrier at byte " + number(b.offset);
+  }
+  bool changed = false;
+  int all = 0;
+  for (const WarpGroup& g : groups_) {
+    changed |= g.registers != 0;
+    all += (g.registers != 0 ? g.registers : launched_registers()) * 128;
+  }
+  if (!changed || all <= 65536) return "";
+  return where + "registers_grow waits for ever: the warp groups want " + std::to_string(all) + " of 65536 registers";
 }
 
 }  // namespace fastxattn::simt

@@ -85,7 +85,8 @@ class WgmmaRegisters {
     Runner::current().use_registers(state);
     return v_[i];
   }
-  V (&all())[N][4] {
+  V (&all())
+  [N][4] {
     Runner::current().use_registers(state);
     return v_;
   }

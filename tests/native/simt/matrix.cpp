@@ -175,12 +175,15 @@ void wgmma(int warp, void** lanes) {
   }
   std::vector<double> depth_first(static_cast<size_t>(16 * n));  // B by depth and column
   for (int k = 0; k < 16; ++k) {
-    for (int j = 0; j < n; ++j) depth_first[static_cast<size_t>(k * n + j)] = b[static_cast<size_t>(Depth ? k * n + j : j * 16 + k)];
+    for (int j = 0; j < n; ++j)
+      depth_first[static_cast<size_t>(k * n + j)] = b[static_cast<size_t>(Depth ? k * n + j : j * 16 + k)];
   }
   std::vector<double> sums(static_cast<size_t>(n));
   for (int i = 0; i < 64; ++i) {
     const int owner = i / 16 * 32 + i % 8 * 4, half = i % 16 / 8 * 2;
-    const auto place = [&](int j) { return reinterpret_cast<float*>(lane(owner + j % 8 / 2).d->results) + j / 8 * 4 + half + j % 2; };
+    const auto place = [&](int j) {
+      return reinterpret_cast<float*>(lane(owner + j % 8 / 2).d->results) + j / 8 * 4 + half + j % 2;
+    };
     for (int j = 0; j < n; ++j) sums[static_cast<size_t>(j)] = first.add ? static_cast<double>(*place(j)) : 0.0;
     for (int k = 0; k < 16; ++k) {
       const double x = a[static_cast<size_t>(i * 16 + k)];

@@ -16,9 +16,18 @@ extern "C" __attribute__((visibility("default"))) const char* fxa_simt_call(cons
     const auto found = bindings().find(name);
     if (found == bindings().end()) throw SimtFault(std::string("no bind_*.cpp has ") + name);
     const Statistics s = found->second(Arguments(arguments, count));
-    const uint64_t values[] = {
-        s.load.wavefronts, s.load.ideal,          s.store.wavefronts, s.store.ideal, s.ldmatrix.wavefronts,
-        s.ldmatrix.ideal,  s.cp_async.wavefronts, s.cp_async.ideal,   s.mma,         s.barriers, s.wgmma, s.tma};
+    const uint64_t values[] = {s.load.wavefronts,
+                               s.load.ideal,
+                               s.store.wavefronts,
+                               s.store.ideal,
+                               s.ldmatrix.wavefronts,
+                               s.ldmatrix.ideal,
+                               s.cp_async.wavefronts,
+                               s.cp_async.ideal,
+                               s.mma,
+                               s.barriers,
+                               s.wgmma,
+                               s.tma};
     std::memcpy(counts, values, sizeof(values));
     return nullptr;
   } catch (const std::exception& error) {

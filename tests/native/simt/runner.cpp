@@ -189,9 +189,8 @@ void Runner::fault(const std::string& what) {
 }
 
 std::string Runner::deadlock() const {
-  const bool never = std::any_of(threads_.begin(), threads_.end(), [](const Thread& t) {
-    return t.state == Thread::at_mbarrier;
-  });
+  const bool never =
+      std::any_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == Thread::at_mbarrier; });
   std::string text = std::string(name_) + ", block " + number(static_cast<uint64_t>(block_number_)) +
                      (never ? ": deadlock: an mbarrier never completes:" : ": divergent barrier:") +
                      " threads wait for each other in different places:";

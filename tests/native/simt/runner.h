@@ -95,7 +95,7 @@ struct Warp {
   uint32_t ready = 0;  // lanes that can run
   int arrived = 0;     // lanes at the current warp function
   WarpOperation operation = nullptr;
-  uint32_t committed = 0, completed = 0;            // groups of wgmma, numbered from 1
+  uint32_t committed = 0, completed = 0;           // groups of wgmma, numbered from 1
   std::vector<std::array<uint32_t, 32>> finished;  // by group: the lanes' clocks when they had waited for it
   struct Log {
     uint32_t address[32];
@@ -204,6 +204,7 @@ class Runner {
   size_t find_mbarrier(uint32_t offset, const char* what);
   void settle(Mbarrier& b);
   bool land_copy();
+  int launched_registers() const;
   std::string unfinished() const;
   void check_range(uint32_t offset, uint32_t bytes, const char* what);
   void check_write(Cell& cell, uint32_t offset, bool atomic);
