@@ -169,7 +169,9 @@ def whole_tile(instructions: list[tuple[int, str]]) -> Counter[str]:
         after[s] = [t for t in (to, e if goes_on else -1) if t in ends]
     matrix = {s: c["HMMA"] + c["HGMMA"] for s, c in counts.items()}
     most = max(matrix.values(), default=0)
-    fetched = max((c["LDGSTS"] for c in counts.values()), default=0)
+    # Where another warp fetches the tiles, the copies are of queries, before the loop.
+    by_tma = any(c["HGMMA"] for c in counts.values())
+    fetched = 0 if by_tma else max((c["LDGSTS"] for c in counts.values()), default=0)
     if most < 4:
         return Counter()
     best: tuple[int, Counter[str]] | None = None

@@ -24,6 +24,16 @@ constexpr int backward_shared_bytes() {
   return (2 * Rows + 4 * Keys) * D * static_cast<int>(sizeof(T)) + 16 + 2 * 5 * Keys * 4;
 }
 
+// What weights are recomputed against, in units of T; infinite for a row without weights. Scores lie about the
+// logarithm of the number of keys below lse, and the rounding of the difference grows with it: float32 takes half of it
+// off. Its weights are divided by their sum, so that nothing has to be given back.
+template <class T>
+FXA_DEVICE float base_of(float lse, int keys) {
+  if (lse == -kInfinity) return kInfinity;
+  if constexpr (sizeof(T) == 4) return lse - 0.5f * accurate_log(static_cast<float>(keys));
+  return lse * kUnit<T>;
+}
+
 // delta = sum(grad_out * out) - grad_lse of every row and head, 0 in rows that see nothing: what grad_out holds there
 // must not matter. One warp each, blocks of 128 threads. Not for float32.
 template <class T>
@@ -78,8 +88,7 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
     my_head[half] = head_of(there[half] ? i : 0);
     range[half] = Rich ? find_range(p.kv_range, my_row[half], theirs.count) : Range{0, theirs.count};
     const int64_t place = static_cast<int64_t>(my_head[half]) * p.rows_q + my_row[half];
-    const float x = load_global(p.lse + place);
-    lse[half] = x == -kInfinity ? kInfinity : x * kUnit<T>;  // no weight at all
+    lse[half] = base_of<T>(load_global(p.lse + place), theirs.count);
     if constexpr (kExact) {
       delta[half] = 0.0f;
       grad_lse[half] = g.grad_lse != nullptr ? load_global(g.grad_lse + place) : 0.0f;
@@ -253,8 +262,7 @@ attention_backward_key_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Att
       if (i < count) {
         const int row = find_row(p.index_q, slot + i, p.rows_q);
         const int64_t place = static_cast<int64_t>(head) * p.rows_q + row;
-        const float x = load_global(p.lse + place);
-        if (x != -kInfinity) lse = x * kUnit<T>;
+        lse = base_of<T>(load_global(p.lse + place), mine.count);
         delta = load_global(g.delta + place);
         if constexpr (kExact) inverse = 1.0f / load_global(g.norm + place);
         if constexpr (Rich) range = find_range(p.kv_range, row, mine.count);

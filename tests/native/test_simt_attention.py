@@ -11,7 +11,6 @@ from simt.build import Simt
 
 from fastxattn.ops.attention import cuda_launch
 from fastxattn.testing import attention as contract
-from fastxattn.testing.budget import measure_error
 
 CASES = {case.name: case for case in contract.ATTENTION_CASES if case.bias is None and not case.dropout_p}
 HALVES = (torch.float16, torch.bfloat16)
@@ -28,31 +27,16 @@ FEW = (
     "key_index",
     "split_keys",
 )
-MISSES = ("decode", "split_keys", "dims_1_1")
 BUDGETS = [
     *((name, torch.float16) for name in CASES),
     *((name, torch.bfloat16) for name in FEW),  # the same kernels in another format
-    *((name, torch.float32) for name in CASES if name not in (*WIDE, *MISSES)),
+    *((name, torch.float32) for name in CASES if name not in WIDE),
 ]
 
 
 @pytest.mark.parametrize(("name", "dtype"), BUDGETS, ids=str)
 def test_results_are_inside_the_error_budget(simt: Simt, name: str, dtype: torch.dtype) -> None:
     contract.check_budget(runs_on(simt), CASES[name].problem(dtype))
-
-
-@pytest.mark.parametrize("name", MISSES)
-def test_float32_gradients_that_miss_the_mean_budget(simt: Simt, name: str) -> None:
-    """A known miss: the mean error of one gradient is 2 to 15 % above its budget (docs/performance/cuda.md)."""
-    problem = CASES[name].problem(torch.float32)
-    ours = contract.results(runs_on(simt), problem)
-    oracle, eager = contract.expectations(problem)
-    reports = [
-        measure_error(key, t, oracle[key], eager[key], backward=key.startswith("grad_")) for key, t in ours.items()
-    ]
-    assert all(r.same_nonfinite and r.max_error <= r.max_budget for r in reports)
-    assert all(r.mean_error <= 1.15 * r.mean_budget for r in reports), "\n".join(map(str, reports))
-    assert not all(r.ok for r in reports), "no miss any more: move the case to BUDGETS"
 
 
 @pytest.mark.parametrize("name", ["range_gqa", "key_index", "padded"])
