@@ -85,7 +85,7 @@ class WgmmaRegisters {
     Runner::current().use_registers(state);
     return v_[i];
   }
-  V (&all())
+  V(&all())
   [N][4] {
     Runner::current().use_registers(state);
     return v_;
