@@ -51,7 +51,8 @@ def problems(seconds: float, seed: int, part: str) -> Outcome:
             if not begun:
                 record(outcome, line)
         if code != 0:
-            outcome.failures.append(f"problem {json.dumps(begun)}: exit {code}: {error[-1500:]}")
+            found = re.search(r".*(runtime error|ERROR: AddressSanitizer).*(\n.*){0,6}", error)  # its stack is long
+            outcome.failures.append(f"problem {json.dumps(begun)}: exit {code}: {found[0] if found else error[-1500:]}")
             if not begun:
                 break  # it does not even start
     return outcome

@@ -23,22 +23,31 @@ def print_table(records: Sequence[Record], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title)
-    for column in ("case", "pass", "dtype", "provider", "ms", "x rival", "GFLOP/s", "check"):
-        table.add_column(column, justify="right" if column in ("ms", "x rival", "GFLOP/s") else "left")
+    for column in ("case", "pass", "dtype", "provider", "ms", "x rival", "GFLOP/s", "of peak", "check"):
+        numeric = column in ("ms", "x rival", "GFLOP/s", "of peak")
+        table.add_column(column, justify="right" if numeric else "left")
     for (case, direction, dtype), group in _by_case(records).items():
         for i, r in enumerate(sorted(group, key=lambda r: r.median_ms)):
             head = (case, direction, dtype) if i == 0 else ("", "", "")
             mark = " (rival)" if r.provider == r.rival else ""
-            table.add_row(*head, r.provider + mark, f"{r.median_ms:.3f}", f"{r.ratio:.2f}", f"{r.gflops:.0f}", r.gate)
+            numbers = f"{r.median_ms:.3f}", f"{r.ratio:.2f}", f"{r.gflops:.0f}", of_peak(r)
+            table.add_row(*head, r.provider + mark, *numbers, r.gate)
         table.add_section()
-    console = Console()
     # A log file has no width of its own; wrapped columns would be unreadable there.
-    console.print(table, width=None if console.is_terminal else 150)
+    Console(width=None if Console().is_terminal else 150).print(table)
+
+
+def of_peak(r: Record) -> str:
+    """The share of the bound that a result reached, and which bound; empty where it was not measured."""
+    return f"{r.roofline:.0%} {r.bound}".strip() if math.isfinite(r.roofline) else ""
 
 
 def markdown_table(records: Sequence[Record], provider: str) -> str:
-    """One markdown row per case: our provider's time and its ratio to the rival."""
+    """One markdown row per case: our provider's time, its ratio to the rival, and its share of the roofline."""
+    peaks = any(math.isfinite(r.roofline) for r in records if r.provider == provider)
     lines = ["| case | pass | dtype | rival | rival ms | ms | speed-up |", "|---|---|---|---|---:|---:|---:|"]
+    if peaks:
+        lines = [lines[0] + " of peak |", lines[1] + "---:|"]
     for (case, direction, dtype), group in _by_case(records).items():
         ours = [r for r in group if r.provider == provider]
         theirs = [r for r in group if r.provider == r.rival]
@@ -46,8 +55,19 @@ def markdown_table(records: Sequence[Record], provider: str) -> str:
             a, b = ours[0], theirs[0]
             ours_ms = f"{a.median_ms:.3g} | {a.ratio:.2f}x" if a.gate == "ok" else "- | outside its error budget"
             times = f"{b.provider} | {b.median_ms:.3g} | {ours_ms}"
-            lines.append(f"| {case} | {direction} | {dtype} | {times} |")
+            lines.append(f"| {case} | {direction} | {dtype} | {times} |" + f" {of_peak(a)} |" * peaks)
     return "\n".join(lines) + "\n"
+
+
+def roofline_table(records: Sequence[Record]) -> str:
+    """One markdown row per result of ours that has a bound: what it reached of what the machine does at most."""
+    columns = ("operation", "case", "pass", "dtype", "of peak", "GFLOP/s, of peak", "GB/s, peak")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---:|---:|---:|"]
+    for r in records:
+        if r.provider.startswith("fastxattn") and math.isfinite(r.roofline):
+            peaks = f"{r.gflops:.0f} of {r.peak_gflops:.0f}" if r.gflops else "", f"{r.peak_gbytes:.0f}"
+            lines.append(f"| {r.op} | {r.case} | {r.direction} | {r.dtype} | {of_peak(r)} | {' | '.join(peaks)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "Not measured yet: `make bench`.\n"
 
 
 def plot_ratios(records: Sequence[Record], provider: str, path: Path, title: str) -> None:
