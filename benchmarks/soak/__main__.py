@@ -42,7 +42,7 @@ def problems(seconds: float, seed: int, part: str) -> Outcome:
     end = time.monotonic() + seconds
     while not outcome.skipped and time.monotonic() < end:
         command = [sys.executable, "-m", "benchmarks.soak.problems", str(end - time.monotonic()), str(seed), backend]
-        code, said, error = _run(command, seconds + 600, more)
+        code, said, error = _run(command, 2 * seconds + 3600, more)
         begun: dict[str, object] = {}
         for text in said.splitlines():
             line = json.loads(text)
