@@ -42,7 +42,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cuh' 'csrc/*.cu')
 	$(VENV)/bin/mypy
 
-# Each case of the regression set once, with its check and untimed; `make bench-regression` times them.
+# A case of every operation of the regression set, checked and untimed; `make bench-regression` times them all.
 REGRESSION := benchmarks/test_regression.py
 # Triton decides at import whether its interpreter runs, so those tests have a process of their own.
 INTERPRETED := $(foreach name,attention_triton importance bidirectional contrastive_triton late_interaction_triton \

@@ -62,4 +62,6 @@ def main(name: str, cases: Callable[[bool], Iterable[Case]], provider: str = "fa
     options = parser().parse_args()
     records = run(name, cases(options.full), options)
     if records and not options.no_save:
-        plot_ratios(read_csv(RESULTS / f"{name}.csv"), provider, IMAGES / f"{name}.png", f"{name}: {records[0].device}")
+        found = read_csv(RESULTS / f"{name}.csv")
+        devices = ", ".join(dict.fromkeys(r.device for r in found))
+        plot_ratios(found, provider, IMAGES / f"{name}.png", f"{name}: {devices}")

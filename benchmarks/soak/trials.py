@@ -177,7 +177,7 @@ def judge_attention(draw: Draw, backend: str) -> tuple[str, Judgement]:
             return repr(case), Judgement(name, report.max_error, report.max_budget, "NaN or infinity in other places")
         # One key's lse is its score, which eager PyTorch may give without an error: two units in the last place.
         rounding = 2 * torch.finfo(torch.float32).eps * largest([truth[name]])
-        budget = report.max_budget + rounding + noise(name, truth, torch.float32)
+        budget = report.max_budget + rounding + noise(name, truth, draw.dtype)
         found = Judgement(name, report.max_error, budget)
         if found.error * worst.budget > worst.error * found.budget:
             worst = found

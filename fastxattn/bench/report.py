@@ -43,30 +43,44 @@ def of_peak(r: Record) -> str:
 
 
 def markdown_table(records: Sequence[Record], provider: str) -> str:
-    """One markdown row per case: our provider's time, its ratio to the rival, and its share of the roofline."""
-    peaks = any(math.isfinite(r.roofline) for r in records if r.provider == provider)
-    lines = ["| case | pass | dtype | rival | rival ms | ms | speed-up |", "|---|---|---|---|---:|---:|---:|"]
-    if peaks:
-        lines = [lines[0] + " of peak |", lines[1] + "---:|"]
+    """One markdown row per case: for each device the rival's time, our provider's and the ratio."""
+    devices = list(dict.fromkeys(r.device for r in records))
+    columns = ["rival ms", "ms", "speed-up"]
+    if len(devices) > 1:
+        columns = [f"{column} [{short_device(d)}]" for d in devices for column in columns]
+    lines = [f"| case | pass | dtype | rival | {' | '.join(columns)} |", "|---|---|---|---|" + "---:|" * len(columns)]
     for (case, direction, dtype), group in _by_case(records).items():
-        ours = [r for r in group if r.provider == provider]
-        theirs = [r for r in group if r.provider == r.rival]
-        if ours and theirs:
+        cells = []
+        for device in devices:
+            ours = [r for r in group if r.provider == provider and r.device == device]
+            theirs = [r for r in group if r.provider == r.rival and r.device == device]
+            if not (ours and theirs):
+                cells += ["", "", ""]
+                continue
             a, b = ours[0], theirs[0]
-            ours_ms = f"{a.median_ms:.3g} | {a.ratio:.2f}x" if a.gate == "ok" else "- | outside its error budget"
-            times = f"{b.provider} | {b.median_ms:.3g} | {ours_ms}"
-            lines.append(f"| {case} | {direction} | {dtype} | {times} |" + f" {of_peak(a)} |" * peaks)
+            cells += [f"{b.median_ms:.3g}"]
+            cells += [f"{a.median_ms:.3g}", f"{a.ratio:.2f}x"] if a.gate == "ok" else ["-", "outside its error budget"]
+        if any(cells):
+            lines.append(f"| {case} | {direction} | {dtype} | {group[0].rival} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def short_device(device: str) -> str:
+    """The instruction set that a CPU's name ends with, or the name."""
+    return device.rpartition("[")[2].removesuffix("]")
 
 
 def roofline_table(records: Sequence[Record]) -> str:
     """One markdown row per result of ours that has a bound: what it reached of what the machine does at most."""
-    columns = ("operation", "case", "pass", "dtype", "of peak", "GFLOP/s, of peak", "GB/s, peak")
-    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---:|---:|---:|"]
+    columns = ("operation", "case", "pass", "dtype", "machine", "of peak", "GFLOP/s, of peak", "GB/s, peak")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---:|---:|---:|"]
     for r in records:
         if r.provider.startswith("fastxattn") and math.isfinite(r.roofline):
-            peaks = f"{r.gflops:.0f} of {r.peak_gflops:.0f}" if r.gflops else "", f"{r.peak_gbytes:.0f}"
-            lines.append(f"| {r.op} | {r.case} | {r.direction} | {r.dtype} | {of_peak(r)} | {' | '.join(peaks)} |")
+            peaks = (f" of {p:.0f}" if math.isfinite(p) else "" for p in (r.peak_gflops, r.peak_gbytes))
+            compute, memory = peaks
+            cells = of_peak(r), f"{r.gflops:.0f}{compute}" if r.gflops else "", memory.removeprefix(" of ")
+            names = r.op, r.case, r.direction, r.dtype, f"{short_device(r.device)} x {r.threads}"
+            lines.append(f"| {' | '.join((*names, *cells))} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else "Not measured yet: `make bench`.\n"
 
 
@@ -78,14 +92,16 @@ def plot_ratios(records: Sequence[Record], provider: str, path: Path, title: str
     import matplotlib.pyplot as plt
 
     ours = [r for r in records if r.provider == provider and math.isfinite(r.ratio)]
-    dtypes = sorted({r.dtype for r in ours})
+    series = sorted({(r.dtype, r.device) for r in ours})
+    several = len({device for _, device in series}) > 1
     names = list(dict.fromkeys(f"{r.case}, {r.direction}" for r in ours))
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.4))
-    height = 0.8 / max(1, len(dtypes))
-    for i, dtype in enumerate(dtypes):
-        values = {f"{r.case}, {r.direction}": r.ratio for r in ours if r.dtype == dtype}
+    height = 0.8 / max(1, len(series))
+    for i, (dtype, device) in enumerate(series):
+        values = {f"{r.case}, {r.direction}": r.ratio for r in ours if (r.dtype, r.device) == (dtype, device)}
+        label = f"{dtype}, {short_device(device)}" if several else dtype
         places = [names.index(name) + i * height for name in values]
-        bars: Any = axes.barh(places, list(values.values()), height * 0.92, label=dtype)
+        bars: Any = axes.barh(places, list(values.values()), height * 0.92, label=label)
         axes.bar_label(bars, fmt="%.1fx", padding=2, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names, fontsize=8)
