@@ -45,7 +45,10 @@ def bench(
     end = began + 60 * (minutes or (10 if not full else math.inf)) - ENDING
     left_out: dict[str, list[str]] = {}
     for place, name in enumerate(chosen):
-        share = max(1.0, (end - time.time()) / (len(chosen) - place))
+        share = (end - time.time()) / (len(chosen) - place)
+        if share <= 0:
+            left_out[name] = ["everything"]
+            continue
         more = FULL.get(name, ["--full"]) if full else QUICK.get(name, [])
         typer.echo(f"{name}, {place + 1} of {len(chosen)}, for at most {share:.0f} s", err=True)
         left_out[name] = _room(root, name, more, share, as_json)
@@ -57,7 +60,11 @@ def bench(
         rows = {f.stem: read_csv(f) for f in files if f.exists()}
         emit({"seconds": took, "left_out": left_out, "results": rows}, True)
         return
-    missed = [f"{name}: {len(titles)} ({titles[0]}, ...)" for name, titles in left_out.items() if titles]
+    missed = [
+        f"{name}: {len(titles)} ({titles[0]}{', ...' * (len(titles) > 1)})"
+        for name, titles in left_out.items()
+        if titles
+    ]
     typer.echo(f"took {took / 60:.1f} minutes; {'no time for ' + '; '.join(missed) if missed else 'nothing left out'}")
 
 
