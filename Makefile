@@ -4,14 +4,14 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-interpreted lint native cuda docs bench bench-full bench-regression report soak gpu
+.PHONY: help demo test test-interpreted lint native cuda docs pages bench bench-full bench-regression report soak gpu
 .PHONY: wheels check-wheels check-version clean
 help:
 	@echo "make demo         the main job on real input: BLIP-2's Q-Former, eager against fastxattn (build/demo/)"
 	@echo "make test         lint, types, the documentation site and every test, Triton kernels in their interpreter too"
 	@echo "make test-interpreted  of these, the Triton kernels alone"
 	@echo "make cuda         the CUDA kernels, where nvcc is (fastxattn/_lib/libfastxattn_cuda.so)"
-	@echo "make docs         the documentation site (site/)"
+	@echo "make docs         the documentation site (site/); make pages runs the examples that have a page"
 	@echo "make bench        CPU benchmarks to benchmarks/results/*.csv, tables and charts, in under 10 minutes"
 	@echo "make bench-full   more shapes, slower rivals, whole models"
 	@echo "make report       one HTML page of every result (build/report.html)"
@@ -42,11 +42,13 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cuh' 'csrc/*.cu')
 	$(VENV)/bin/mypy
 
+# A case of every operation of the regression set, checked and untimed; `make bench-regression` times them all.
+REGRESSION := benchmarks/test_regression.py
 # Triton decides at import whether its interpreter runs, so those tests have a process of their own.
 INTERPRETED := $(foreach name,attention_triton importance bidirectional contrastive_triton late_interaction_triton \
 	retrieval_triton,tests/test_$(name).py)
 test: lint native
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(INTERPRETED)) tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(INTERPRETED)) tests $(REGRESSION)
 	$(MAKE) test-interpreted
 
 test-interpreted: $(VENV)/.test native
@@ -59,7 +61,10 @@ cuda: $(VENV)/.demo
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-# The rooms; whole models take longer than the ten minutes that this has.
+pages: $(VENV)/.test native
+	$(PY) -m benchmarks.pages
+
+# Every room and as many whole models as ten minutes have time for; what was left out is said.
 bench: $(VENV)/.test native
 	$(PY) -m fastxattn bench
 	$(PY) -m benchmarks.tables

@@ -1,4 +1,4 @@
-"""Compiles csrc/ with one compiler call per file: ``python build_native.py [--tests] [--sanitize] [--out DIR]``.
+"""Compiles csrc/, one compiler call per file: ``python build_native.py [--tests | --cuda] [--sanitize] [--out DIR]``.
 
 A file's instruction set is read off its name (``*_avx512bf16.cpp`` gets the AVX-512-BF16 flags), files are
 compiled in parallel, and objects are kept in build/ with their dependency files, so that a second build only
@@ -43,6 +43,9 @@ COMMON = [
     "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-function",
 ]  # fmt: skip
+
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZE_LINK = ["-fsanitize=address,undefined"]
 
 
 class NativeBuildError(RuntimeError):
@@ -164,12 +167,14 @@ def _torch_sources(cuda: bool) -> list[Path]:
     return sorted(s for s in CSRC.glob("*/*_torch.cpp") if s.stem.endswith("_cuda_torch") == cuda)
 
 
-def build_cpu(target: Path, tool: Toolchain) -> None:
+def build_cpu(target: Path, tool: Toolchain, sanitize: bool = False) -> Path:
     """libfastxattn_cpu.so: kernels plus their torch registrations."""
     flags, link = _torch_flags()
-    # Kernels get no torch flags, so that their objects are the ones the operator library links too.
-    sources = [*((s, []) for s in _kernel_sources()), *((s, flags) for s in _torch_sources(cuda=False))]
-    _library(tool, sources, target / "libfastxattn_cpu.so", ROOT / "build/obj-cpu", link)
+    more, objects = (SANITIZE, "build/obj-asan") if sanitize else ([], "build/obj-cpu")
+    # Kernels get no torch flags, so that their objects are the ones that the other libraries link too.
+    sources = [*((s, more) for s in _kernel_sources()), *((s, flags + more) for s in _torch_sources(cuda=False))]
+    _library(tool, sources, target / "libfastxattn_cpu.so", ROOT / objects, link + SANITIZE_LINK * sanitize)
+    return target / "libfastxattn_cpu.so"
 
 
 def find_nvcc() -> str:
@@ -231,21 +236,12 @@ def build_test_module(target: Path, tool: Toolchain, sanitize: bool) -> Path:
         import pybind11
     except ImportError as error:
         raise NativeBuildError("the test module needs pybind11") from error
-    extra = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
-    kind = "asan" if sanitize else "plain"
-    link: list[str] = []
-    if sanitize:
-        extra += [
-            "-O1",
-            "-g",
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=undefined",
-            "-fno-omit-frame-pointer",
-        ]
-        link = ["-fsanitize=address,undefined"]
+    include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    more, objects = (SANITIZE, "build/obj-asan") if sanitize else ([], "build/obj-cpu")
     name = f"_fastxattn_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [*_kernel_sources(), *sorted((CSRC / "bindings").glob("test_module*.cpp"))]
-    _library(tool, [(s, extra) for s in sources], target / name, ROOT / f"build/obj-test-{kind}", link)
+    bindings = sorted((CSRC / "bindings").glob("test_module*.cpp"))
+    sources = [*((s, more) for s in _kernel_sources()), *((s, include + more) for s in bindings)]
+    _library(tool, sources, target / name, ROOT / objects, SANITIZE_LINK * sanitize)
     return target / name
 
 
@@ -277,6 +273,8 @@ def main() -> None:
             build_test_module(options.out, Toolchain.find(), options.sanitize)
         elif options.cuda:
             build_cuda(options.out, Toolchain.find())
+        elif options.sanitize:
+            build_cpu(options.out, Toolchain.find(), sanitize=True)
         else:
             build_all(options.out)
     except NativeBuildError as error:

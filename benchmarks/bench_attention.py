@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastxattn
-from benchmarks.common import main
+from benchmarks.common import main, nbytes
 from fastxattn.bench import Case, Workload
 from fastxattn.testing import measure_error
 
@@ -103,6 +103,11 @@ class Inputs:
         self.grad_each = [x.transpose(0, 1).unsqueeze(0) for x in self.grad_packed.split(shape.lengths_q)]
         self.grad_padded = torch.ones_like(self.padded[0])
 
+    @property
+    def moved(self) -> float:
+        """Bytes of query, key, value and output; backward reads them with the output's gradient and writes theirs."""
+        return nbytes(*self.packed, self.packed[0]) * (3 if self.grad else 1)
+
     def ours(self) -> Tensor:
         return fastxattn.varlen_cross_attention(
             *self.packed, *self.cu, max(self.shape.lengths_q), max(self.shape.lengths_k), backend="cpu"
@@ -172,6 +177,7 @@ def workload(shape: Shape, dtype: torch.dtype, grad: bool, full: bool = False) -
         rival="sdpa padded" if shape.dense else "sdpa loop",
         check=data.check,
         flops=products * (3.5 if grad else 1),
+        bytes=data.moved,
     )
 
 
@@ -216,6 +222,7 @@ def flex_workload(dtype: torch.dtype) -> Workload:
         rival="flex_attention compiled",
         check=data.check,
         flops=4 * 12 * 64 * SHAPES[4].pairs,
+        bytes=data.moved,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import main
+from benchmarks.common import main, nbytes
 from fastxattn.bench import Case, Workload
 from fastxattn.ops.attention import dispatch as attention
 from fastxattn.ops.bidirectional import dispatch
@@ -90,6 +90,7 @@ def workload(dtype: torch.dtype, grad: bool, of_a: list[int], of_b: list[int], h
         rival="two calls",
         check=check,
         flops=2.0 * pairs * heads * dim * (3 + 7 * grad),
+        bytes=nbytes(*tensors, *tensors[:2]) * (3 if grad else 1),
     )
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastxattn
-from benchmarks.common import main
+from benchmarks.common import main, nbytes
 from fastxattn.bench import Case, Workload
 from fastxattn.nn import MultiheadCrossAttention, QFormer
 from fastxattn.testing import measure_error
@@ -39,10 +39,16 @@ def qformer(dtype: torch.dtype) -> Any:
 
 
 def qformer_flops() -> float:
-    """Multiply-adds times two of the useful work: no padding, projections counted as the model states them."""
+    """Multiply-adds times two of the work that has to be done: no padding, projections absorbed where that is less."""
     per_query = 12 * (4 * HIDDEN**2 + 8 * HIDDEN**2) + 6 * 2 * HIDDEN**2
-    attention = sum(12 * 2 * QUERIES * QUERIES * HIDDEN + 6 * 2 * QUERIES * n * HIDDEN for n in LENGTHS)
-    return 2.0 * (BATCH * QUERIES * per_query + 6 * 2 * sum(LENGTHS) * HIDDEN * IMAGE_WIDTH + attention)
+    own = 12 * BATCH * 2 * QUERIES * QUERIES * HIDDEN
+    return 2.0 * (BATCH * QUERIES * per_query + own) + 6 * cross_flops(QUERIES, IMAGE_WIDTH, 12, HIDDEN)
+
+
+def cross_flops(queries: int, width: int, heads: int, inner: int) -> float:
+    """Of one cross-attention's keys, values, scores and sums: projected as stated, or absorbed into the queries."""
+    pairs, rows = queries * sum(LENGTHS), BATCH * queries
+    return 4.0 * min(sum(LENGTHS) * width * inner + pairs * inner, pairs * heads * width + rows * inner * width)
 
 
 def qformer_workload(dtype: torch.dtype, grad: bool, image_grad: bool = False) -> Workload:
@@ -105,6 +111,7 @@ def qformer_workload(dtype: torch.dtype, grad: bool, image_grad: bool = False) -
         rival="transformers sdpa",
         check=check,
         flops=qformer_flops() * ((3 if image_grad else 2) if grad else 1),
+        bytes=(nbytes(*model.parameters()) + nbytes(image[mask])) * (3 if grad else 1),
     )
 
 
@@ -148,7 +155,6 @@ def layer_workload(dtype: torch.dtype, queries_per_image: int, width: int, heads
             report = measure_error("out", ours(query, packed), reference, sdpa(ours, query, image))
         return "ok" if report.ok else str(report)
 
-    pairs = queries_per_image * sum(LENGTHS)
     return Workload(
         {
             "fastxattn": quiet(lambda: ours(query, packed)),
@@ -157,15 +163,12 @@ def layer_workload(dtype: torch.dtype, queries_per_image: int, width: int, heads
         },
         rival="padded sdpa",
         check=check,
-        flops=4.0 * (sum(LENGTHS) * width * inner + BATCH * queries_per_image * inner**2 + pairs * inner),
+        flops=4.0 * BATCH * queries_per_image * inner**2 + cross_flops(queries_per_image, width, heads, inner),
+        bytes=nbytes(*ours.parameters(), packed.values, query, query),
     )
 
 
 def cases(full: bool = False) -> Iterator[Case]:
-    name = "Q-Former, 12 images of 64..1024"
-    for dtype in (torch.float32, torch.bfloat16):
-        yield Case("context", name, "forward", dtype, lambda dtype=dtype: qformer_workload(dtype, False))
-        yield Case("context", name, "forward+backward", dtype, lambda dtype=dtype: qformer_workload(dtype, True))
     layers = [("1 query, width 1024, 16 x 64", 1, 1024, 16, 64), ("32 queries, width 1408, 12 x 64", 32, 1408, 12, 64)]
     if full:
         layers.append(("64 queries, width 1024, 16 x 64", 64, 1024, 16, 64))
@@ -173,6 +176,10 @@ def cases(full: bool = False) -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16):
             build = lambda dtype=dtype, sizes=sizes: layer_workload(dtype, *sizes)  # noqa: E731
             yield Case("context", f"layer, {title}", "forward", dtype, build)
+    name = "Q-Former, 12 images of 64..1024"
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Case("context", name, "forward", dtype, lambda dtype=dtype: qformer_workload(dtype, False))
+        yield Case("context", name, "forward+backward", dtype, lambda dtype=dtype: qformer_workload(dtype, True))
     if full:
         grads = "Q-Former, 12 images of 64..1024, image gradient too"
         for dtype in (torch.float32, torch.bfloat16):

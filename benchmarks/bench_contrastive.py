@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import IMAGES, RESULTS, main
+from benchmarks.common import IMAGES, RESULTS, main, nbytes
 from fastxattn.bench import read_csv
 from fastxattn.bench.memory import peak_extra_bytes
 from fastxattn.bench.records import device_name, git_sha, versions
@@ -98,15 +98,15 @@ def loss_case(op: str, n: int, d: int, dtype: torch.dtype) -> Case:
             return "ok"
 
         providers = {"fastxattn cpu": step(fused, a, b), **{name: step(f, a, b) for name, f in rivals.items()}}
-        return Workload(providers, next(iter(rivals)), check, 6.0 * n * n * d)
+        return Workload(providers, next(iter(rivals)), check, 6.0 * n * n * d, 3 * nbytes(a, b))
 
     return Case(op, f"N={n} D={d}", "forward+backward", dtype, build)
 
 
 def cases(full: bool) -> Iterator[Case]:
-    for op in LOSSES:
-        for dtype in (torch.float32, torch.bfloat16):
-            for n in (256, 1024, 2048, 8192) if full else (256, 2048, 8192):
+    for n in (256, 1024, 2048, 8192) if full else (256, 2048, 8192):  # the longest come last
+        for op in LOSSES:
+            for dtype in (torch.float32, torch.bfloat16):
                 yield loss_case(op, n, 512, dtype)
 
 

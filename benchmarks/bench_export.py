@@ -20,7 +20,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from benchmarks.common import main
+from benchmarks.common import main, nbytes
 from benchmarks.export_zoo import MODELS, Model, build
 from fastxattn.bench import Case, Workload
 from fastxattn.export import to_onnx
@@ -140,7 +140,8 @@ def attention_workload(lengths_q: list[int], lengths_k: list[int]) -> Workload:
         return "ok" if report.ok else str(report)
 
     pairs = sum(q * k for q, k in zip(lengths_q, lengths_k, strict=True))
-    return Workload(providers, rival="MultiHeadAttention, padded", check=check, flops=4 * HEADS * DIM * pairs)
+    moved = nbytes(*data.packed.values(), data.packed["query"])
+    return Workload(providers, "MultiHeadAttention, padded", check, flops=4 * HEADS * DIM * pairs, bytes=moved)
 
 
 def overhead_workload(nodes: int = 1000) -> Workload:

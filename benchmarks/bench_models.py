@@ -11,6 +11,7 @@ import contextlib
 import copy
 import gc
 import json
+import os
 import re
 import time
 import traceback
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 from benchmarks import models_zoo, models_zoo_open_clip
 from benchmarks.models_zoo import System
 from fastxattn.bench import Case, Record, Workload, read_csv, write_csv
-from fastxattn.bench.registry import run_case
+from fastxattn.bench.registry import Pending, run_case
 from fastxattn.integrations import accelerate
 from fastxattn.testing import ErrorReport, measure_error
 
@@ -36,6 +37,7 @@ CSV, FACTS, DOC = (
     ROOT / "docs/models.md",
 )
 
+Row = tuple[System, torch.dtype, str]
 SYSTEMS = models_zoo.SYSTEMS + models_zoo_open_clip.SYSTEMS
 
 
@@ -194,6 +196,11 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
     return Workload({"sdpa": run(model), "fastxattn": run(fast)}, "sdpa", check)
 
 
+def no_build() -> Workload:
+    """For a case that only names a row."""
+    raise NotImplementedError
+
+
 def table(facts: dict[str, Any]) -> str:
     """The table, one row per measured system, dtype and pass, and where they were measured."""
     records = read_csv(CSV) if CSV.exists() else []
@@ -227,16 +234,26 @@ def write_document(facts: dict[str, Any]) -> None:
     DOC.write_text(f"{before}<!-- table -->\n{table(facts)}<!-- /table -->{after}")
 
 
-def rows(match: str, dtypes: set[str], missing: bool) -> Iterator[tuple[System, torch.dtype, str]]:
-    """The rows to measure."""
+def rows(match: str, dtypes: set[str], missing: bool, stalest: bool = False) -> Iterator[Row]:
+    """The rows to measure; with ``stalest`` those first that are missing, then those measured longest ago."""
     threads = torch.get_num_threads()
-    done = {(r.case, r.direction, r.dtype, r.threads) for r in read_csv(CSV)} if missing and CSV.exists() else set()
+    found = read_csv(CSV) if CSV.exists() else []  # what was measured last is written last
+    age = {(r.case, r.direction, r.dtype, r.threads): place for place, r in enumerate(found)}
+    wanted = sorted(_rows(match, dtypes), key=lambda row: age.get((*_named(row), threads), -1) if stalest else 0)
+    yield from (row for row in wanted if not missing or (*_named(row), threads) not in age)
+
+
+def _named(row: Row) -> tuple[str, str, str]:
+    system, dtype, direction = row
+    return system.name, direction, str(dtype).removeprefix("torch.")
+
+
+def _rows(match: str, dtypes: set[str]) -> Iterator[Row]:
     for system in SYSTEMS:
         for dtype in system.dtypes:
             name = str(dtype).removeprefix("torch.")
             for direction in ("forward", "forward+backward") if system.train else ("forward",):
-                wanted = re.search(match, f"{system.name} {direction} {name}") and name in dtypes
-                if wanted and (system.name, direction, name, threads) not in done:
+                if re.search(match, f"{system.name} {direction} {name}") and name in dtypes:
                     yield system, dtype, direction
 
 
@@ -245,8 +262,9 @@ def clock() -> Callable[[], float]:
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def measure(system: System, dtype: torch.dtype, direction: str, facts: dict[str, Any], seconds: float) -> list[Record]:
+def measure(row: Row, facts: dict[str, Any], seconds: float) -> list[Record]:
     """One row: as many interleaved rounds as fill ``seconds``, 3 to 15."""
+    system, dtype, direction = row
     work = workload(system, dtype, direction != "forward", facts)
     verdict = work.check()
     once = facts[system.name][f"{str(dtype).removeprefix('torch.')} {direction}"].pop("seconds")
@@ -260,6 +278,7 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only rows (system, pass, dtype) that match this expression")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--missing", action="store_true", help="only rows that the CSV does not have yet")
+    parser.add_argument("--stalest", action="store_true", help="missing rows first, then those measured longest ago")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after this long")
     parser.add_argument("--seconds", type=float, default=40, help="timed per row, in 3 to 15 interleaved rounds")
     parser.add_argument("--threads", type=int, default=2, help="1: processor time is measured")
@@ -268,20 +287,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     facts = json.loads(FACTS.read_text()) if FACTS.exists() else {}
-    start = time.monotonic()
-    for system, dtype, direction in list(rows(options.match, set(options.dtypes.split(",")), options.missing)):
-        if options.table or time.monotonic() - start > 60 * options.minutes:
+    until = min(time.time() + 60 * options.minutes, float(os.environ.get("FASTXATTN_BENCH_UNTIL", "inf")))
+    wanted = list(rows(options.match, set(options.dtypes.split(",")), options.missing, options.stalest))
+    if options.list:
+        print(*("; ".join(_named(row)) for row in wanted), sep="\n")
+    cases = [Case("models", s.name, direction, dtype, no_build) for s, dtype, direction in wanted]
+    pending = Pending(cases)
+    for row, case in zip(wanted, cases, strict=True):
+        if options.table or options.list or time.time() > until:
             break
-        if options.list:
-            print(f"{system.name}; {direction}; {str(dtype).removeprefix('torch.')}")
-            continue
         try:
-            records = measure(system, dtype, direction, facts, options.seconds)
+            records = measure(row, facts, options.seconds)
         except Exception:  # the other rows can still be measured
-            print(f"{system.name} {direction}: failed", traceback.format_exc(), sep="\n", flush=True)
+            print(f"{case.title}: failed", traceback.format_exc(), sep="\n", flush=True)
             continue
         finally:
             gc.collect()
+        pending.done(case)
         for r in records:
             print(
                 f"{r.case} {r.direction} {r.dtype} {r.provider}: {r.median_ms:.4g} ms {r.ratio:.2f}x {r.gate}",

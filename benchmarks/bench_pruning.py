@@ -1,6 +1,6 @@
 """Pruning against what people write by hand, and what it does to whole models.
 
-    python benchmarks/bench_pruning.py [--match TEXT] [--models WHICH] [--rounds N] [--cpu-time]
+    python -m benchmarks.bench_pruning [--match TEXT] [--models WHICH] [--rounds N] [--cpu-time]
 
 Kernels: each against its eager formulation on the same data. Models: a ViT-L-size encoder and a LLaVA-shaped prefill
 (every width that of LLaVA-1.5-7B, one eighth of its layers) unpruned and pruned. Rows go to
@@ -10,23 +10,21 @@ one thread instead of the clock; its rows say so in their device column.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastxattn.bench import Case, Record, Workload, run_cases, timing, write_csv
+from benchmarks.common import RESULTS, nbytes, parser, run
+from fastxattn.bench import Case, Record, Workload, timing, write_csv
+from fastxattn.bench.report import print_table
 from fastxattn.integrations.pruning import prune
 from fastxattn.integrations.pruning_encoder import encoder_scores
-from fastxattn.ops.pruning import STRATEGIES, Budget, bipartite, prune_tokens, select
-from fastxattn.ops.pruning.ops import run
+from fastxattn.ops.pruning import STRATEGIES, Budget, bipartite, ops, prune_tokens, select
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
 
-RESULTS = Path(__file__).resolve().parent / "results/pruning.csv"
 SHARES = (0.5, 0.25, 0.11)
 
 
@@ -63,6 +61,7 @@ def select_and_gather(dtype: torch.dtype, share: float) -> Workload:
         {"fastxattn": ours, "eager loop": eager, "eager gather": batched},
         "eager loop",
         lambda: verdict(torch.equal(ours(), eager()), "other tokens than eager"),
+        bytes=nbytes(scores) + 2 * batch * keep * nbytes(x[0, 0]),
     )
 
 
@@ -81,6 +80,26 @@ def indices_only() -> Workload:
         {"fastxattn": ours, "eager loop": eager},
         "eager loop",
         lambda: verdict(torch.equal(ours().long(), eager()), "other tokens"),
+        bytes=nbytes(scores, scores),
+    )
+
+
+def quantiles() -> Workload:
+    batch, length = 64, 1024
+    torch.manual_seed(0)
+    scores, cu, q = torch.randn(batch, length), offsets(batch, length), torch.tensor([0.5, 0.9])
+
+    def eager() -> Tensor:
+        return torch.stack([s.quantile(q) for s in scores])
+
+    def ours() -> Tensor:
+        return ops.run("quantile", scores, "auto", scores.view(-1), cu, q)  # type: ignore[no-any-return]
+
+    return Workload(
+        {"fastxattn": ours, "eager loop": eager, "eager batched": lambda: scores.quantile(q, dim=1).T},
+        "eager batched",
+        lambda: verdict(torch.allclose(ours(), eager()), "other quantiles"),
+        bytes=nbytes(scores),
     )
 
 
@@ -116,7 +135,9 @@ def tome_step(width: int, metric_width: int) -> Workload:
         near = torch.allclose(a.sort(1).values, b.sort(1).values, atol=1e-4)
         return verdict(near, "other rows than eager")
 
-    return Workload({"fastxattn": ours, "eager": eager}, "eager", check)
+    products, rows = 2.0 * batch * (length // 2) ** 2 * metric_width, batch * (2 * length - merges)
+    moved = nbytes(metric, sizes) + rows * nbytes(x[0, 0])
+    return Workload({"fastxattn": ours, "eager": eager}, "eager", check, products, moved)
 
 
 def greedy(mode: int, batch: int, length: int, keep: int) -> Workload:
@@ -162,22 +183,26 @@ def greedy(mode: int, batch: int, length: int, keep: int) -> Workload:
         return torch.cat([search(image, weight) + b * length for b, (image, weight) in enumerate(images)])
 
     def ours() -> Tensor:
-        scores = run("greedy", x, "auto", x, quality, cu, counts, None, mode, keep)
+        scores = ops.run("greedy", x, "auto", x, quality, cu, counts, None, mode, keep)
         return scores.view(batch, length).topk(keep).indices + cu[:-1, None]
 
     def check() -> str:
         return verdict(set(ours().flatten().tolist()) == set(eager().tolist()), "other tokens than eager")
 
-    return Workload({"fastxattn": ours, "eager loop": eager}, "eager loop", check)
+    # Half of the similarities for the farthest first row; a determinant needs those of the picked rows alone.
+    pairs = length * (length / 2 if mode == MAX_MIN else keep)
+    flops = 2.0 * batch * pairs * width
+    return Workload({"fastxattn": ours, "eager loop": eager}, "eager loop", check, flops, nbytes(x))
 
 
-def cases() -> list[Case]:
+def cases(full: bool = False) -> list[Case]:
     f32, bf16 = torch.float32, torch.bfloat16
     table: list[tuple[str, str, torch.dtype, Callable[[], Workload]]] = [
         ("select", "select 64x1024, keep 512", f32, indices_only),
         ("select_gather", "select + gather 64x1024x1024, keep 50 %", f32, lambda: select_and_gather(f32, 0.5)),
         ("select_gather", "select + gather 64x1024x1024, keep 25 %", f32, lambda: select_and_gather(f32, 0.25)),
         ("select_gather", "select + gather 64x1024x1024, keep 50 %", bf16, lambda: select_and_gather(bf16, 0.5)),
+        ("quantile", "quantiles 64x1024", f32, quantiles),
         ("merge", "ToMe step 16x576x1024, metric 64, merge 144", f32, lambda: tome_step(1024, 64)),
         ("merge", "ToMe step 16x576x1024, metric 1024, merge 144", f32, lambda: tome_step(1024, 1024)),
         ("max_min", "max-min 576x1024, keep 64", f32, lambda: greedy(MAX_MIN, 1, 576, 64)),
@@ -205,7 +230,7 @@ def model_records(op: str, case: str, dtype: torch.dtype, times: dict[str, float
 
 
 @torch.no_grad()
-def encoder(rounds: int) -> list[Record]:
+def encoder(rounds: int, clock: Callable[[], float]) -> list[Record]:
     """CLIP ViT-L/14 at 336 pixels: 24 layers, 577 tokens; pruned before layer 8."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -228,7 +253,7 @@ def encoder(rounds: int) -> list[Record]:
 
     calls: dict[str, Callable[[], object]] = {"unpruned": lambda: model(pixels)}
     calls |= {f"fastxattn keep {share:.0%} from layer 8": pruned(share) for share in SHARES}
-    times = {name: timing.median for name, timing in timing.interleaved(calls, rounds=rounds).items()}
+    times = {name: timing.median for name, timing in timing.interleaved(calls, rounds=rounds, clock=clock).items()}
     # The pruning alone: scores, selection and gathering on tensors of that size.
     query, key, hidden = torch.randn(1, 577, 16, 64), torch.randn(1, 577, 16, 64), torch.randn(577, 1024)
     special = torch.arange(577) < 1
@@ -243,32 +268,28 @@ def encoder(rounds: int) -> list[Record]:
     step()
     spent = []
     for _ in range(20):
-        start = time.perf_counter()
+        start = clock()
         step()
-        spent.append(time.perf_counter() - start)
+        spent.append(clock() - start)
     times["pruning step alone"] = sorted(spent)[10]
-    one = sorted(
-        _layer_seconds(
-            model.vision_model.encoder.layers[0] if hasattr(model, "vision_model") else model.encoder.layers[0]
-        )
-    )
-    times["one encoder layer, 64x1024 tokens"] = one[0]
+    inner = model.vision_model if hasattr(model, "vision_model") else model
+    times["one encoder layer, 64x1024 tokens"] = min(_layer_seconds(inner.encoder.layers[0], clock))
     return model_records("encoder", "ViT-L/14-336, one image", torch.float32, times)
 
 
-def _layer_seconds(layer: torch.nn.Module) -> list[float]:
+def _layer_seconds(layer: torch.nn.Module, clock: Callable[[], float]) -> list[float]:
     """One encoder layer on 4 x 1024 tokens, scaled to the 64 x 1024 of the selection benchmark."""
     x = torch.randn(4, 1024, 1024)
     spent = []
     for _ in range(2):
-        start = time.perf_counter()
+        start = clock()
         layer(x, None)
-        spent.append((time.perf_counter() - start) * 16)
+        spent.append((clock() - start) * 16)
     return spent
 
 
 @torch.no_grad()
-def prefill(rounds: int) -> list[Record]:
+def prefill(rounds: int, clock: Callable[[], float]) -> list[Record]:
     """LLaVA-1.5-7B's widths with 3 of 24 vision and 4 of 32 language layers: 576 image and 64 text tokens, bfloat16."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -309,32 +330,29 @@ def prefill(rounds: int) -> list[Record]:
     }
     calls["fastxattn divprune 25% before the language model"] = pruned(0.25, "divprune", 0)
     calls["fastxattn FastV 25% from language layer 1"] = pruned(0.25, "attention", 1)
-    times = {name: timing.median for name, timing in timing.interleaved(calls, rounds=rounds).items()}
+    times = {name: timing.median for name, timing in timing.interleaved(calls, rounds=rounds, clock=clock).items()}
     return model_records("prefill", "LLaVA-1.5-7B widths, 1/8 of its layers, 576 + 64 tokens", torch.bfloat16, times)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--match", default="", help="only kernel cases whose title contains this")
-    parser.add_argument("--models", choices=("no", "encoder", "prefill", "both"), default="no")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time on one thread")
-    options = parser.parse_args()
+    options_of = parser(rounds=7)
+    options_of.add_argument("--models", choices=("no", "encoder", "prefill", "both"), default="no")
+    options_of.add_argument("--cpu-time", action="store_true", help="processor time on one thread")
+    options = options_of.parse_args()
     if options.cpu_time:
-        torch.set_num_threads(1)
-        time.perf_counter = time.process_time
-    records = run_cases(cases(), rounds=options.rounds, match=options.match) if options.match != "none" else []
-    if options.models in ("encoder", "both"):
-        records += encoder(options.rounds)
-    if options.models in ("prefill", "both"):
-        records += prefill(options.rounds)
-    if options.cpu_time:
-        records = [replace(r, device=f"{r.device}, shared; processor time") for r in records]
-    write_csv(RESULTS, records)
-    for record in records:
-        print(
-            f"{record.case:55s} {record.provider:45s} {record.median_ms:10.3f} ms  {record.ratio:6.2f}x  {record.gate}"
-        )
+        options.threads = 1
+    clock = time.process_time if options.cpu_time else time.perf_counter
+
+    def placed(record: Record) -> Record:
+        return replace(record, device=f"{record.device}, shared; processor time") if options.cpu_time else record
+
+    run("pruning", cases() if options.match != "none" else [], options, placed, clock)
+    models = {"encoder": encoder, "prefill": prefill}
+    for name, measure in models.items():
+        if options.models in (name, "both"):
+            records = [placed(r) for r in measure(options.rounds, clock)]
+            print_table(records, name)
+            write_csv(RESULTS / "pruning.csv", records)
 
 
 if __name__ == "__main__":

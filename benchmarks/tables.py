@@ -1,18 +1,20 @@
 """Rewrites the tables in README.md and docs/: ``python -m benchmarks.tables [--check]``.
 
 A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``, where NAME is a file of benchmarks/results,
-or ``backends`` for what runs where, which is asked of the code. No number in a table is typed by hand.
+``roofline`` for what every CPU kernel reaches of what the machine does at most, or ``backends`` for what runs where,
+which is asked of the code. No number in a table is typed by hand.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
 
 from benchmarks.common import RESULTS
-from fastxattn.bench import read_csv
-from fastxattn.bench.report import markdown_table
+from fastxattn.bench import read_csv, sections
+from fastxattn.bench.report import markdown_table, roofline_table
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
@@ -24,12 +26,22 @@ def updated(text: str) -> str:
     def redraw(match: re.Match[str]) -> str:
         if match[2] == "backends":
             return match[1] + (backends() or match[0].removeprefix(match[1]).removesuffix(match[3])) + match[3]
+        if match[2] == "roofline":
+            return match[1] + roofline() + match[3]
         records = read_csv(RESULTS / f"{match[2]}.csv")
         places = dict.fromkeys(f"{r.device}, {r.threads} threads; {r.versions}" for r in records)
         measured = f"\nMeasured on {'. And on '.join(places)}.\n"
         return match[1] + markdown_table(records, "fastxattn cpu") + measured + match[3]
 
     return BLOCK.sub(redraw, text)
+
+
+def roofline() -> str:
+    """Shares of the roofline from every file of results, and where they were measured."""
+    names = [table.name for table in sections.read_tables(RESULTS) if sections.kind(table) == "speed"]
+    records = [r for name in names for r in read_csv(RESULTS / f"{name}.csv")]
+    places = dict.fromkeys(f"{r.device}, {r.threads} threads" for r in records if math.isfinite(r.roofline))
+    return roofline_table(records) + (f"\nMeasured on {'; '.join(places)}.\n" if places else "")
 
 
 OPERATIONS = {

@@ -1,4 +1,4 @@
-"""Swap BLIP-2's Q-Former in one line, check it against float64, time it against the share of padding, swap it back.
+"""Swap BLIP-2's Q-Former in one line: checked against float64, timed against the share of padding, swapped back.
 
     python examples/swap_qformer.py [--layers 12] [--rounds 5] [--out build/swap_qformer.png]
 
@@ -85,7 +85,8 @@ def draw(times: dict[str, list[float]], names: list[str], path: Path) -> None:
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks([n + 0.19 for n in range(len(names))], [f"{n} is padding" if n != names[0] else n for n in names])
     axes.set_ylabel("ms per batch")
-    axes.legend(fontsize=8, frameon=False)
+    axes.margins(y=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ import torch
 from fastxattn.bench import Case, Workload, read_csv, write_csv
 from fastxattn.bench.memory import peak_extra_bytes
 from fastxattn.bench.registry import run_case, run_cases
-from fastxattn.bench.report import markdown_table, plot_ratios
-from fastxattn.bench.timing import Timing, interleaved
+from fastxattn.bench.report import markdown_table, plot_ratios, roofline_table
+from fastxattn.bench.timing import OutOfTime, Timing, interleaved
 from fastxattn.testing import assert_within_budget, measure_error
 
 
@@ -80,6 +80,43 @@ def test_no_case_begins_when_time_is_up(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "not measured: toy forward float32" in capsys.readouterr().out
     monkeypatch.delenv("FASTXATTN_BENCH_UNTIL")
     assert len(run_cases([case("ok")], rounds=3)) == 2
+
+
+def test_time_is_shared_out_and_what_is_left_is_always_on_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    left, seen, kept = tmp_path / "left", [], []
+
+    def slow() -> Workload:
+        seen.append(left.read_text().splitlines())
+        return Workload({"fastxattn cpu": lambda: time.sleep(0.4), "eager": lambda: None}, "eager", lambda: "ok")
+
+    cases = [case("ok", "first"), Case("toy", "slow", "forward", torch.float32, slow), case("ok", "last")]
+    monkeypatch.setenv("FASTXATTN_BENCH_LEFT", str(left))
+    monkeypatch.setenv("FASTXATTN_BENCH_UNTIL", str(time.time() + 1e9))
+    assert len(run_cases(cases, rounds=3, max_seconds=0.1, keep=kept.append)) == 6
+    assert left.read_text() == ""
+    assert seen == [["slow forward float32", "last forward float32"]]
+    assert [rows[0].case for rows in kept] == ["first", "slow", "last"]
+    monkeypatch.setenv("FASTXATTN_BENCH_UNTIL", "1")
+    assert run_cases(cases) == []
+    assert len(left.read_text().splitlines()) == 3
+
+
+def test_a_case_that_cannot_end_in_time_is_given_up() -> None:
+    with pytest.raises(OutOfTime):
+        interleaved({"slow": lambda: time.sleep(0.05)}, rounds=50, deadline=time.time() + 0.1)
+
+
+def test_rows_carry_their_bounds(tmp_path: Path) -> None:
+    work = Workload({"fastxattn cpu": lambda: None, "eager": lambda: None}, "eager", lambda: "ok", bytes=1e6)
+    (row, _) = run_case(Case("toy", "moves", "forward", torch.float32, lambda: work), rounds=3)
+    assert row.bound == "memory"
+    assert row.roofline > 0
+    assert row.peak_gbytes > 0
+    write_csv(tmp_path / "toy.csv", [row])
+    (again,) = read_csv(tmp_path / "toy.csv")
+    assert again.bound == "memory"
+    assert math.isclose(again.roofline, row.roofline, rel_tol=0.01)
+    assert "| toy | moves | forward | float32 |" in roofline_table([again])
 
 
 def test_a_slow_case_ends_after_three_rounds() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tables
+from benchmarks import pages, tables
 from fastxattn.integrations import swap
 from fastxattn.ops.pruning import STRATEGIES
 from tests import doc_setup
@@ -72,6 +72,16 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             torch.distributed.destroy_process_group()
     if hasattr(found := namespace.get("report"), "swapped"):  # what a snippet's accelerate() did
         assert "exceeds the budget" not in str(found)
+
+
+@pytest.mark.parametrize("name", pages.EXAMPLES)
+def test_executed_pages_are_of_the_scripts_that_are_there(name: str) -> None:
+    text = (pages.PAGES / f"{name}.md").read_text()
+    script = pages.script(name).read_text()
+    assert pages.code_of(text) == script, f"run `python -m benchmarks.pages {name}`"
+    assert pages.code_of(pages.page(name, "said").replace("import torch", "")) != script
+    assert re.search(rf"^```\n\$ python examples/{name}\.py\n.+\n```$", text, re.DOTALL | re.MULTILINE)
+    assert (f"](../images/{pages.picture(name).name})" in text and pages.picture(name).exists()) == pages.EXAMPLES[name]
 
 
 def test_troubleshooting_quotes_messages_that_exist() -> None:

@@ -136,6 +136,15 @@ def test_greedy_rules_on_awkward_rows(backend: str, mode: int, dtype: torch.dtyp
             assert got[119] == -68  # the NaN row comes last
 
 
+@pytest.mark.parametrize("mode", [MAX_MIN, DETERMINANT])
+def test_greedy_may_be_asked_for_nothing(backend: str, mode: int) -> None:
+    counts = torch.tensor([0, 2], dtype=torch.int32)
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    scores = run("greedy", x, backend, x, None, offsets([5, 3]), counts, None, mode, 2)
+    assert (scores[:5] == -torch.inf).all()
+    assert (scores[5:] > -torch.inf).sum() == 2
+
+
 def test_long_sequences_recompute_similarities() -> None:
     """Beyond 4096 tokens no similarity matrix is stored; the picks are those of the definition."""
     torch.manual_seed(0)

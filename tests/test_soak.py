@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.soak.__main__ import MARKS, problems, table
+from benchmarks.soak.makers import MAKERS
 from benchmarks.soak.parts import Outcome, broken
 from benchmarks.soak.problems import one
-from benchmarks.soak.trials import DTYPES, MAKERS, judge
+from benchmarks.soak.trials import DTYPES, Draw, judge, results
+from fastxattn.cli.problems import BUILDERS
 from fastxattn.runtime import native
 
 needs_native = pytest.mark.skipif(native.cpu_library().library is None, reason="needs the CPU kernels")
@@ -30,19 +33,23 @@ def settings():
 @needs_native
 @pytest.mark.parametrize("op", MAKERS)
 def test_every_operation_passes_and_a_wrong_one_does_not(op: str) -> None:
-    for seed in range(4):
-        dtype = DTYPES[seed % 3]
-        trial = MAKERS[op](random.Random(seed), torch.Generator().manual_seed(seed), dtype)
+    for seed in range(3):
+        trial = MAKERS[op](Draw(seed, DTYPES[seed % 3]))
         found = judge(trial, "cpu")
-        assert found.ok, (trial, found)
-        if any(t.numel() for t in trial.function(trial.inputs, "reference")):
+        assert found.ok, (trial.case, found)
+        if any(t.isfinite().any() for name, t in results(trial, "reference", None).items() if name.startswith("out")):
             right = trial.function
 
             def wrong(inputs, backend, right=right):  # type: ignore[no-untyped-def]
                 out = right(inputs, backend)
+                out = out if isinstance(out, tuple) else (out,)
                 return out if backend == "reference" else tuple(t + 1 for t in out)
 
             assert not judge(replace(trial, function=wrong), "cpu").ok
+
+
+def test_no_operation_is_forgotten() -> None:
+    assert {"attention", *MAKERS} >= set(BUILDERS)
 
 
 @needs_native
@@ -53,11 +60,18 @@ def test_a_seed_is_the_same_problem_again(capsys: pytest.CaptureFixture[str]) ->
 
 
 @needs_native
-def test_problems_are_counted_by_operation_backend_and_dtype() -> None:
-    outcome, worst = problems(0.01, 5, "cpu")
+def test_problems_are_counted_by_operation_dtype_and_instruction_set() -> None:
+    outcome = problems(0.01, 5, "cpu")
     assert outcome.failures == []
-    assert sum(outcome.counts.values()) >= 1
-    assert all(", cpu, " in name for name in worst)
+    assert outcome.counts.total() >= 1
+    assert set(outcome.worst) <= set(outcome.counts)
+    assert outcome.spread.total() == 3 * outcome.counts.total()
+
+
+@needs_native
+def test_a_process_that_does_not_start_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert len(problems(0.01, 5, "cpu").failures) == 1
 
 
 def test_broken_files_are_broken() -> None:
@@ -68,12 +82,15 @@ def test_broken_files_are_broken() -> None:
 
 
 def test_the_record_counts_and_names_what_was_not_run() -> None:
-    outcome = Outcome()
-    outcome.counts["attention, cpu, float32"] = 7
+    outcome = Outcome(worst={"attention": 0.5}, small=2)
+    outcome.counts["attention"] = 7
     outcome.failures.append("seed 3")
-    text = table({"cpu": outcome, "ranks": Outcome(skipped="no gloo")}, {"attention, cpu, float32": 0.5}, 5, 1)
+    outcomes = {"cpu": outcome, "sanitized": Outcome(skipped="no compiler"), "ranks": Outcome(skipped="no gloo")}
+    text = table(outcomes, 5, 1)
     assert "7 trials in 5 minutes from seed 1, **1 failures**" in text
-    assert "| attention, cpu, float32 | 7 | 0.50 |" in text
+    assert "| attention | 7 (0.50) |  |" in text
+    assert "CPU kernels under ASan and UBSan: not run, no compiler" in text
+    assert "2 outside their budget by less than a factor of two" in text
     assert "ranks: not run, no gloo" in text
     page = MARKS.sub(lambda m: m[1] + text + m[2], "a\n<!-- soak -->\nold\n<!-- end soak -->\nb")
     assert "old" not in page

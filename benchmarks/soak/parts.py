@@ -1,4 +1,4 @@
-"""The parts of a soak beside the random problems: sanitizers, processes that die, files that are broken."""
+"""What a soak needs beside the random problems: a build with sanitizers, processes that die, files that are broken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,50 +25,34 @@ class Outcome:
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     skipped: str = ""
+    worst: dict[str, float] = field(default_factory=dict)
+    """Per operation the largest error as a share of its budget."""
+    spread: Counter[str] = field(default_factory=Counter)
+    """How many problems had which dtype, instruction set and number of threads."""
+    small: int = 0
+    """Results a little outside their budget."""
 
 
-def python(*arguments: str, timeout: float, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python on this checkout."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, **variables},
-        capture_output=True, text=True, check=False, timeout=timeout,
-    )  # fmt: skip
-
-
-def sanitized(seconds: float, seed: int) -> Outcome:
-    """The torch-free kernels, forward and backward, under AddressSanitizer and UBSan."""
+def sanitizers() -> tuple[dict[str, str], str]:
+    """Environment that runs the CPU library built with AddressSanitizer and UBSan, or why there is none."""
     import build_native
+    from fastxattn.runtime import native
 
-    outcome = Outcome()
     if sys.platform != "linux":
-        outcome.skipped = "LD_PRELOAD of the sanitizer's runtime needs Linux"
-        return outcome
+        return {}, "LD_PRELOAD of the sanitizer's runtime needs Linux"
     try:
-        module = build_native.build_test_module(ROOT / "build/test-module-asan", build_native.Toolchain.find(), True)
+        tool = build_native.Toolchain.find()
+        # What this processor cannot run need not be compiled.
+        tool = replace(tool, isas=tuple(isa for isa in tool.isas if isa in native.available_cpu_isas()))
+        library = build_native.build_cpu(ROOT / "build/asan", tool, sanitize=True)
     except build_native.NativeBuildError as error:
-        outcome.skipped = str(error)
-        return outcome
-    compiler = os.environ.get("CXX", "g++").split()[-1]
-    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    loop = (
-        "import importlib, sys, time; sys.path[:0] = sys.argv[3:5]\n"
-        "native, cases = map(importlib.import_module, ('_fastxattn_native', 'cases'))\n"
-        "end, seed = time.monotonic() + float(sys.argv[1]), int(sys.argv[2])\n"
-        "while time.monotonic() < end:\n"
-        "    for isa in native.isas():\n"
-        "        print(seed, isa, flush=True); cases.run_case(native, seed, isa, workers=1 + seed % 4)\n"
-        "    seed += 1\n"
-    )
-    done = python(
-        "-c", loop, str(seconds), str(seed), str(module.parent), str(ROOT / "tests/native"), timeout=seconds + 300,
-        LD_PRELOAD=runtime.stdout.strip(), ASAN_OPTIONS="detect_leaks=0", OPENBLAS_NUM_THREADS="1",
-    )  # fmt: skip
-    lines = done.stdout.split("\n")[:-1]
-    outcome.counts.update(f"attention, {line.split()[1]}, under ASan and UBSan" for line in lines)
-    if done.returncode != 0:
-        outcome.failures.append(f"sanitizer, seed {lines[-1] if lines else seed}: {done.stderr[-2000:]}")
-    return outcome
+        return {}, str(error)
+    command = [tool.cxx[-1], "-print-file-name=libasan.so"]
+    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "FASTXATTN_SOAK_LIBRARY": str(library.parent), "LD_PRELOAD": runtime, "OPENBLAS_NUM_THREADS": "1",
+        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1",
+    }, ""  # fmt: skip
 
 
 def ranks(seconds: float, seed: int) -> Outcome:

@@ -1,20 +1,30 @@
 """Random problems for so many seconds: ``python -m benchmarks.soak.problems SECONDS SEED BACKEND``.
 
 A process of its own, so that a crash is a finding too: it writes a line for each problem before it runs, and one after.
-The trial of a seed depends on the seed alone; SECONDS 0 runs that seed and nothing else.
+The trial of a seed depends on the seed and the backend alone; SECONDS 0 runs that seed and nothing else. A library in
+FASTXATTN_SOAK_LIBRARY, a folder, takes the place of the installed one: how the sanitizers' build is run.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from benchmarks.soak.trials import DTYPES, MAKERS, judge, judge_attention
+from benchmarks.soak.makers import MAKERS, NO_TRITON
+from benchmarks.soak.trials import DTYPES, Draw, judge, judge_attention
 from fastxattn.runtime import native
+
+ATTENTION = 0.25
+"""Share of the problems that are attention's: it has the most kernels."""
+
+PAUSE = 30.0
+"""Seconds: a problem that took longer was paused by its machine, and does not cost the others their time."""
 
 
 def one(seed: int, backend: str) -> dict[str, object]:
@@ -22,7 +32,8 @@ def one(seed: int, backend: str) -> dict[str, object]:
     r = random.Random(seed)
     dtype, threads = r.choice(DTYPES), r.choice((1, 2, 3, 4))
     isa = r.choice(native.available_cpu_isas()) if backend == "cpu" else "-"
-    op = "attention" if backend == "triton" or r.random() < 0.3 else r.choice(list(MAKERS))
+    ops = [op for op in MAKERS if backend != "triton" or op not in NO_TRITON]
+    op = "attention" if r.random() < ATTENTION else r.choice(ops)
     line = {
         "seed": seed, "op": op, "backend": backend, "isa": isa, "threads": threads,
         "dtype": str(dtype).removeprefix("torch."),
@@ -31,15 +42,16 @@ def one(seed: int, backend: str) -> dict[str, object]:
     torch.set_num_threads(threads)
     if backend == "cpu":
         native.force_cpu_isa(isa)
+    draw = Draw(r.randrange(1 << 30), dtype, backend)
     try:
         if op == "attention":
-            case, found = judge_attention(r, dtype, backend)
+            case, found = judge_attention(draw, backend)
         else:
-            trial = MAKERS[op](r, torch.Generator().manual_seed(seed), dtype)
+            trial = MAKERS[op](draw)
             case, found = trial.case, judge(trial, backend)
     except Exception as error:  # whatever it is, the seed belongs in the record
-        return {**line, "case": "", "fault": f"{type(error).__name__}: {error}", "share": None}
-    share = found.error / found.budget if found.budget else float(found.error > 0)
+        return {**line, "case": "", "fault": f"{type(error).__name__}: {error}", "share": 0.0}
+    share = found.error / found.budget if found.budget else 0.0  # no budget: results that have to be equal
     return {
         **line, "case": case, "result": found.result, "error": found.error, "budget": found.budget, "share": share,
         "fault": found.fault,
@@ -49,11 +61,17 @@ def one(seed: int, backend: str) -> dict[str, object]:
 def main() -> None:
     """Command line; see the module's docstring."""
     seconds, seed, backend = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    end = time.monotonic() + seconds
+    if folder := os.environ.get("FASTXATTN_SOAK_LIBRARY"):
+        native.LIBRARY_DIR = Path(folder)
+        if reason := native.cpu_library().reason:
+            sys.exit(reason)
+    spent, last = 0.0, time.monotonic()
     while True:
         print(json.dumps(one(seed, backend)), flush=True)
         seed += 1
-        if time.monotonic() >= end:
+        now = time.monotonic()
+        spent, last = spent + min(now - last, PAUSE), now
+        if spent >= seconds:
             return
 
 

@@ -44,7 +44,7 @@ int64_t block_of(int64_t count) {
 Tensor floats(const Tensor& like, std::initializer_list<int64_t> size, bool zero) {
   const std::vector<int64_t> shape(size);
   Tensor t = torch::stable::new_empty(like, shape, ScalarType::Float);
-  if (zero) std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(t.numel()) * sizeof(float));
+  if (zero) std::fill_n(static_cast<float*>(t.mutable_data_ptr()), t.numel(), 0.0f);
   return t;
 }
 

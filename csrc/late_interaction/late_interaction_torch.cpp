@@ -36,7 +36,8 @@ std::vector<int32_t> group_sets(TokenSets& side) {
 
 Tensor make(const Tensor& like, int64_t rows, int64_t columns, ScalarType type, int fill) {
   Tensor t = torch::stable::new_empty(like, std::vector<int64_t>{rows, columns}, type);
-  std::memset(t.mutable_data_ptr(), fill, static_cast<size_t>(t.numel()) * 4);
+  // An empty tensor's pointer is null, which memset may not be given.
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), fill, static_cast<size_t>(t.numel()) * 4);
   return t;
 }
 

@@ -65,7 +65,10 @@ class Record:
     device: str = field(default_factory=device_name)
     versions: str = field(default_factory=versions)
     git_sha: str = field(default_factory=git_sha)
-    roofline: float = math.nan  # share of the peak measured in the same run, see fastxattn.bench.roofline
+    roofline: float = math.nan  # share of its bound, which was measured in the same run: fastxattn.bench.roofline
+    bound: str = ""  # compute | memory: what that share is of
+    peak_gflops: float = math.nan  # the two bounds
+    peak_gbytes: float = math.nan
 
 
 def write_csv(path: Path, records: Iterable[Record]) -> None:
@@ -74,18 +77,21 @@ def write_csv(path: Path, records: Iterable[Record]) -> None:
     replaced = {_key(r) for r in records}
     kept = [r for r in read_csv(path) if _key(r) not in replaced] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    fresh = path.with_suffix(".tmp")  # a run that is ended half-way leaves whole files
+    with fresh.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Record)], lineterminator="\n")
         writer.writeheader()
         for record in kept + records:
             row = asdict(record)
-            row["median_ms"], row["ratio"], row["gflops"] = (
-                f"{record.median_ms:.5g}",
-                f"{record.ratio:.3f}",
-                f"{record.gflops:.4g}",
-            )
-            row["roofline"] = f"{record.roofline:.3f}" if math.isfinite(record.roofline) else ""
+            row |= {name: format(row[name], form) for name, form in _FORMS.items()}
+            row |= {name: format(row[name], ".3g") if math.isfinite(row[name]) else "" for name in _OPTIONAL}
             writer.writerow(row)
+    fresh.replace(path)
+
+
+_FORMS = {"median_ms": ".5g", "ratio": ".3f", "gflops": ".4g"}
+_OPTIONAL = ("roofline", "peak_gflops", "peak_gbytes")
+"""Columns that older files lack, and that may be empty."""
 
 
 def _key(record: Record) -> tuple[str, str, str, str, int, str]:
@@ -96,8 +102,7 @@ def read_csv(path: Path) -> list[Record]:
     """Rows written by :func:`write_csv`."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    casts = {"threads": int, "median_ms": float, "ratio": float, "gflops": float}
-    for row in rows:  # files written before there was a roofline have no such column
-        row["roofline"] = row.get("roofline") or "nan"
-    casts["roofline"] = float
+    casts = {"threads": int, **dict.fromkeys((*_FORMS, *_OPTIONAL), float)}
+    for row in rows:
+        row.update({name: row.get(name) or "nan" for name in _OPTIONAL})
     return [Record(**{name: casts.get(name, str)(value) for name, value in row.items()}) for row in rows]  # type: ignore[arg-type]

@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fastxattn.bench.records import Record
 from fastxattn.bench.roofline import measure_peak
-from fastxattn.bench.timing import interleaved
+from fastxattn.bench.timing import OutOfTime, interleaved
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Workload:
     flops: float = 0.0
     """Useful floating-point operations of one call."""
     bytes: float = 0.0
-    """Useful bytes read and written by one call: what bounds an operation that computes little."""
+    """Useful bytes of one call, every input read once and every result written once: what bounds an operation that
+    computes little."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def run_case(
     *,
     rounds: int = 11,
     max_seconds: float = math.inf,
+    deadline: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Record]:
     """Check and time one case. A failing check yields rows without times for our providers.
@@ -59,17 +62,21 @@ def run_case(
         case: what to run.
         rounds: how often every provider is timed.
         max_seconds: no new round begins after so long, except that there are at least three.
+        deadline: see :func:`fastxattn.bench.interleaved`.
         clock: what time is taken with, see :func:`fastxattn.bench.interleaved`.
     """
     workload = case.build()
     gate = workload.check()
     peak = measure_peak(case.dtype)
-    timings = interleaved(workload.providers, rounds=rounds, max_seconds=max_seconds, clock=clock)
+    timings = interleaved(
+        workload.providers, rounds=rounds, max_seconds=max_seconds, deadline=deadline, clock=clock
+    )  # fmt: skip
     rival = timings[workload.rival]
     records = []
     for name, timing in timings.items():
         ours = name.startswith("fastxattn")
         failed = ours and gate != "ok"
+        share, bound = peak.share(workload.flops, workload.bytes, timing.median)
         records.append(
             Record(
                 op=case.op,
@@ -83,31 +90,73 @@ def run_case(
                 ratio=float("nan") if failed else timing.ratio_to(rival),
                 gflops=float("nan") if failed else workload.flops / timing.median / 1e9,
                 gate=gate if ours else "rival",
-                roofline=math.nan if failed else peak.share(workload.flops, workload.bytes, timing.median),
+                roofline=math.nan if failed else share,
+                bound=bound,
+                peak_gflops=peak.gflops,
+                peak_gbytes=peak.gbytes,
             )
         )
     return records
 
 
 def run_cases(
-    cases: Iterable[Case], *, rounds: int = 11, match: str = "", max_seconds: float = math.inf
+    cases: Iterable[Case],
+    *,
+    rounds: int = 11,
+    match: str = "",
+    max_seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+    keep: Callable[[list[Record]], object] = lambda records: None,
 ) -> list[Record]:
-    """Run every case whose title contains ``match``, with a progress bar.
+    """Run every case whose title contains ``match``, with a progress bar; ``keep`` gets each one's rows at once.
 
-    No case begins after the moment in the environment variable FASTXATTN_BENCH_UNTIL (seconds since 1970): how
-    ``fastxattn bench --minutes`` ends in time. What was left out is said.
+    The time until the moment in the environment variable FASTXATTN_BENCH_UNTIL (seconds since 1970) is shared out
+    among the cases; one that cannot end by then is left out, and what was left out is said. See :class:`Pending`.
     """
     from rich.progress import track
 
     until = float(os.environ.get("FASTXATTN_BENCH_UNTIL", "inf"))
-    chosen = [case for case in cases if match in f"{case.op} {case.title}"]
+    pending = Pending(case for case in cases if match in f"{case.op} {case.title}")
     records: list[Record] = []
-    left_out = []
-    for case in track(chosen, description="benchmarks"):
-        if time.time() < until:
-            records += run_case(case, rounds=rounds, max_seconds=max_seconds)
-        else:
-            left_out.append(case.title)
-    if left_out:
-        print(f"out of time, not measured: {'; '.join(left_out)}")
+    for case in track(list(pending.waiting), description="benchmarks"):
+        share = (until - time.time()) / len(pending.waiting)
+        try:
+            if share <= 0:
+                raise OutOfTime
+            limit = min(max_seconds, share)
+            found = run_case(case, rounds=rounds, max_seconds=limit, deadline=until, clock=clock)
+        except OutOfTime:
+            pending.leave_out(case)
+            continue
+        pending.done(case)
+        keep(found)
+        records += found
+    if pending.left_out:
+        print(f"out of time, not measured: {'; '.join(case.title for case in pending.left_out)}")
     return records
+
+
+class Pending:
+    """What is not measured yet, at any moment also in the file that FASTXATTN_BENCH_LEFT names, a title a line.
+
+    ``fastxattn bench`` reads it when a room's process has ended, even if it had to be ended.
+    """
+
+    def __init__(self, cases: Iterable[Case]) -> None:
+        self.waiting, self.left_out = list(cases), list[Case]()
+        self._write()
+
+    def done(self, case: Case) -> None:
+        """``case`` is measured."""
+        self.waiting.remove(case)
+        self._write()
+
+    def leave_out(self, case: Case) -> None:
+        """There is no time for ``case``."""
+        self.waiting.remove(case)
+        self.left_out.append(case)
+        self._write()
+
+    def _write(self) -> None:
+        if path := os.environ.get("FASTXATTN_BENCH_LEFT"):
+            Path(path).write_text("".join(f"{case.title}\n" for case in self.left_out + self.waiting))

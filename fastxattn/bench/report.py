@@ -23,17 +23,23 @@ def print_table(records: Sequence[Record], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title)
-    for column in ("case", "pass", "dtype", "provider", "ms", "x rival", "GFLOP/s", "check"):
-        table.add_column(column, justify="right" if column in ("ms", "x rival", "GFLOP/s") else "left")
+    for column in ("case", "pass", "dtype", "provider", "ms", "x rival", "GFLOP/s", "of peak", "check"):
+        numeric = column in ("ms", "x rival", "GFLOP/s", "of peak")
+        table.add_column(column, justify="right" if numeric else "left")
     for (case, direction, dtype), group in _by_case(records).items():
         for i, r in enumerate(sorted(group, key=lambda r: r.median_ms)):
             head = (case, direction, dtype) if i == 0 else ("", "", "")
             mark = " (rival)" if r.provider == r.rival else ""
-            table.add_row(*head, r.provider + mark, f"{r.median_ms:.3f}", f"{r.ratio:.2f}", f"{r.gflops:.0f}", r.gate)
+            numbers = f"{r.median_ms:.3f}", f"{r.ratio:.2f}", f"{r.gflops:.0f}", of_peak(r)
+            table.add_row(*head, r.provider + mark, *numbers, r.gate)
         table.add_section()
-    console = Console()
     # A log file has no width of its own; wrapped columns would be unreadable there.
-    console.print(table, width=None if console.is_terminal else 150)
+    Console(width=None if Console().is_terminal else 150).print(table)
+
+
+def of_peak(r: Record) -> str:
+    """The share of the bound that a result reached, and which bound; empty where it was not measured."""
+    return f"{r.roofline:.0%} {r.bound}".strip() if math.isfinite(r.roofline) else ""
 
 
 def markdown_table(records: Sequence[Record], provider: str) -> str:
@@ -62,6 +68,20 @@ def markdown_table(records: Sequence[Record], provider: str) -> str:
 def short_device(device: str) -> str:
     """The instruction set that a CPU's name ends with, or the name."""
     return device.rpartition("[")[2].removesuffix("]")
+
+
+def roofline_table(records: Sequence[Record]) -> str:
+    """One markdown row per result of ours that has a bound: what it reached of what the machine does at most."""
+    columns = ("operation", "case", "pass", "dtype", "machine", "of peak", "GFLOP/s, of peak", "GB/s, peak")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---:|---:|---:|"]
+    for r in records:
+        if r.provider.startswith("fastxattn") and math.isfinite(r.roofline):
+            peaks = (f" of {p:.0f}" if math.isfinite(p) else "" for p in (r.peak_gflops, r.peak_gbytes))
+            compute, memory = peaks
+            cells = of_peak(r), f"{r.gflops:.0f}{compute}" if r.gflops else "", memory.removeprefix(" of ")
+            names = r.op, r.case, r.direction, r.dtype, f"{short_device(r.device)} x {r.threads}"
+            lines.append(f"| {' | '.join((*names, *cells))} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "Not measured yet: `make bench`.\n"
 
 
 def plot_ratios(records: Sequence[Record], provider: str, path: Path, title: str) -> None:

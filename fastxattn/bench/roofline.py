@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,10 @@ class Peak:
     gflops: float
     """GFLOP/s of all threads in use, each as fast as one alone on cached data."""
     gbytes: float
-    """GB/s read and written by a large copy."""
+    """GB/s to and from memory: a large copy's, or a large sum's where reading alone is faster."""
 
-    def share(self, flops: float, moved: float, seconds: float) -> float:
-        """How much of the bound a call reached: the least time it could have taken / the time it took.
+    def share(self, flops: float, moved: float, seconds: float) -> tuple[float, str]:
+        """How much of its bound a call reached: the least time it could have taken / the time it took.
 
         Args:
             flops: useful operations; 0 when they do not bound it.
@@ -32,32 +33,39 @@ class Peak:
             seconds: what the call took.
 
         Returns:
-            NaN when there is nothing to compare with.
+            The share and which bound it is, ``compute`` or ``memory``; NaN and "" when there is nothing to compare
+            with. What lies in a cache may exceed the memory's bound.
         """
-        bounds = (flops, self.gflops), (moved, self.gbytes)
-        least = [work / (peak * 1e9) for work, peak in bounds if work and peak > 0]
-        return max(least) / seconds if least else math.nan
+        bounds = (flops, self.gflops, "compute"), (moved, self.gbytes, "memory")
+        least = [(work / (peak * 1e9), bound) for work, peak, bound in bounds if work and peak > 0]
+        longest, bound = max(least, default=(math.nan, ""))
+        return longest / seconds, bound
 
 
 def measure_peak(dtype: torch.dtype) -> Peak:
-    """Measure both (about a tenth of a second); on a machine with a GPU in use, NaN.
+    """Measure both (about a fifth of a second); on a machine with a GPU in use, NaN.
 
     bfloat16 on a processor without a bfloat16 dot product computes in float32, and float16 always does: their peak is
     float32's there.
     """
     if torch.cuda.is_available():
         return Peak(math.nan, math.nan)
-    return Peak(native.peak_gflops(dtype) * torch.get_num_threads() or math.nan, copy_gbytes())
+    return Peak(native.peak_gflops(dtype) * torch.get_num_threads() or math.nan, memory_gbytes())
 
 
-def copy_gbytes() -> float:
-    """GB/s of copying 128 MiB with torch's threads: bytes read plus bytes written."""
+def memory_gbytes() -> float:
+    """GB/s that torch's threads move: of copying 128 MiB (bytes read plus bytes written) or of summing them."""
     if not _buffers:
         _buffers.extend(torch.ones(_COPY) for _ in range(2))
     source, target = _buffers
-    best = math.inf
+    copying = _fastest(lambda: target.copy_(source))
+    return max(2 * source.nbytes / copying, source.nbytes / _fastest(source.sum)) / 1e9
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    times = []
     for _ in range(3):
         start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best / 1e9
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

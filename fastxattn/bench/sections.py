@@ -140,7 +140,8 @@ def speed(table: Table) -> str:
         line = [r["case"], r["direction"], r["dtype"], r["threads"], r["provider"], r["rival"],
                 shown_number(r["median_ms"]), shown_number(r["ratio"], "{:.2f}x"), shown_number(r["gflops"]),
                 r["gate"]]  # fmt: skip
-        cells.append([*line, shown_number(r.get("roofline") or "", "{:.0%}")] if roofline else line)
+        share = f"{shown_number(r.get('roofline') or '', '{:.0%}')} {r.get('bound') or ''}".strip()
+        cells.append([*line, share] if roofline else line)
     note = f"<p>{refused} of {len(rows)} rows have no speed: outside their error budget.</p>" if refused else ""
     return chart + note + as_html([*columns, "of peak"] if roofline else columns, cells)
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 
 
+class OutOfTime(Exception):
+    """Three rounds would end too late."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds per call of one provider, one entry per round."""
@@ -41,6 +45,7 @@ def interleaved(
     rounds: int = 11,
     min_seconds: float = 0.004,
     max_seconds: float = math.inf,
+    deadline: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time every provider in turn, ``rounds`` times over, the order rotating from round to round.
@@ -48,9 +53,13 @@ def interleaved(
     Each entry is the mean of as many calls as fill ``min_seconds``, so that microsecond calls are measurable. After
     ``max_seconds`` no new round begins, except that there are at least three. ``clock=time.process_time``, on one
     thread, measures what a call takes of a processor that other work shares.
+
+    Raises:
+        OutOfTime: the first calls say that three rounds would not end by ``deadline`` (as ``time.time()`` counts).
     """
     began = time.perf_counter()
     repeats: dict[str, int] = {}
+    round_seconds = 0.0
     for name, call in providers.items():
         taken_once = 0.0
         for _ in range(2):  # the first call may compile and fill caches; one of a second or more says enough
@@ -60,6 +69,9 @@ def interleaved(
                 _synchronize()
                 taken_once = clock() - start
         repeats[name] = max(1, round(min_seconds / max(taken_once, 1e-7)))
+        round_seconds += repeats[name] * taken_once
+        if time.time() + 3 * round_seconds > deadline:
+            raise OutOfTime
     names, taken = list(providers), {name: [] for name in providers}  # type: ignore[var-annotated]
     for i in range(rounds):
         if i >= 3 and time.perf_counter() - began > max_seconds:

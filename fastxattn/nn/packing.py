@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -102,14 +101,6 @@ class Layout:
         if packed.shape[0] != self.packed.values.shape[0]:
             raise ValueError(f"{name} must have {self.packed.values.shape[0]} rows; got {packed.shape[0]}")
         return packed
-
-
-def map_tokens(
-    tokens: Tokens, mask: torch.Tensor | None, function: Callable[[torch.Tensor], torch.Tensor], *, name: str
-) -> Tokens:
-    """``function`` applied to the present rows only; the result in the tokens' own form."""
-    packed, layout = pack(tokens, mask, name=name)
-    return layout.restore(function(packed.values))
 
 
 def check_same_batch(query: PackedTokens, context: PackedTokens) -> None:

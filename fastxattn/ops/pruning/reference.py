@@ -143,7 +143,7 @@ def _max_min(unit: Tensor, weight: Tensor, invalid: Tensor, seeds: list[int], co
     others = gram.clone().fill_diagonal_(-torch.inf)
     others[:, invalid] = -torch.inf
     # value: minus the similarity to the nearest picked row; NaN once picked.
-    value = -others.amax(1) if count else others.new_zeros(0)
+    value = -others.amax(1) if unit.shape[0] else others.new_zeros(0)
     value[invalid] = -torch.inf
     picked: list[int] = []
     while len(picked) < count:
