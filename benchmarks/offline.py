@@ -194,6 +194,8 @@ def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
 
 
 def _type_of(name: str, case: Case) -> str:
+    if name in ("p_lse", "p_part_lse") and case.dtype == "fp32" and case.kernel in ("forward", "split", "merge"):
+        return "*fp64"
     if name.startswith("p_"):
         pointers = POINTERS | (offline_losses.pointers(case.kernel) if case.op in offline_losses.OPS else {})
         known = [prefix for prefix in pointers if name.startswith(prefix)]

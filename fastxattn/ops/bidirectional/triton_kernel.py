@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastxattn.ops.attention.triton.backward import across, anchor_of, load_norm, load_statistic, rows_by_keys
+from fastxattn.ops.attention.triton.backward import anchor_of, load_norm, load_statistic
 from fastxattn.ops.attention.triton.common import (
+    across,
     adjust_scores,
     dot,
     find_sequence,
@@ -20,6 +21,7 @@ from fastxattn.ops.attention.triton.common import (
     load_rows,
     narrow,
     power,
+    rows_by_keys,
     unit_of,
 )
 from fastxattn.ops.attention.triton.config import Tile
@@ -147,7 +149,7 @@ def tile_for(query: Tensor, dim: int) -> Tile:
 def bidirectional_forward(problem: BidirectionalProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``fastxattn::bidirectional_triton``."""
     (out_a, lse_a), (out_b, lse_b) = (attention_forward(*problem.direction(reader)) for reader in (0, 1))
-    return out_a, out_b, lse_a, lse_b
+    return out_a, out_b, lse_a.float(), lse_b.float()
 
 
 def bidirectional_backward(

@@ -137,7 +137,8 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     rows, heads = query.shape[:2]
     kv_heads, batch, group = key.shape[1], launch.batch, launch.group
     out = query.new_zeros(rows, heads, value.shape[2])
-    lse = query.new_full((heads, rows), -torch.inf, dtype=torch.float32)
+    exact = query.dtype == torch.float32
+    lse = query.new_full((heads, rows), -torch.inf, dtype=torch.float64 if exact else torch.float32)
     if out.numel() == 0 or batch == 0 or key.shape[0] == 0:
         return out, lse
     splits = config.splits_for(launch.slots_q, launch.slots_k, batch, group)
@@ -178,7 +179,8 @@ def attention_backward(
             grads[name] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     if query.numel() and key.shape[0] and launch.batch and out.numel():
         with on_device(query):
-            _launch_backward(launch, dense_rows(grad_out), grad_lse, out.contiguous(), lse.contiguous(), grads, wanted)
+            lse = lse.float().contiguous()  # an anchor: the sums make up for what rounding takes
+            _launch_backward(launch, dense_rows(grad_out), grad_lse, out.contiguous(), lse, grads, wanted)
     return grads["query"], grads["key"], grads["value"], grads["key_bias"], grads["bias"]
 
 
