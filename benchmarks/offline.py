@@ -137,6 +137,8 @@ def compile_case(case: Case, arch: str) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fastxattn.ops.attention.triton import config
+
     kernel, constants = _kernel_of(case)
     block_m, block_n, warps, stages = (int(n) for n in re.findall(r"\d+", case.tile))
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
@@ -156,6 +158,10 @@ def compile_case(case: Case, arch: str) -> Row:
     if missing:
         raise KeyError(f"{case.kernel}: no value for {missing}")
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    if case.op not in offline_losses.OPS:
+        warps = config.warps_on(
+            config.Tile(block_m, block_n, warps, stages), int(case.dtype[2:]) // 8, target.backend == "hip"
+        )
     options = {"num_warps": warps, "num_stages": stages}
     done = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
     read = _read_amd if arch.startswith("gfx") else _read_nvidia

@@ -34,6 +34,7 @@ from fastxattn.ops.attention.triton.launch import (
     padded_dim,
     precision,
     tiles,
+    warps_of,
 )
 from fastxattn.ops.bidirectional.config import TILES
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
@@ -93,7 +94,6 @@ def bidirectional_backward_rows(
         o_y = tl.minimum(start_y + o_n, rows_y - 1)
         o_head_y = o_y * 0 + i_head
         b_k = load_rows(p_qy + i_head64 * stride_qyh, o_y, stride_qyr, m_n, True, HEAD_DIM, BLOCK_D)
-        b_w = load_rows(p_vy + i_head64 * stride_vyh, o_y, stride_vyr, m_n, True, DIM_Y, BLOCK_Y)
         b_dw = load_rows(p_doy + i_head64 * stride_oyh, o_y, stride_oyr, m_n, True, DIM_X, BLOCK_X)
         m_seen = m_m[:, None] & m_n[None, :]
         b_s = rows_by_keys(b_q, b_k, EXACT, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -109,12 +109,9 @@ def bidirectional_backward_rows(
         if EXACT:
             b_p = b_p / load_norm(p_norm_x, o_x, o_head_x, rows_x, m_m)[:, None]
             b_r = b_r / load_norm(p_norm_y, o_y, o_head_y, rows_y, m_n)[None, :]
-        b_dp = rows_by_keys(b_do, b_w, EXACT, PRECISION)
         b_dr = across(b_v, b_dw, EXACT, PRECISION)
         b_dropped = b_r
         if p_seed_x is not None:
-            b_keep = keep_mask(p_seed_x, o_x, i_first, o_head_x, dropout_p, BLOCK_N)
-            b_dp = tl.where(b_keep, b_dp / (1.0 - dropout_p), 0.0)
             b_keep = tl.trans(keep_mask(p_seed_y, o_y, i_block * BLOCK_M, o_head_y, dropout_p, BLOCK_M))
             b_dr = tl.where(b_keep, b_dr / (1.0 - dropout_p), 0.0)
             b_dropped = tl.where(b_keep, b_r / (1.0 - dropout_p), 0.0)
@@ -122,6 +119,12 @@ def bidirectional_backward_rows(
         b_delta_y = load_statistic(p_delta_y, o_y, o_head_y, rows_y, m_n)
         b_dr = tl.where(m_seen, b_r * (b_dr - b_delta_y[None, :]), 0.0)
         b_dbias += tl.sum(b_dr, 1)
+        # Only now: registers hold six blocks already, and b_dw has left them.
+        b_w = load_rows(p_vy + i_head64 * stride_vyh, o_y, stride_vyr, m_n, True, DIM_Y, BLOCK_Y)
+        b_dp = rows_by_keys(b_do, b_w, EXACT, PRECISION)
+        if p_seed_x is not None:
+            b_keep = keep_mask(p_seed_x, o_x, i_first, o_head_x, dropout_p, BLOCK_N)
+            b_dp = tl.where(b_keep, b_dp / (1.0 - dropout_p), 0.0)
         b_ds = tl.where(m_seen, b_p * (b_dp - b_delta_x[:, None]), 0.0) + b_dr
         if SOFTCAP:
             b_ds = tl.where(m_seen, b_ds * (1.0 - b_tanh * b_tanh), 0.0)
@@ -187,7 +190,7 @@ def _launch(
             batch=problem.cu_seqlens_a.numel() - 1, heads=heads, scale=problem.scale, softcap=problem.softcap,
             dropout_p=problem.dropout_p, SOFTCAP=problem.softcap != 0.0, HEAD_DIM=head_dim, DIM_X=dim_x, DIM_Y=dim_y,
             BLOCK_D=padded_dim(head_dim), BLOCK_X=padded_dim(dim_x), BLOCK_Y=padded_dim(dim_y), BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n, PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_N=tile.block_n, PRECISION=precision(), num_warps=warps_of(tile, query), num_stages=tile.stages,
         )  # fmt: skip
 
 

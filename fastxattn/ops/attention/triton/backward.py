@@ -259,8 +259,6 @@ def attention_backward_key(
             b_q = load_rows(
                 p_q + o_head.to(tl.int64)[:, None] * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D
             )
-            p_dout_rows = p_dout + o_head.to(tl.int64)[:, None] * stride_oh
-            b_do = load_rows(p_dout_rows, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
             b_lse = anchor_of(p_lse, o_row, o_head, rows_q, m_m, length_k, p_norm is not None, UNIT)
             b_delta = load_statistic(p_delta, o_row, o_head, rows_q, m_m)
             b_s = across(b_k, b_q, p_norm is not None, PRECISION)
@@ -272,6 +270,8 @@ def attention_backward_key(
             b_p = tl.where(m_seen, power(b_s - b_lse[None, :], UNIT), 0.0)
             if p_norm is not None:
                 b_p = b_p / load_norm(p_norm, o_row, o_head, rows_q, m_m)[None, :]
+            p_dout_rows = p_dout + o_head.to(tl.int64)[:, None] * stride_oh
+            b_do = load_rows(p_dout_rows, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
             b_dp = across(b_v, b_do, p_norm is not None, PRECISION)
             b_dropped = b_p
             if p_seed is not None:

@@ -64,14 +64,21 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def rows_by_keys(b_rows, b_keys, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_rows @ b_keys^T, with EXACT from two chains of additions, which lose fewer digits than one."""
-    if EXACT and b_rows.shape[1] >= 32:
+def chained(b_rows, b_keys, CHAINS: tl.constexpr, PRECISION: tl.constexpr):
+    """b_rows @ b_keys^T from up to CHAINS chains of additions, none shorter than 16."""
+    if CHAINS > 1 and b_rows.shape[1] >= 32:
         b_rows_0, b_rows_1 = tl.split(tl.reshape(b_rows, (b_rows.shape[0], b_rows.shape[1] // 2, 2)))
         b_keys_0, b_keys_1 = tl.split(tl.reshape(b_keys, (b_keys.shape[0], b_keys.shape[1] // 2, 2)))
-        b_other = rows_by_keys(-b_rows_1, b_keys_1, EXACT, PRECISION)
-        return rows_by_keys(b_rows_0, b_keys_0, EXACT, PRECISION) - b_other
+        # Subtracted: the compiler would fold an addition into one chain again.
+        b_other = chained(-b_rows_1, b_keys_1, CHAINS // 2, PRECISION)
+        return chained(b_rows_0, b_keys_0, CHAINS // 2, PRECISION) - b_other
     return dot(b_rows, tl.trans(b_keys), None, PRECISION)
+
+
+@triton.jit
+def rows_by_keys(b_rows, b_keys, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """b_rows @ b_keys^T, with EXACT from chains of 16 additions, which lose fewer digits than one long chain."""
+    return chained(b_rows, b_keys, 16 if EXACT else 1, PRECISION)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from fastxattn.ops.attention.triton.common import (
     adjust_scores,
+    chained,
     chunk_of,
     dot_seen,
     find_rows,
@@ -21,7 +22,6 @@ from fastxattn.ops.attention.triton.common import (
     log_sum_exp,
     narrow,
     power,
-    rows_by_keys,
     span_of_keys,
     unit_of,
 )  # fmt: skip
@@ -44,7 +44,7 @@ def forward_step(
     b_k = load_rows(p_k, o_row_k, stride_k, m_n, MASKED, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     b_v = load_rows(p_v, o_row_k, stride_v, m_n, MASKED, VALUE_DIM, BLOCK_DV)
     m_seen = m_row[:, None] & m_n[None, :]
-    b_s = rows_by_keys(b_q, b_k, b_q.dtype == tl.float32, PRECISION)  # [BLOCK_M, BLOCK_N]
+    b_s = chained(b_q, b_k, 4 if b_q.dtype == tl.float32 else 1, PRECISION)  # [BLOCK_M, BLOCK_N]
     b_s, _tanh = adjust_scores(
         b_s, p_key_bias, p_bias, o_row[:, None], o_row_k[None, :], o_pos[:, None], (o_row_k - base_k)[None, :],
         o_head[:, None], m_seen, stride_key_bias, stride_bias_q, stride_bias_k, stride_bias_h, scale, softcap,

@@ -116,8 +116,13 @@ class Launch:
             "KEY_BIAS_HEADS": p.key_bias is not None and p.key_bias.ndim == 2,
             "HEAD_DIM": p.query.shape[2], "VALUE_DIM": p.value.shape[2], "BLOCK_D": block_d, "BLOCK_DV": block_dv,
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PRECISION": precision(),
-            "num_warps": tile.warps, "num_stages": tile.stages,
+            "num_warps": warps_of(tile, p.query), "num_stages": tile.stages,
         }  # fmt: skip
+
+
+def warps_of(tile: Tile, query: Tensor) -> int:
+    """Warps to launch a tile with."""
+    return config.warps_on(tile, query.element_size(), torch.version.hip is not None)
 
 
 def dense_rows(x: Tensor) -> Tensor:
