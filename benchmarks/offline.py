@@ -259,17 +259,29 @@ def _compile(job: tuple[Case, str]) -> Row | str:
         return f"{job[0]} on {job[1]}: {type(error).__name__}: {str(error)[-400:]}"
 
 
-def run(archs: tuple[str, ...] = TARGETS, match: str = "", known: Iterable[Row] = ()) -> tuple[list[Row], list[str]]:
+def run(
+    archs: tuple[str, ...] = TARGETS, match: str = "", known: Iterable[Row] = (), table: Path | None = None
+) -> tuple[list[Row], list[str]]:
     """Rows of the cases whose ``op.kernel.dtype.variant.dim`` contains ``match``, and messages of what failed.
 
-    Those among ``known`` are not compiled again and not returned.
+    Those among ``known`` are not compiled again and not returned. ``table`` is written after every row: a run that is
+    cut short can be resumed.
     """
+    known = list(known)
     done_before = {(row.case(), row.arch) for row in known}
     chosen = [c for c in cases() if match in f"{c.op}.{c.kernel}.{c.dtype}.{c.variant}.{c.dim}."]
     todo = [(case, arch) for arch in archs for case in chosen if (case, arch) not in done_before]
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        done = list(pool.map(_compile, todo, chunksize=1))
-    return [r for r in done if isinstance(r, Row)], [r for r in done if isinstance(r, str)]
+        rows: list[Row] = []
+        errors: list[str] = []
+        for done in pool.map(_compile, todo, chunksize=1):
+            if isinstance(done, str):
+                errors.append(done)
+            else:
+                rows.append(done)
+                if table is not None:
+                    write(table, [*known, *rows])
+    return rows, errors
 
 
 def read(path: Path) -> list[Row]:
@@ -303,9 +315,7 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("offline.py compiles; unset TRITON_INTERPRET")
     known = read(options.csv) if options.resume and options.csv and options.csv.exists() else []
-    rows, errors = run(tuple(options.arch or TARGETS), options.match, known)
-    if options.csv:
-        write(options.csv, [*known, *rows])
+    rows, errors = run(tuple(options.arch or TARGETS), options.match, known, options.csv)
     for row in rows:
         print(*(f"{value}" for value in asdict(row).values()), "; ".join(row.faults()) or "ok", sep=", ")
     for message in errors:

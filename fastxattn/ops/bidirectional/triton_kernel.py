@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastxattn.ops.attention.schema import NEEDS as ATTENTION_NEEDS
 from fastxattn.ops.attention.triton.backward import anchor_of, load_norm, load_statistic
 from fastxattn.ops.attention.triton.common import (
     across,
@@ -27,6 +28,7 @@ from fastxattn.ops.attention.triton.common import (
 from fastxattn.ops.attention.triton.config import Tile
 from fastxattn.ops.attention.triton.launch import (
     Launch,
+    attention_backward,
     attention_forward,
     dense_rows,
     exact_rows,
@@ -94,6 +96,7 @@ def bidirectional_backward_rows(
         o_y = tl.minimum(start_y + o_n, rows_y - 1)
         o_head_y = o_y * 0 + i_head
         b_k = load_rows(p_qy + i_head64 * stride_qyh, o_y, stride_qyr, m_n, True, HEAD_DIM, BLOCK_D)
+        b_w = load_rows(p_vy + i_head64 * stride_vyh, o_y, stride_vyr, m_n, True, DIM_Y, BLOCK_Y)
         b_dw = load_rows(p_doy + i_head64 * stride_oyh, o_y, stride_oyr, m_n, True, DIM_X, BLOCK_X)
         m_seen = m_m[:, None] & m_n[None, :]
         b_s = rows_by_keys(b_q, b_k, EXACT, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -109,9 +112,12 @@ def bidirectional_backward_rows(
         if EXACT:
             b_p = b_p / load_norm(p_norm_x, o_x, o_head_x, rows_x, m_m)[:, None]
             b_r = b_r / load_norm(p_norm_y, o_y, o_head_y, rows_y, m_n)[None, :]
+        b_dp = rows_by_keys(b_do, b_w, EXACT, PRECISION)
         b_dr = across(b_v, b_dw, EXACT, PRECISION)
         b_dropped = b_r
         if p_seed_x is not None:
+            b_keep = keep_mask(p_seed_x, o_x, i_first, o_head_x, dropout_p, BLOCK_N)
+            b_dp = tl.where(b_keep, b_dp / (1.0 - dropout_p), 0.0)
             b_keep = tl.trans(keep_mask(p_seed_y, o_y, i_block * BLOCK_M, o_head_y, dropout_p, BLOCK_M))
             b_dr = tl.where(b_keep, b_dr / (1.0 - dropout_p), 0.0)
             b_dropped = tl.where(b_keep, b_r / (1.0 - dropout_p), 0.0)
@@ -119,12 +125,6 @@ def bidirectional_backward_rows(
         b_delta_y = load_statistic(p_delta_y, o_y, o_head_y, rows_y, m_n)
         b_dr = tl.where(m_seen, b_r * (b_dr - b_delta_y[None, :]), 0.0)
         b_dbias += tl.sum(b_dr, 1)
-        # Only now: registers hold six blocks already, and b_dw has left them.
-        b_w = load_rows(p_vy + i_head64 * stride_vyh, o_y, stride_vyr, m_n, True, DIM_Y, BLOCK_Y)
-        b_dp = rows_by_keys(b_do, b_w, EXACT, PRECISION)
-        if p_seed_x is not None:
-            b_keep = keep_mask(p_seed_x, o_x, i_first, o_head_x, dropout_p, BLOCK_N)
-            b_dp = tl.where(b_keep, b_dp / (1.0 - dropout_p), 0.0)
         b_ds = tl.where(m_seen, b_p * (b_dp - b_delta_x[:, None]), 0.0) + b_dr
         if SOFTCAP:
             b_ds = tl.where(m_seen, b_ds * (1.0 - b_tanh * b_tanh), 0.0)
@@ -167,8 +167,32 @@ def bidirectional_backward(
         grads[name] = problem.query_a.new_zeros(shape if name in wanted else (0,), dtype=dtype)
     if all(t.numel() for t in problem[:4]) and problem.cu_seqlens_a.numel() > 1:
         with on_device(problem.query_a):
-            _launch(results, problem, grads, wanted)
+            dims = (t.shape[2] for t in problem[1:4])
+            wide = problem.query_a.dtype == torch.float32 and max(dims) > max(TILES["single"])
+            (_one_by_one if wide else _launch)(results, problem, grads, wanted)
     return tuple(grads[name] for name in NEEDS)
+
+
+def _one_by_one(
+    results: tuple[Tensor, ...], problem: BidirectionalProblem, grads: dict[str, Tensor], wanted: set[str]
+) -> None:  # fmt: skip
+    """Attention's backward pass of each direction, for heads so wide that no tile of both fits the registers."""
+    heads = problem.query_a.shape[1]
+    for reader, (mine, other) in enumerate(("ab", "ba")):
+        names = {
+            "query": f"query_{mine}",
+            "key": f"query_{other}",
+            "value": f"value_{other}",
+            "key_bias": f"bias_{other}",
+        }
+        one = problem.direction(reader)
+        if one.key_bias is not None and one.key_bias.ndim == 1:
+            one = one._replace(key_bias=one.key_bias[:, None].expand(-1, heads).contiguous())
+        needs = sum(bit for name, bit in ATTENTION_NEEDS.items() if names.get(name) in wanted)
+        found = attention_backward(results[reader], None, results[2 + reader], results[4 + reader], *one, needs)
+        for name, grad in zip(ATTENTION_NEEDS, found, strict=True):
+            if (to := names.get(name)) in wanted:
+                grads[to] += grad.T if name == "key_bias" else grad
 
 
 def _launch(

@@ -77,8 +77,12 @@ def chained(b_rows, b_keys, CHAINS: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def rows_by_keys(b_rows, b_keys, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_rows @ b_keys^T, with EXACT from chains of 16 additions, which lose fewer digits than one long chain."""
-    return chained(b_rows, b_keys, 16 if EXACT else 1, PRECISION)
+    """b_rows @ b_keys^T, with EXACT from several chains of additions, which lose fewer digits than one.
+
+    In chains of 16, except where only two of them leave dK and dV in registers.
+    """
+    CHAINS: tl.constexpr = 2 if b_rows.shape[1] == 128 else 16
+    return chained(b_rows, b_keys, CHAINS if EXACT else 1, PRECISION)
 
 
 @triton.jit
