@@ -34,4 +34,6 @@ def main(name: str, cases: Callable[[bool], Iterable[Case]], provider: str = "fa
     print_table(records, f"{name}, {options.threads} threads")
     if not options.no_save:
         write_csv(RESULTS / f"{name}.csv", records)
-        plot_ratios(read_csv(RESULTS / f"{name}.csv"), provider, IMAGES / f"{name}.png", f"{name}: {records[0].device}")
+        records = read_csv(RESULTS / f"{name}.csv")
+        devices = ", ".join(dict.fromkeys(r.device for r in records))
+        plot_ratios(records, provider, IMAGES / f"{name}.png", f"{name}: {devices}")

@@ -25,8 +25,8 @@ def updated(text: str) -> str:
         if match[2] == "backends":
             return match[1] + (backends() or match[0].removeprefix(match[1]).removesuffix(match[3])) + match[3]
         records = read_csv(RESULTS / f"{match[2]}.csv")
-        first = records[0]
-        measured = f"\nMeasured on {first.device}, {first.threads} threads; {first.versions}.\n"
+        places = dict.fromkeys(f"{r.device}, {r.threads} threads; {r.versions}" for r in records)
+        measured = f"\nMeasured on {'. And on '.join(places)}.\n"
         return match[1] + markdown_table(records, "fastxattn cpu") + measured + match[3]
 
     return BLOCK.sub(redraw, text)

@@ -36,75 +36,100 @@ FXA_INLINE vf load_operand_row(const T* p, int64_t left) {
   }
 }
 
-// scores[j * ld] = query . row j, for n rows; the query is a packed row.
+// scores[j * ld + i] = query i . the part of row j that lane i's head reads, from `at[i]` on. Rows are read from end to
+// end, all heads of them, W products at a time; `queries` are packed rows.
 template <class E, class T>
-static void score_rows(const E* query, const T* const* rows, int64_t n, int64_t depth, float* scores, int64_t ld) {
+static void score_rows(const E* queries, int64_t query_ld, const T* const* rows, int64_t n, const int64_t* at,
+                       int64_t lanes, int64_t depth, float* scores, int64_t ld) {
   constexpr int64_t pair = __is_same(E, float) ? 1 : 2, step = W * pair;
-  for (int64_t j = 0; j < n; j += W) {
+  const int64_t whole = depth / step * step;
+  for (int64_t t = 0, j = 0, i = 0; t < n * lanes; t += W) {
+    const int64_t here = least(W, n * lanes - t);
+    const float* query[W];
+    const T* row[W];
+    float* to[W];
+    for (int64_t x = 0; x < W; ++x) {
+      query[x] = reinterpret_cast<const float*>(queries + i * query_ld);
+      row[x] = rows[j] + at[i];
+      to[x] = scores + j * ld + i;
+      if (x + 1 < here && ++i == lanes) i = 0, ++j;  // past the last product, the last one again
+    }
+    if (++i == lanes) i = 0, ++j;
     vf sum[W];
-    for (int i = 0; i < W; ++i) sum[i] = zero();
-    const int64_t here = least(W, n - j);
-    for (int64_t c = 0; c < depth; c += step) {
-      const vf q = load(reinterpret_cast<const float*>(query) + c / pair);
-      if (here == W && c + step <= depth) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i)
-          sum[i] = multiply_elements(query, q, load_operand_row<E>(rows[j + i] + c, step), sum[i]);
-      } else {
-        for (int64_t i = 0; i < here; ++i) {
-          sum[i] = multiply_elements(query, q, load_operand_row<E>(rows[j + i] + c, depth - c), sum[i]);
+#pragma GCC unroll 4
+    for (int64_t x = 0; x < W; x += 4) {
+      vf part[4] = {zero(), zero(), zero(), zero()};
+      for (int64_t c = 0; c < whole; c += step) {
+#pragma GCC unroll 4
+        for (int64_t y = 0; y < 4; ++y) {
+          part[y] = multiply_elements(queries, load(query[x + y] + c / pair), load_operand_row<E>(row[x + y] + c, step),
+                                      part[y]);
         }
       }
+#pragma GCC unroll 4
+      for (int64_t y = 0; y < 4; ++y) {
+        sum[x + y] = part[y];
+        if (whole == depth) continue;
+        sum[x + y] = multiply_elements(queries, load(query[x + y] + whole / pair),
+                                       load_operand_row<E>(row[x + y] + whole, depth - whole), sum[x + y]);
+      }
     }
-    float result[W];
-    store(result, sum_each(sum));
-    for (int64_t i = 0; i < here; ++i) scores[(j + i) * ld] = result[i];
+    const vf result = sum_each(sum);
+    for (int64_t x = 0; x < here; ++x) *to[x] = result[x];
   }
 }
 
-// acc[c] = acc[c] * alpha + sum_j weight(j) * rows[j][c]; a null row is skipped. Weights as softmax_step leaves them.
+// acc[i][c] = acc[i][c] * alpha[i] + sum_j weights[j * ld + i] * rows[j][at[i] + c] for every lane i, over the keys
+// [key, key + n) that it sees: a row that a lane does not see may hold NaN and is skipped, not weighted by zero.
+// Without `alpha`, acc is kept as it is. Weights as softmax_step leaves them.
 template <class E, class T>
-static void add_rows(const float* weights, int64_t ld, const T* const* rows, int64_t n, int64_t columns, float alpha,
-                     float* acc) {
-  for (int64_t c = 0; c < columns; c += 2 * W) {
-    vf low = load(acc + c) * splat(alpha), high = load(acc + c + W) * splat(alpha);
-    vf low2 = zero(), high2 = zero();
-    const int64_t left = columns - c;
-    for (int64_t j = 0; j < n; j += 2) {
-      const T* a = rows[j];
-      const T* b = j + 1 < n ? rows[j + 1] : nullptr;
-      if constexpr (!__is_same(E, float)) {
-#if defined(FXA_HAS_BF16_DOT)
-        vf first, second;
-        interleave_bf16(a ? load_elements(a + c, left) : zero(), b ? load_elements(b + c, left) : zero(), first,
-                        second);
-        const vf w = splat(weights[j / 2 * ld]);
-        low = multiply_elements(static_cast<const bf16x2*>(nullptr), w, first, low);
-        high = multiply_elements(static_cast<const bf16x2*>(nullptr), w, second, high);
-#endif
+static void add_rows(const float* weights, int64_t ld, const T* const* rows, int64_t n, const int64_t* at,
+                     const Lanes& lanes, int64_t key, int64_t columns, const float* alpha, float* acc, int64_t acc_ld) {
+  static constexpr T kZeros[256] = {};
+  const bool masked = !lanes.sees_all(key, key + n);
+  for (int64_t j = 0; j < n; j += 4) {
+    for (int64_t i = 0; i < lanes.count; ++i) {
+      const T* row[4];
+      bool there[4];
+      for (int64_t x = 0; x < 4; ++x) {
+        there[x] = j + x < n && (!masked || lanes.sees(i, key + j + x));
+        row[x] = there[x] ? rows[j + x] + at[i] : kZeros;
+      }
+      float* out = acc + i * acc_ld;
+      const vf old = splat(alpha != nullptr && j == 0 ? alpha[i] : 1.0f);
+      if constexpr (__is_same(E, float)) {
+        vf w[4];
+#pragma GCC unroll 4
+        for (int64_t x = 0; x < 4; ++x) w[x] = splat(there[x] ? weights[(j + x) * ld + i] : 0.0f);
+        const auto add = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
+          vf sum = w[0] * load_first_as_f32(row[0] + c, left);
+#pragma GCC unroll 4
+          for (int64_t x = 1; x < 4; ++x) sum = fma(w[x], load_first_as_f32(row[x] + c, left), sum);
+          store(out + c, fma(load(out + c), old, sum));
+        };
+        const int64_t whole = columns / W * W;
+        for (int64_t c = 0; c < whole; c += W) add(c, W);
+        if (whole < columns) add(whole, columns - whole);
       } else {
-        if (a != nullptr) {
-          const vf w = splat(weights[j * ld]);
-          low = fma(w, load_first_as_f32(a + c, left), low);
-          if (left > W) high = fma(w, load_first_as_f32(a + c + W, left - W), high);
+#if defined(FXA_HAS_BF16_DOT)
+        // Weights come in pairs of keys; a key that a lane does not see has weight 0 there.
+        const vf first = splat(weights[j / 2 * ld + i]);
+        const vf second = j + 2 < n ? splat(weights[(j / 2 + 1) * ld + i]) : zero();
+        for (int64_t c = 0; c < columns; c += 2 * W) {
+          vf x[4], low[2], high[2];
+          for (int64_t y = 0; y < 4; ++y) x[y] = load_elements(row[y] + c, columns - c);
+          interleave_bf16(x[0], x[1], low[0], high[0]);
+          interleave_bf16(x[2], x[3], low[1], high[1]);
+          const E* tag = nullptr;
+          const vf left = multiply_elements(tag, second, low[1], multiply_elements(tag, first, low[0], zero()));
+          const vf right = multiply_elements(tag, second, high[1], multiply_elements(tag, first, high[0], zero()));
+          store(out + c, fma(load(out + c), old, left));
+          store(out + c + W, fma(load(out + c + W), old, right));
         }
-        if (b != nullptr) {
-          const vf w = splat(weights[(j + 1) * ld]);
-          low2 = fma(w, load_first_as_f32(b + c, left), low2);
-          if (left > W) high2 = fma(w, load_first_as_f32(b + c + W, left - W), high2);
-        }
+#endif
       }
     }
-    store(acc + c, low + low2);
-    store(acc + c + W, high + high2);
   }
-}
-
-// Asks for the given slots' rows of one head of key or value.
-template <class T>
-static void prefetch_rows(const AttentionParams& p, const T* base, int64_t stride, int64_t n, int64_t slot,
-                          int64_t end) {
-  for (; slot < end; ++slot) PanelPrefetch<T>::touch(base + key_row_of(p, slot) * stride, n);
 }
 
 template <class T>
@@ -135,44 +160,29 @@ static void forward_few(const AttentionParams& p, const ForwardItem& item, float
   clear(s.acc, lanes.count * acc_ld);
   clear(s.scores, kFewKeys * ld);
 
+  int64_t key_at[kLaneBlock], value_at[kLaneBlock];  // where a lane's head begins in a row
+  for (int64_t i = 0; i < lanes.count; ++i) {
+    key_at[i] = s.head[i] / group * p.key_head;
+    value_at[i] = s.head[i] / group * p.value_head;
+  }
   const int64_t key_end = lanes.begin == nullptr ? item.key_end : least(item.key_end, lanes.last);
   for (int64_t k = item.key_begin; k < key_end; k += kFewKeys) {
     const int64_t keys = least(kFewKeys, key_end - k);
     if (!lanes.sees_any(k, k + keys)) continue;
     const bool masked = !lanes.sees_all(k, k + keys);
-    for (int64_t j = 0; j < keys; ++j) s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
-    const int64_t next = sequence.first_k + least(k + kFewKeys, key_end);
-    const int64_t next_end = sequence.first_k + least(k + 2 * kFewKeys, key_end);
-    for (int64_t head = item.head_begin; head < item.head_end; ++head) {
-      for (int64_t j = 0; j < keys; ++j) {
-        s.key_at[j] = static_cast<const T*>(p.key) + s.key_row[j] * p.key_row + head * p.key_head;
-      }
-      const int64_t first = (head - item.head_begin) * per_head;
-      prefetch_rows(p, static_cast<const T*>(p.key) + head * p.key_head, p.key_row, p.head_dim, next, next_end);
-      for (int64_t i = first; i < first + per_head; ++i) {
-        score_rows<Element<T>>(s.queries + i * s.key_ld, s.key_at, keys, p.head_dim, s.scores + i, ld);
-      }
+    for (int64_t j = 0; j < keys; ++j) {
+      s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
+      s.key_at[j] = static_cast<const T*>(p.key) + s.key_row[j] * p.key_row;
+      s.value_at[j] = static_cast<const T*>(p.value) + s.key_row[j] * p.value_row;
     }
+    score_rows<Element<T>>(s.queries, s.key_ld, s.key_at, keys, key_at, lanes.count, p.head_dim, s.scores, ld);
     if (transform || masked) {
       if (s.extra != nullptr) gather_bias(p, item.sequence, sequence, 0, lanes, s.key_row, keys, s.extra, ld);
       adjust_scores(p, s.scores, keys, ld, transform, s.extra, nullptr, masked, lanes, k);
     }
     softmax_tile<T>(s.scores, keys, ld, ld, c, s.m, s.l, s.alpha, s.weights);
     if (p.dropout_p > 0.0f) drop_weights<T>(p, 0, lanes, k, keys, s.weights, ld);
-    for (int64_t i = 0; i < lanes.count; ++i) {
-      const int64_t head = s.head[i] / group;
-      if (i % per_head == 0) {
-        prefetch_rows(p, static_cast<const T*>(p.value) + head * p.value_head, p.value_row, p.value_dim, next,
-                      next_end);
-      }
-      for (int64_t j = 0; j < keys; ++j) {
-        // A row that a lane does not see may hold NaN: it is skipped, not weighted by zero.
-        s.value_at[j] = masked && !lanes.sees(i, k + j)
-                            ? nullptr
-                            : static_cast<const T*>(p.value) + s.key_row[j] * p.value_row + head * p.value_head;
-      }
-      add_rows<Element<T>>(s.weights + i, ld, s.value_at, keys, p.value_dim, s.alpha[i], s.acc + i * acc_ld);
-    }
+    add_rows<Element<T>>(s.weights, ld, s.value_at, keys, value_at, lanes, k, p.value_dim, s.alpha, s.acc, acc_ld);
   }
 
   double lse[kLaneBlock];

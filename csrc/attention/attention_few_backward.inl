@@ -11,7 +11,8 @@ namespace fastxattn::FXA_ISA {
 template <class T>
 struct FewBackwardScratch : BackwardScratch<T> {
   int64_t query_ld, grad_ld;
-  float *queries, *grads, *acc;  // [lane][query_ld], [lane][grad_ld], [lane][query_ld]
+  float *queries, *grads, *acc;    // [lane][query_ld], [lane][grad_ld], [lane][query_ld]
+  int64_t *key_from, *value_from;  // where a lane's head begins in a row
 
   FewBackwardScratch(const AttentionParams& p, Arena& arena, int64_t tiles)
       : BackwardScratch<T>(p, arena, kLaneBlock, 0, tiles) {
@@ -19,6 +20,8 @@ struct FewBackwardScratch : BackwardScratch<T> {
     queries = arena.take<float>(kLaneBlock * query_ld);
     grads = arena.take<float>(kLaneBlock * grad_ld);
     acc = arena.take<float>(kLaneBlock * query_ld);
+    key_from = arena.take<int64_t>(kLaneBlock);
+    value_from = arena.take<int64_t>(kLaneBlock);
   }
 };
 
@@ -32,6 +35,8 @@ static Lanes few_lanes(const AttentionParams& p, const AttentionGradients& g, co
     s.row[i] = query_row_of(p, sequence.first_q + i % per_head / group);
     s.head[i] = static_cast<int32_t>((item.head_begin + i / per_head) * group + i % group);
     s.lane[i] = item.head_begin * per_head + i;
+    s.key_from[i] = s.head[i] / group * p.key_head;
+    s.value_from[i] = s.head[i] / group * p.value_head;
   }
   finish_lanes(p, sequence, s.begin, s.end, lanes);
   for (int64_t i = 0; i < lanes.width; ++i) {
@@ -47,34 +52,29 @@ static Lanes few_lanes(const AttentionParams& p, const AttentionGradients& g, co
   return lanes;
 }
 
+// Addresses of the rows of one panel of keys, and of their values.
+template <class T>
+static void few_rows(const AttentionParams& p, const Sequence& sequence, int64_t k, int64_t keys,
+                     const FewBackwardScratch<T>& s) {
+  for (int64_t j = 0; j < keys; ++j) {
+    s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
+    s.key_at[j] = static_cast<const T*>(p.key) + s.key_row[j] * p.key_row;
+    s.value_at[j] = static_cast<const T*>(p.value) + s.key_row[j] * p.value_row;
+  }
+}
+
 // P and dP of one panel of keys for all lanes.
 template <class T>
 static void few_weights(const AttentionParams& p, const AttentionGradients& g, const BackwardItem& item,
                         const Sequence& sequence, const Lanes& lanes, int64_t k, int64_t keys,
                         const FewBackwardScratch<T>& s, const BackwardScratch<T>& t) {
-  const int64_t ld = lanes.width, per_head = sequence.queries * p.group();
-  const T* key = static_cast<const T*>(p.key);
-  const T* value = static_cast<const T*>(p.value);
+  const int64_t ld = lanes.width;
   clear(t.scores, keys * ld);
   clear(t.dscores, keys * ld);
-  for (int64_t j = 0; j < keys; ++j) s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
-  for (int64_t j = 0; j < keys; j += kFewKeys) {
-    const int64_t n = least(kFewKeys, keys - j), slot = sequence.first_k + k + j + n;
-    const int64_t ahead = least(slot + kFewKeys, sequence.first_k + item.key_end);
-    for (int64_t head = item.head_begin; head < item.head_end; ++head) {
-      for (int64_t i = 0; i < n; ++i) {
-        s.key_at[i] = key + s.key_row[j + i] * p.key_row + head * p.key_head;
-        s.value_at[i] = value + s.key_row[j + i] * p.value_row + head * p.value_head;
-      }
-      prefetch_rows(p, key + head * p.key_head, p.key_row, p.head_dim, slot, ahead);
-      if (g.needs_scores()) prefetch_rows(p, value + head * p.value_head, p.value_row, p.value_dim, slot, ahead);
-      const int64_t first = (head - item.head_begin) * per_head;
-      for (int64_t i = first; i < first + per_head; ++i) {
-        score_rows<float>(s.queries + i * s.query_ld, s.key_at, n, p.head_dim, t.scores + j * ld + i, ld);
-        if (!g.needs_scores()) continue;
-        score_rows<float>(s.grads + i * s.grad_ld, s.value_at, n, p.value_dim, t.dscores + j * ld + i, ld);
-      }
-    }
+  few_rows(p, sequence, k, keys, s);
+  score_rows<float>(s.queries, s.query_ld, s.key_at, keys, s.key_from, lanes.count, p.head_dim, t.scores, ld);
+  if (g.needs_scores()) {
+    score_rows<float>(s.grads, s.grad_ld, s.value_at, keys, s.value_from, lanes.count, p.value_dim, t.dscores, ld);
   }
   const bool masked = !lanes.sees_all(k, k + keys);
   tile_weights<T>(p, item.sequence, sequence, 0, lanes, 0, k, keys, masked, t);
@@ -111,19 +111,14 @@ static void few_panel(const AttentionParams& p, const AttentionGradients& g, con
     uncap_dscores(keys * ld, t);
   }
   if (p.dropout_p > 0.0f) drop_weights<float>(p, 0, lanes, k, keys, t.scores, ld);
-  for (int64_t j = 0; j < keys; ++j) s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
-  for (int64_t head = item.head_begin; head < item.head_end; ++head) {
-    const int64_t first = (head - item.head_begin) * per_head, last = first + per_head;
-    for (int64_t i = first; g.grad_query && i < last; ++i) {
-      for (int64_t j = 0; j < keys; ++j) {
-        // A row that a lane does not see may hold NaN: it is skipped, not weighted by zero.
-        s.key_at[j] = lanes.sees(i, k + j) ? static_cast<const T*>(p.key) + s.key_row[j] * p.key_row + head * p.key_head
-                                           : nullptr;
-      }
-      add_rows<float>(t.dscores + i, ld, s.key_at, keys, p.head_dim, 1.0f, s.acc + i * s.query_ld);
-    }
-    for (int64_t j = 0; j < keys; ++j) {
-      const float *weights = t.scores + j * ld, *dscores = t.dscores + j * ld;
+  few_rows(p, sequence, k, keys, s);
+  if (g.grad_query) {
+    add_rows<float>(t.dscores, ld, s.key_at, keys, s.key_from, lanes, k, p.head_dim, nullptr, s.acc, s.query_ld);
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    const float *weights = t.scores + j * ld, *dscores = t.dscores + j * ld;
+    for (int64_t head = item.head_begin; head < item.head_end; ++head) {
+      const int64_t first = (head - item.head_begin) * per_head, last = first + per_head;
       if (key_partial != nullptr) {
         float* to = key_partial + (head * sequence.keys + k + j) * (p.head_dim + p.value_dim);
         combine_lanes(dscores, s.queries, s.query_ld, lanes, first, last, k + j, p.scale, to, p.head_dim);

@@ -69,7 +69,7 @@ class Record:
 
 
 def write_csv(path: Path, records: Iterable[Record]) -> None:
-    """Write ``records``, keeping the file's rows for other (op, case, direction, dtype, threads)."""
+    """Write ``records``, keeping the file's rows for other (op, case, direction, dtype, threads, device)."""
     records = list(records)
     replaced = {_key(r) for r in records}
     kept = [r for r in read_csv(path) if _key(r) not in replaced] if path.exists() else []
@@ -88,8 +88,8 @@ def write_csv(path: Path, records: Iterable[Record]) -> None:
             writer.writerow(row)
 
 
-def _key(record: Record) -> tuple[str, str, str, str, int]:
-    return record.op, record.case, record.direction, record.dtype, record.threads
+def _key(record: Record) -> tuple[str, str, str, str, int, str]:
+    return record.op, record.case, record.direction, record.dtype, record.threads, record.device
 
 
 def read_csv(path: Path) -> list[Record]:

@@ -37,17 +37,31 @@ def print_table(records: Sequence[Record], title: str) -> None:
 
 
 def markdown_table(records: Sequence[Record], provider: str) -> str:
-    """One markdown row per case: our provider's time and its ratio to the rival."""
-    lines = ["| case | pass | dtype | rival | rival ms | ms | speed-up |", "|---|---|---|---|---:|---:|---:|"]
+    """One markdown row per case: for each device the rival's time, our provider's and the ratio."""
+    devices = list(dict.fromkeys(r.device for r in records))
+    columns = ["rival ms", "ms", "speed-up"]
+    if len(devices) > 1:
+        columns = [f"{column} [{short_device(d)}]" for d in devices for column in columns]
+    lines = [f"| case | pass | dtype | rival | {' | '.join(columns)} |", "|---|---|---|---|" + "---:|" * len(columns)]
     for (case, direction, dtype), group in _by_case(records).items():
-        ours = [r for r in group if r.provider == provider]
-        theirs = [r for r in group if r.provider == r.rival]
-        if ours and theirs:
+        cells = []
+        for device in devices:
+            ours = [r for r in group if r.provider == provider and r.device == device]
+            theirs = [r for r in group if r.provider == r.rival and r.device == device]
+            if not (ours and theirs):
+                cells += ["", "", ""]
+                continue
             a, b = ours[0], theirs[0]
-            ours_ms = f"{a.median_ms:.3g} | {a.ratio:.2f}x" if a.gate == "ok" else "- | outside its error budget"
-            times = f"{b.provider} | {b.median_ms:.3g} | {ours_ms}"
-            lines.append(f"| {case} | {direction} | {dtype} | {times} |")
+            cells += [f"{b.median_ms:.3g}"]
+            cells += [f"{a.median_ms:.3g}", f"{a.ratio:.2f}x"] if a.gate == "ok" else ["-", "outside its error budget"]
+        if any(cells):
+            lines.append(f"| {case} | {direction} | {dtype} | {group[0].rival} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def short_device(device: str) -> str:
+    """The instruction set that a CPU's name ends with, or the name."""
+    return device.rpartition("[")[2].removesuffix("]")
 
 
 def plot_ratios(records: Sequence[Record], provider: str, path: Path, title: str) -> None:
@@ -58,14 +72,16 @@ def plot_ratios(records: Sequence[Record], provider: str, path: Path, title: str
     import matplotlib.pyplot as plt
 
     ours = [r for r in records if r.provider == provider and math.isfinite(r.ratio)]
-    dtypes = sorted({r.dtype for r in ours})
+    series = sorted({(r.dtype, r.device) for r in ours})
+    several = len({device for _, device in series}) > 1
     names = list(dict.fromkeys(f"{r.case}, {r.direction}" for r in ours))
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.4))
-    height = 0.8 / max(1, len(dtypes))
-    for i, dtype in enumerate(dtypes):
-        values = {f"{r.case}, {r.direction}": r.ratio for r in ours if r.dtype == dtype}
+    height = 0.8 / max(1, len(series))
+    for i, (dtype, device) in enumerate(series):
+        values = {f"{r.case}, {r.direction}": r.ratio for r in ours if (r.dtype, r.device) == (dtype, device)}
+        label = f"{dtype}, {short_device(device)}" if several else dtype
         places = [names.index(name) + i * height for name in values]
-        bars: Any = axes.barh(places, list(values.values()), height * 0.92, label=dtype)
+        bars: Any = axes.barh(places, list(values.values()), height * 0.92, label=label)
         axes.bar_label(bars, fmt="%.1fx", padding=2, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names, fontsize=8)
