@@ -137,6 +137,8 @@ def compile_case(case: Case, arch: str) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fastxattn.ops.attention.triton import config
+
     kernel, constants = _kernel_of(case)
     block_m, block_n, warps, stages = (int(n) for n in re.findall(r"\d+", case.tile))
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
@@ -156,6 +158,10 @@ def compile_case(case: Case, arch: str) -> Row:
     if missing:
         raise KeyError(f"{case.kernel}: no value for {missing}")
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    if case.op not in offline_losses.OPS:
+        warps = config.warps_on(
+            config.Tile(block_m, block_n, warps, stages), int(case.dtype[2:]) // 8, target.backend == "hip"
+        )
     options = {"num_warps": warps, "num_stages": stages}
     done = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
@@ -194,6 +200,8 @@ def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
 
 
 def _type_of(name: str, case: Case) -> str:
+    if name in ("p_lse", "p_part_lse") and case.dtype == "fp32" and case.kernel in ("forward", "split", "merge"):
+        return "*fp64"
     if name.startswith("p_"):
         pointers = POINTERS | (offline_losses.pointers(case.kernel) if case.op in offline_losses.OPS else {})
         known = [prefix for prefix in pointers if name.startswith(prefix)]
@@ -251,17 +259,29 @@ def _compile(job: tuple[Case, str]) -> Row | str:
         return f"{job[0]} on {job[1]}: {type(error).__name__}: {str(error)[-400:]}"
 
 
-def run(archs: tuple[str, ...] = TARGETS, match: str = "", known: Iterable[Row] = ()) -> tuple[list[Row], list[str]]:
+def run(
+    archs: tuple[str, ...] = TARGETS, match: str = "", known: Iterable[Row] = (), table: Path | None = None
+) -> tuple[list[Row], list[str]]:
     """Rows of the cases whose ``op.kernel.dtype.variant.dim`` contains ``match``, and messages of what failed.
 
-    Those among ``known`` are not compiled again and not returned.
+    Those among ``known`` are not compiled again and not returned. ``table`` is written after every row: a run that is
+    cut short can be resumed.
     """
+    known = list(known)
     done_before = {(row.case(), row.arch) for row in known}
     chosen = [c for c in cases() if match in f"{c.op}.{c.kernel}.{c.dtype}.{c.variant}.{c.dim}."]
     todo = [(case, arch) for arch in archs for case in chosen if (case, arch) not in done_before]
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        done = list(pool.map(_compile, todo, chunksize=1))
-    return [r for r in done if isinstance(r, Row)], [r for r in done if isinstance(r, str)]
+        rows: list[Row] = []
+        errors: list[str] = []
+        for done in pool.map(_compile, todo, chunksize=1):
+            if isinstance(done, str):
+                errors.append(done)
+            else:
+                rows.append(done)
+                if table is not None:
+                    write(table, [*known, *rows])
+    return rows, errors
 
 
 def read(path: Path) -> list[Row]:
@@ -295,9 +315,7 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("offline.py compiles; unset TRITON_INTERPRET")
     known = read(options.csv) if options.resume and options.csv and options.csv.exists() else []
-    rows, errors = run(tuple(options.arch or TARGETS), options.match, known)
-    if options.csv:
-        write(options.csv, [*known, *rows])
+    rows, errors = run(tuple(options.arch or TARGETS), options.match, known, options.csv)
     for row in rows:
         print(*(f"{value}" for value in asdict(row).values()), "; ".join(row.faults()) or "ok", sep=", ")
     for message in errors:

@@ -58,7 +58,7 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
     for block_n in (n // 2, n * 2):
         if 16 <= block_n <= 128:
             yield m, block_n, warps, stages
-    yield m, n, 12 - warps, stages  # 4 and 8
+    yield m, n, 4 if warps == 8 else 8, stages
     for depth in (stages - 1, stages + 1):
         if 1 <= depth <= 4:
             yield m, n, warps, depth

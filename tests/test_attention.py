@@ -1,6 +1,7 @@
 """Every attention backend against the float64 reference: budgets, instruction sets, isolation, repeatability."""
 
 import functools
+from collections import defaultdict
 
 import pytest
 import torch
@@ -139,25 +140,38 @@ def cases(draw):
     )
 
 
-@given(cases(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_shape(case, dtype, seed):
-    """Random shapes and options: close to float64 everywhere, and zeros, NaN and infinities in the same places."""
-    problem, run = case.problem(dtype, seed=seed), runner("cpu")
-    assume(bool(contract.rows_in_use(problem)[0].any()))  # where nothing is seen: tests/test_attention_inputs.py
-    found = contract.results(run, problem)
-    oracle, eager = contract.expectations(problem)
-    for name, t in found.items():
-        report = contract.measure_error(name, t, oracle[name], eager[name], backward=name.startswith("grad_"))
-        # A ratio of mean errors is luck on shapes like these; the largest error is held to the budget. On a handful of
-        # numbers that is luck too (eager's one number may be exact): those are held to rounding itself.
-        assert report.same_nonfinite, str(report)
-        if t.numel() >= 32:
-            assert report.max_error <= report.max_budget, str(report)
-        else:
-            size = oracle[name].nan_to_num(0.0, 0.0, 0.0).abs().max() if t.numel() else 0.0
-            assert report.max_error <= 8 * torch.finfo(dtype).eps * max(1.0, float(size)), str(report)
-    contract.check_unseen(run, problem)
+def test_any_shape():
+    """Random shapes and options: close to float64 everywhere, and zeros, NaN and infinities in the same places.
+
+    Two equally good roundings of n numbers differ by luck: the ratio of their mean errors passes 1.25 with a chance of
+    12 % at n = 32 and 1 % at 128, that of their largest errors passes 2 with 29 % at n = 1, 5 % at 8, 0.5 % at 32 (and
+    numbers of one row err together, so n counts for less). So largest errors keep the budget from 32 numbers on, fewer
+    are held to rounding itself, and mean errors keep theirs over all shapes together.
+    """
+    run, means = runner("cpu"), defaultdict(list)
+
+    @given(cases(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**31))
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    def one(case, dtype, seed):
+        problem = case.problem(dtype, seed=seed)
+        assume(bool(contract.rows_in_use(problem)[0].any()))  # where nothing is seen: tests/test_attention_inputs.py
+        found = contract.results(run, problem)
+        oracle, eager = contract.expectations(problem)
+        for name, t in found.items():
+            report = contract.measure_error(name, t, oracle[name], eager[name], backward=name.startswith("grad_"))
+            assert report.same_nonfinite, str(report)
+            if t.numel() >= 32:
+                assert report.max_error <= report.max_budget, str(report)
+            else:
+                size = oracle[name].nan_to_num(0.0, 0.0, 0.0).abs().max() if t.numel() else 0.0
+                assert report.max_error <= 8 * torch.finfo(dtype).eps * max(1.0, float(size)), str(report)
+            means[name, dtype].append((report.mean_error * t.numel(), report.mean_budget * t.numel()))
+        contract.check_unseen(run, problem)
+
+    one()
+    for what, pairs in means.items():
+        error, budget = (sum(column) for column in zip(*pairs, strict=True))
+        assert error <= budget, f"{what}: mean errors of all shapes sum to {error:.3g}, their budgets to {budget:.3g}"
 
 
 # Dropout ---------------------------------------------------------------------------------------------------------

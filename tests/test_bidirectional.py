@@ -105,6 +105,7 @@ def test_cpu(feature, dtype):
         ("plain", torch.float32),
         ("softcap", torch.float32),
         ("dropout", torch.float32),
+        ("wide", torch.float32),
         ("biases", torch.bfloat16),
         ("dropout", torch.float16),
     ],
@@ -121,7 +122,8 @@ def test_triton(feature, dtype, monkeypatch):
     monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
     monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
     with checked_accesses():
-        check(one_pass("triton"), dtype, **(FEATURES[feature] | SHORT))
+        wide = {"dims": (24, 130, 16)} if feature == "wide" else {}  # goes one direction after the other
+        check(one_pass("triton"), dtype, **(FEATURES[feature] | SHORT | wide))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -156,6 +156,19 @@ def test_infonce_options(name):
     compare(infonce_loss, a * 3 if "normalize" in options else a, b, 12.0, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["hard", "queues", "smoothed groups, queue, hard"])
+def test_parts_of_the_loss_add_up_before_they_are_rounded(name, dtype):
+    a, b = features(N, M, D, dtype, fit=0.3)
+    options = {k: v.to(dtype) if k.startswith(("queue", "hard")) else v for k, v in INFONCE_OPTIONS[name].items()}
+    compare(infonce_loss, a, b, 12.0, **options)
+
+
+def test_both_sides_of_one_tensor_add_up_before_they_are_rounded():
+    a, _ = features(N, N, D, torch.bfloat16)
+    compare(infonce_loss, a, a, 10.0, shared=True, groups=random_ids(N, 30, 1), exclude_self=True)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_sigmoid_options(name):
     a, b = features(N, M, D, fit=0.3)

@@ -45,9 +45,7 @@ def test_options(name, dtype):
     a, b = features(N, M, D, dtype, fit=0.3)
     options = rounded({**OPTIONS, **INFONCE_OPTIONS}[name], dtype)
     a = a * 3 if "normalize" in options else a
-    # Autograd adds the parts of in-batch and further negatives, each rounded to 16 bits on its way.
-    tolerance = 2e-3 if dtype != torch.float32 and {"queue_b", "hard_negatives"} & options.keys() else None
-    compare(infonce_loss, a, b, 12.0, tolerance, backend="triton", **options)
+    compare(infonce_loss, a, b, 12.0, backend="triton", **options)
     if name in OPTIONS:
         compare(sigmoid_loss, a, b, 12.0, bias=-5.0, backend="triton", **options)
 

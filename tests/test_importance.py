@@ -1,5 +1,6 @@
 """Key importance against the float64 reference, on every backend and instruction set, with every gradient."""
 
+import importlib.util
 import os
 
 import pytest
@@ -78,16 +79,19 @@ def results(fn, problem, *, backward=True):
     return found
 
 
-def check(backend, problem, *, backward=True, allowed_mean=1.0):
+def reports(backend, problem, *, backward=True):
+    """Every result's errors beside its budget."""
     ours = results(lambda p: dispatch.score_of(p, p.scale, backend), problem, backward=backward)
     wide = {n: t.double() for n in LEAVES if (t := getattr(problem, n)) is not None}
     oracle = results(importance_reference, problem._replace(**wide), backward=backward)
     dtype = problem.query.dtype
     eager = results(lambda p: importance_reference(p, matmul_dtype=dtype), problem, backward=backward)
-    for name, value in ours.items():
-        report = measure_error(name, value, oracle[name], eager[name], backward=name != "score")
-        inside = report.ok or (report.mean_error <= allowed_mean * report.mean_budget and report.same_nonfinite)
-        assert inside and report.max_error <= report.max_budget, str(report)
+    return [measure_error(n, value, oracle[n], eager[n], backward=n != "score") for n, value in ours.items()]
+
+
+def check(backend, problem, *, backward=True):
+    for report in reports(backend, problem, backward=backward):
+        assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -108,23 +112,46 @@ def test_cpu(feature, dtype):
     [*((f, torch.float32) for f in FEATURES), ("gqa_bias", torch.bfloat16), ("range_softcap", torch.float16)],
     ids=str,
 )
-def test_triton(feature, dtype, monkeypatch):
+def test_triton(feature, dtype, small_tiles):
+    check("triton", interpretable(feature, dtype, (5, 0, 33, 1), (20, 9, 40, 7)))
+
+
+@pytest.mark.parametrize("feature", ["gqa_bias", "range_softcap", "probe", "wide"])
+def test_triton_on_longer_rows(feature, small_tiles):
+    """Mean errors over several problems together: of the six rows of one probe their ratio is luck."""
+    mean, budget = {}, {}
+    for seed in range(1, 4):
+        problem = interpretable(feature, torch.float32, (5, 0, 61, 3), (20, 9, 70, 7), seed=seed)
+        for report in reports("triton", problem):
+            assert report.same_nonfinite and report.max_error <= report.max_budget, str(report)
+            mean[report.name] = mean.get(report.name, 0.0) + report.mean_error
+            budget[report.name] = budget.get(report.name, 0.0) + report.mean_budget
+    assert all(mean[name] <= budget[name] for name in mean), (mean, budget)
+
+
+def interpretable(feature, dtype, lengths_q, lengths_k, seed=0):
+    """A problem that the interpreter, a program at a time, gets through; on a device the whole one."""
+    options = FEATURES[feature]
+    if TRITON_DEVICE == "cpu":
+        options = {"heads": 2, "kv_heads": 2} | options | {"lengths_q": lengths_q, "lengths_k": lengths_k}
+    return make(dtype, device=TRITON_DEVICE, seed=seed, **options)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """In the interpreter, several tiles each way even for short sequences, and no access outside a tensor."""
     pytest.importorskip("triton")
     from fastxattn.ops.attention.triton import launch
     from fastxattn.ops.attention.triton.config import Tile
     from fastxattn.ops.importance import triton_kernel
 
     if TRITON_DEVICE == "cuda":
-        return check("triton", make(dtype, device=TRITON_DEVICE, **FEATURES[feature]))
+        yield
+        return
     monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
     monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
-    short = FEATURES[feature] | {"lengths_q": (5, 0, 33, 1), "lengths_k": (20, 9, 40, 7)}
-    if "heads" not in short:
-        short |= {"heads": 2, "kv_heads": 2}
-    # A known miss, in docs/performance/importance.md: mean errors of gradients at 1.03 and 1.09 times their budgets.
-    miss = feature == "range_softcap" and dtype == torch.float32
     with checked_accesses():
-        check("triton", make(dtype, **short), allowed_mean=1.1 if miss else 1.0)
+        yield
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
@@ -252,7 +279,9 @@ def test_bad_input(change, error, match):
 
 def test_nan_weight_of_a_query_reaches_only_the_keys_it_sees():
     """A query that sees nothing adds nothing, whatever its weight; one that sees some keys reaches no others."""
-    backends = ("reference", "cpu") if native.cpu_library().reason is None else ("reference",)
+    backends = ["reference"] + ["cpu"] * (native.cpu_library().reason is None)
+    if TRITON_DEVICE == "cpu" and importlib.util.find_spec("triton") is not None:
+        backends.append("triton")
     problem = make(torch.float32, lengths_q=(3, 70), lengths_k=(40, 130), kv_range=False, row_weight=1)
     ranges = torch.tensor([[0, 40]] * 3 + [[0, 130]] * 70 + [[0, 0]] * 2, dtype=torch.int32)
     ranges[1], ranges[2], ranges[50] = torch.tensor([7, 7]), torch.tensor([0, 5]), torch.tensor([100, 120])

@@ -208,6 +208,7 @@ std::tuple<Tensor, Tensor> contrastive_stats_cpu(FXA_PROBLEM, const OptionalTens
   return {row_stats, col_stats};
 }
 
+// needs: 1 gradient of a, 2 gradient of b, 4 that of scale, 8 gradients in float32 whatever the features are.
 std::tuple<Tensor, Tensor, Tensor> contrastive_backward_cpu(const Tensor& grad_row, const Tensor& grad_col,
                                                             const Tensor& row_stats, const Tensor& col_stats,
                                                             FXA_PROBLEM, const OptionalTensor& limit_row,
@@ -232,8 +233,9 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward_cpu(const Tensor& grad_r
     Scratch scratch(p, parallel);
     contrastive_backward(p, scratch.aligned, parallel);
   }
-  grad_a = finish_gradient(p, p.a, a, grad_a, false, parallel);
-  grad_b = finish_gradient(p, p.b, b, grad_b, false, parallel);
+  const bool keep_float = (needs & 8) != 0;
+  grad_a = finish_gradient(p, p.a, a, grad_a, keep_float, parallel);
+  grad_b = finish_gradient(p, p.b, b, grad_b, keep_float, parallel);
   return {grad_a, grad_b, dots};
 }
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastxattn.testing import measure_error
 
+FEW = 32
 Run = Callable[[Any, list[torch.Tensor]], list[torch.Tensor]]
 
 
@@ -26,10 +27,11 @@ def compare(
     """Outputs, input gradients and parameter gradients of both, from shared or equal parameters of one name.
 
     In float64 everything agrees to ``exact``, relative to its largest entry: the algebra is the same. In float32 each
-    output keeps the operator budget's bound on its largest error; gradients keep it summed over all tensors, and
-    the bound on mean errors over the entries of all of them together. (The operators are held to the budget one by one.
-    A module has dozens of gradients of a few entries, each a chain of roundings of which some come out luckier than
-    others.)
+    output and each gradient of more than FEW entries keeps the operator budget's bound on its largest error; smaller
+    gradients keep it summed over all tensors, and all keep the bound on mean errors over the entries of all together.
+    (The operators are held to the budget one by one. A module has dozens of gradients of a few entries: of 32
+    independent ones, two equally good roundings have mean errors 1.25 times apart with a chance of 12 %, and entries
+    here depend on a few tokens.)
     """
     names = [name for name, _ in ours.named_parameters()]
     theirs = dict(original.named_parameters())
@@ -60,7 +62,7 @@ def compare(
             continue
         report = measure_error(label, a, r, e, backward=i >= outputs)
         assert report.same_nonfinite, str(report)
-        assert i >= outputs or report.max_error <= report.max_budget, str(report)
+        assert (i >= outputs and a.numel() <= FEW) or report.max_error <= report.max_budget, str(report)
         reports.append(report)
         entries.append(a.numel())
     largest, allowed = sum(r.max_error for r in reports), sum(r.max_budget for r in reports)

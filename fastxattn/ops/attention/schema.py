@@ -14,10 +14,9 @@ Arguments common to all of them:
 * ``dropout_seed`` (1,) int64 or None.
 
 Forward returns ``out`` (rows_q, heads, value_dim) in the query's dtype and ``lse`` (heads, rows_q) float32
-(cpu: float64, unrounded for its backward), with 0 and
--inf in rows that no slot stands for or that see no key. Backward returns gradients for query, key, value, key_bias and
-bias; those not asked for in ``needs`` (a bit mask, see :data:`NEEDS`) are empty tensors of shape (0,). All results are
-contiguous.
+(cpu, and triton of float32: float64, unrounded for what is made from it), with 0 and -inf in rows that no slot stands
+for or that see no key. Backward returns gradients for query, key, value, key_bias and bias; those not asked for in
+``needs`` (a bit mask, see :data:`NEEDS`) are empty tensors of shape (0,). All results are contiguous.
 """
 
 from __future__ import annotations
@@ -62,6 +61,11 @@ def _fake_forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, lse if torch.onnx.is_in_onnx_export() else lse.double()
 
 
+def _fake_forward_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _fake_forward(*arguments)
+    return out, lse.double() if out.dtype == torch.float32 else lse
+
+
 def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
@@ -73,9 +77,10 @@ def _fake_backward(
     )
 
 
-for _backend in ("cpu", "triton", "cuda"):
+_FAKES = {"cpu": _fake_forward_cpu, "triton": _fake_forward_triton, "cuda": _fake_forward}
+for _backend in _FAKES:
     _forward, _backward = f"fastxattn::attention_{_backend}", f"fastxattn::attention_backward_{_backend}"
     torch.library.define(_forward, _FORWARD, tags=torch.Tag.pt2_compliant_tag)
     torch.library.define(_backward, _BACKWARD, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(_forward, _fake_forward_cpu if _backend == "cpu" else _fake_forward)
+    torch.library.register_fake(_forward, _FAKES[_backend])
     torch.library.register_fake(_backward, _fake_backward)

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastxattn.ops.attention.triton.backward import across, anchor_of, load_norm, load_statistic, rows_by_keys
+from fastxattn.ops.attention.schema import NEEDS as ATTENTION_NEEDS
+from fastxattn.ops.attention.triton.backward import anchor_of, load_norm, load_statistic
 from fastxattn.ops.attention.triton.common import (
+    across,
     adjust_scores,
     dot,
     find_sequence,
@@ -20,11 +22,13 @@ from fastxattn.ops.attention.triton.common import (
     load_rows,
     narrow,
     power,
+    rows_by_keys,
     unit_of,
 )
 from fastxattn.ops.attention.triton.config import Tile
 from fastxattn.ops.attention.triton.launch import (
     Launch,
+    attention_backward,
     attention_forward,
     dense_rows,
     exact_rows,
@@ -32,6 +36,7 @@ from fastxattn.ops.attention.triton.launch import (
     padded_dim,
     precision,
     tiles,
+    warps_of,
 )
 from fastxattn.ops.bidirectional.config import TILES
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
@@ -147,7 +152,7 @@ def tile_for(query: Tensor, dim: int) -> Tile:
 def bidirectional_forward(problem: BidirectionalProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``fastxattn::bidirectional_triton``."""
     (out_a, lse_a), (out_b, lse_b) = (attention_forward(*problem.direction(reader)) for reader in (0, 1))
-    return out_a, out_b, lse_a, lse_b
+    return out_a, out_b, lse_a.float(), lse_b.float()
 
 
 def bidirectional_backward(
@@ -162,8 +167,32 @@ def bidirectional_backward(
         grads[name] = problem.query_a.new_zeros(shape if name in wanted else (0,), dtype=dtype)
     if all(t.numel() for t in problem[:4]) and problem.cu_seqlens_a.numel() > 1:
         with on_device(problem.query_a):
-            _launch(results, problem, grads, wanted)
+            dims = (t.shape[2] for t in problem[1:4])
+            wide = problem.query_a.dtype == torch.float32 and max(dims) > max(TILES["single"])
+            (_one_by_one if wide else _launch)(results, problem, grads, wanted)
     return tuple(grads[name] for name in NEEDS)
+
+
+def _one_by_one(
+    results: tuple[Tensor, ...], problem: BidirectionalProblem, grads: dict[str, Tensor], wanted: set[str]
+) -> None:  # fmt: skip
+    """Attention's backward pass of each direction, for heads so wide that no tile of both fits the registers."""
+    heads = problem.query_a.shape[1]
+    for reader, (mine, other) in enumerate(("ab", "ba")):
+        names = {
+            "query": f"query_{mine}",
+            "key": f"query_{other}",
+            "value": f"value_{other}",
+            "key_bias": f"bias_{other}",
+        }
+        one = problem.direction(reader)
+        if one.key_bias is not None and one.key_bias.ndim == 1:
+            one = one._replace(key_bias=one.key_bias[:, None].expand(-1, heads).contiguous())
+        needs = sum(bit for name, bit in ATTENTION_NEEDS.items() if names.get(name) in wanted)
+        found = attention_backward(results[reader], None, results[2 + reader], results[4 + reader], *one, needs)
+        for name, grad in zip(ATTENTION_NEEDS, found, strict=True):
+            if (to := names.get(name)) in wanted:
+                grads[to] += grad.T if name == "key_bias" else grad
 
 
 def _launch(
@@ -185,7 +214,7 @@ def _launch(
             batch=problem.cu_seqlens_a.numel() - 1, heads=heads, scale=problem.scale, softcap=problem.softcap,
             dropout_p=problem.dropout_p, SOFTCAP=problem.softcap != 0.0, HEAD_DIM=head_dim, DIM_X=dim_x, DIM_Y=dim_y,
             BLOCK_D=padded_dim(head_dim), BLOCK_X=padded_dim(dim_x), BLOCK_Y=padded_dim(dim_y), BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n, PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_N=tile.block_n, PRECISION=precision(), num_warps=warps_of(tile, query), num_stages=tile.stages,
         )  # fmt: skip
 
 

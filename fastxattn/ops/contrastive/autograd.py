@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastxattn.ops.contrastive.schema import GRADS, NEEDS
+from fastxattn.ops.contrastive.schema import GRADS, NEEDS, WIDE
 
 Optional = torch.Tensor | None
 
@@ -17,7 +17,11 @@ def operator(name: str, backend: str) -> Any:
 
 
 class PairStats(torch.autograd.Function):
-    """Row and column statistics (:data:`fastxattn.ops.contrastive.schema.STATS`) of the similarity matrix."""
+    """Row and column statistics (:data:`fastxattn.ops.contrastive.schema.STATS`) of the similarity matrix.
+
+    Kernels read the features in ``dtype``. Features of 16 bits that come widened to float32 get gradients in float32:
+    where several parts of a loss meet, each would else be rounded before they add up.
+    """
 
     @staticmethod
     def forward(
@@ -40,9 +44,12 @@ class PairStats(torch.autograd.Function):
         rows: bool,
         columns: bool,
         means: bool,
+        dtype: torch.dtype,
         backend: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Arguments as in the schema; ``rows`` and ``columns`` say which directions are wanted."""
+        ctx.dtypes = a.dtype, b.dtype
+        a, b = a.to(dtype), b.to(dtype)
         problem = (a, b, scale, None, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact, exclude_self)
         stats = operator("contrastive_stats", backend)(
             *problem, limit_row, limit_col, rank_row, rank_col, rows, columns, means
@@ -59,6 +66,7 @@ class PairStats(torch.autograd.Function):
         row, col, a, b, scale, *rest, limit_row, limit_col = ctx.saved_tensors
         exclude_self, rows, columns, backend = ctx.flags
         needs = sum(bit for bit, asked in zip(NEEDS.values(), ctx.needs_input_grad, strict=False) if asked)
+        needs += WIDE * (ctx.dtypes != (a.dtype, b.dtype))
         grad_a, grad_b, dot = operator("contrastive_backward", backend)(
             grad_row[:GRADS].contiguous(),
             grad_col[:GRADS].contiguous(),
@@ -77,10 +85,10 @@ class PairStats(torch.autograd.Function):
             needs,
         )
         return (
-            grad_a if needs & NEEDS["a"] else None,
-            grad_b if needs & NEEDS["b"] else None,
+            grad_a.to(ctx.dtypes[0]) if needs & NEEDS["a"] else None,
+            grad_b.to(ctx.dtypes[1]) if needs & NEEDS["b"] else None,
             dot.sum(dtype=torch.float64).to(scale.dtype) if needs & NEEDS["scale"] else None,
-            *[None] * 16,
+            *[None] * 17,
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastxattn.ops.contrastive import schema  # noqa: F401  (defines the operators)
 from fastxattn.ops.contrastive.problem import Problem
+from fastxattn.ops.contrastive.schema import WIDE
 from fastxattn.ops.contrastive.windows import STATES, Windows, slopes_of, statistics, up
 from fastxattn.runtime import cuda
 
@@ -84,7 +85,7 @@ def contrastive_backward(
     """Gradients of a and b, and per row the sum of dz * logit / scale."""
     slopes_a = slopes_of(row_stats, grad_row) if rows else None
     slopes_b = slopes_of(col_stats, grad_col) if columns else None
-    windows = Windows(a, b, norm_a, norm_b, needs, False, (TILE, TILE), _multiply)
+    windows = Windows(a, b, norm_a, norm_b, needs, bool(needs & WIDE), (TILE, TILE), _multiply)
     dots = a.new_zeros(a.shape[0], dtype=torch.float32)
     for place, j, grid in windows:
         part = dots.new_empty((grid[1], windows.sides[0]))

@@ -79,13 +79,14 @@ def infonce_fused(p: Problem, backend: str) -> tuple[list[tuple[torch.Tensor, to
             gap = p.scale.detach() * p.margin
             limits = (at + gap, sides.by_column(at) + gap)
     means = p.metrics or p.label_smoothing > 0
+    a, b = _summed(p)
     row, col = PairStats.apply(
-        p.a, p.b, p.scale, *sides.norms, sides.id_a, sides.id_b, *sides.skips, sides.exact, *limits, *ranks,
-        p.exclude_self, True, p.symmetric, means, backend,
+        a, b, p.scale, *sides.norms, sides.id_a, sides.id_b, *sides.skips, sides.exact, *limits, *ranks,
+        p.exclude_self, True, p.symmetric, means, p.a.dtype, backend,
     )  # fmt: skip
-    losses = [row_losses(row, p, _row_extras(p, sides, means))]
+    losses = [row_losses(row, p, _row_extras(p, a, sides, means))]
     if p.symmetric:
-        losses.append(row_losses(col, p, _queue(p, p.b, p.queue_a, sides.norms[1], means, backend)))
+        losses.append(row_losses(col, p, _queue(p, b, p.queue_a, sides.norms[1], means, backend)))
     metrics = []
     if p.metrics:
         for stats in (row.detach(), col.detach())[: 1 + p.symmetric]:
@@ -116,10 +117,18 @@ def row_losses(stats: torch.Tensor, p: Problem, extras: list[Extra]) -> tuple[to
     return torch.where(has, loss, 0.0), has
 
 
-def _row_extras(p: Problem, sides: Sides, means: bool) -> list[Extra]:
-    extras = _queue(p, p.a, p.queue_b, sides.norms[0], means, sides.backend)
+def _summed(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features, in float32 where gradients of several parts of the loss add up on them."""
+    if p.a is p.b:
+        return (p.a.float(),) * 2
+    several = p.hard_negatives is not None or p.queue_b is not None
+    return p.a.float() if several else p.a, p.b if p.queue_a is None else p.b.float()
+
+
+def _row_extras(p: Problem, a: torch.Tensor, sides: Sides, means: bool) -> list[Extra]:
+    extras = _queue(p, a, p.queue_b, sides.norms[0], means, sides.backend)
     if p.hard_negatives is not None and p.hard_negatives.shape[1] > 0:
-        a, hard = p.a.float(), wide(p.hard_negatives)
+        hard = wide(p.hard_negatives)
         if p.normalize:
             a, hard = unit_rows(a), unit_rows(hard)
         logits = p.scale * torch.einsum("nd,nkd->nk", a, hard)
@@ -136,8 +145,8 @@ def _queue(
     queue_ids = torch.zeros(queue.shape[0], dtype=torch.int32, device=x.device)
     queue_norm = inverse_norms(queue) if p.normalize else None
     stats, _ = PairStats.apply(
-        x, queue, p.scale, norm, queue_norm, ids, queue_ids, *[None] * 7, False, True, False, means, backend
-    )
+        x, queue, p.scale, norm, queue_norm, ids, queue_ids, *[None] * 7, False, True, False, means, p.a.dtype, backend,
+    )  # fmt: skip
     return [(stats[0], stats[1] * queue.shape[0], queue.shape[0])]
 
 
@@ -147,7 +156,8 @@ def _distilled(p: Problem, sides: Sides) -> list[tuple[torch.Tensor, torch.Tenso
     # In float32: each feature's gradient is a difference of two parts, which must not be rounded before it is taken.
     a, b = p.a.float(), p.b.float()
     stats = PairStats.apply(
-        a, b, p.scale, *sides.norms, nothing, sides.id_b, *[None] * 7, False, True, p.symmetric, False, sides.backend,
+        a, b, p.scale, *sides.norms, nothing, sides.id_b, *[None] * 7, False, True, p.symmetric, False, a.dtype,
+        sides.backend,
     )  # fmt: skip
     if p.normalize:
         a, b = unit_rows(a), unit_rows(b)

@@ -7,7 +7,8 @@ precise logit of each row's only positive.
 
 ``contrastive_stats`` returns (7, N) and (7, M) float32: :data:`STATS`. The first four carry a gradient, which
 ``contrastive_backward`` takes as (4, N) and (4, M); it returns gradients of a and b and, per row, the sum of
-dz * logit / scale. ``sigmoid`` returns per-row sums of its terms and, with ``needs``, the gradients of their sum
+dz * logit / scale; gradients are in the features' dtype, or with the bit :data:`WIDE` in ``needs`` in float32.
+``sigmoid`` returns per-row sums of its terms and, with ``needs``, the gradients of their sum
 weighted by ``weight`` in the same pass, in float32. Results not in ``needs`` have no rows.
 """
 
@@ -21,6 +22,7 @@ import torch
 STATS = ("lse_neg", "mean_neg", "mean_pos", "excess_pos", "num_neg", "num_pos", "ahead")
 GRADS = 4
 NEEDS = {"a": 1, "b": 2, "scale": 4}
+WIDE = 8
 
 _PROBLEM = (
     "Tensor a, Tensor b, Tensor scale, Tensor? bias, Tensor? norm_a, Tensor? norm_b, Tensor? id_a, Tensor? id_b, "
@@ -51,8 +53,9 @@ def _backward_fake(
 ) -> tuple[torch.Tensor, ...]:
     needs = args[-1]
     assert isinstance(needs, int)
-    grad_a = a.new_empty(a.shape) if needs & NEEDS["a"] else a.new_empty((0,), dtype=torch.float32)
-    grad_b = b.new_empty(b.shape) if needs & NEEDS["b"] else b.new_empty((0,), dtype=torch.float32)
+    dtype = torch.float32 if needs & WIDE else a.dtype
+    grad_a = a.new_empty(a.shape, dtype=dtype) if needs & NEEDS["a"] else a.new_empty((0,), dtype=torch.float32)
+    grad_b = b.new_empty(b.shape, dtype=dtype) if needs & NEEDS["b"] else b.new_empty((0,), dtype=torch.float32)
     return grad_a, grad_b, a.new_empty((a.shape[0],), dtype=torch.float32)
 
 

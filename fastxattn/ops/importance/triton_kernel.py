@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastxattn.ops.attention.triton.common import (
     adjust_scores,
-    dot,
     find_rows,
     find_sequence,
     find_span,
     load_ranges,
     load_rows,
     power,
+    rows_by_keys,
     unit_of,
 )
 from fastxattn.ops.attention.triton.config import Tile
@@ -24,6 +24,20 @@ from fastxattn.ops.attention.triton.launch import Launch, on_device, tiles
 from fastxattn.ops.importance.config import TILES
 from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.runtime import tuning
+
+
+@triton.jit
+def shift_weight(b_lse, b_weight, length_k):
+    """Half the logarithm of the number of keys from lse into the weight, as a power of two; what is lost follows.
+
+    The closer scores and lse are, the less of their difference is rounded away. As the C++ kernel does.
+    """
+    b_half = tl.floor(0.5 * tl.log2(tl.maximum(length_k, 1).to(tl.float32)))
+    b_wide = b_lse.to(tl.float64) - b_half.to(tl.float64) * 0.6931471805599453
+    b_less = b_wide.to(tl.float32)
+    b_factor = (1.0 - (b_wide - b_less.to(tl.float64)).to(tl.float32)) * tl.exp2(-b_half)
+    m_usual = tl.abs(b_lse) < 1000.0
+    return tl.where(m_usual, b_less, b_lse), tl.where(m_usual, b_weight * b_factor, b_weight)
 
 
 @triton.jit
@@ -62,19 +76,24 @@ def importance(
             any_seen = (tl.min(b_start, 0) < i_first + BLOCK_N) & (tl.max(b_end, 0) > i_first)
         if any_seen:
             b_lse = tl.load(p_lse + i_head64 * rows_q + o_row, mask=m_m, other=0.0)
-            b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * UNIT
+            b_weight = 1.0
+            if p_row_weight is not None:
+                p_weight = p_row_weight + i_head64 * stride_weight_h + o_row.to(tl.int64) * stride_weight_r
+                b_weight = tl.load(p_weight, mask=m_m, other=0.0)
+            # A query that sees nothing adds nothing, whatever its weight.
+            b_weight = tl.where(b_lse == float("-inf"), 0.0, b_weight)
+            b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * UNIT)
+            if UNIT == 1.0:
+                b_lse, b_weight = shift_weight(b_lse, b_weight, length_k)
             b_q = load_rows(p_q + i_head64 * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)
-            b_s = dot(b_k, tl.trans(b_q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+            b_s = rows_by_keys(b_k, b_q, UNIT == 1.0, PRECISION)  # [BLOCK_N, BLOCK_M]
             o_head = o_row * 0 + i_head
             b_s, _tanh = adjust_scores(
                 b_s, p_key_bias, None, o_row[None, :], o_row_k[:, None], o_row[None, :], o_row_k[:, None],
                 o_head[None, :], m_n[:, None] & m_m[None, :], stride_key_bias, 0, 0, 0, scale, softcap, UNIT, SOFTCAP,
                 KEY_BIAS_HEADS,
             )  # fmt: skip
-            b_p = power(b_s - b_lse[None, :], UNIT)
-            if p_row_weight is not None:
-                p_weight = p_row_weight + i_head64 * stride_weight_h + o_row.to(tl.int64) * stride_weight_r
-                b_p = b_p * tl.load(p_weight, mask=m_m, other=0.0)[None, :]
+            b_p = power(b_s - b_lse[None, :], UNIT) * b_weight[None, :]
             b_score += tl.sum(tl.where(m_seen, b_p, 0.0), 1)
     tl.store(p_score + i_head64 * slots_k + start_k + o_n, b_score, mask=m_n)
 

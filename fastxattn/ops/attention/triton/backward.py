@@ -21,20 +21,22 @@ import triton
 import triton.language as tl
 
 from fastxattn.ops.attention.triton.common import (
+    across,
     adjust_scores,
-    dot,
     dot_seen,
     find_rows,
     find_sequence,
     find_span,
+    find_tile,
     keep_mask,
     load_ranges,
     load_rows,
     narrow,
     power,
+    rows_by_keys,
+    span_of_keys,
     unit_of,
 )  # fmt: skip
-from fastxattn.ops.attention.triton.forward import chunk_of
 
 
 @triton.jit
@@ -51,26 +53,6 @@ def anchor_of(p_lse, o_row, o_head, rows_q, m_row, length_k, EXACT: tl.constexpr
     if EXACT:
         b_lse -= tl.log(tl.maximum(length_k, 1).to(tl.float32))
     return b_lse * UNIT
-
-
-@triton.jit
-def rows_by_keys(b_rows, b_keys, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_rows @ b_keys^T, with EXACT from two chains of additions, which lose fewer digits than one."""
-    if EXACT and b_rows.shape[1] >= 32:
-        b_rows_0, b_rows_1 = tl.split(tl.reshape(b_rows, (b_rows.shape[0], b_rows.shape[1] // 2, 2)))
-        b_keys_0, b_keys_1 = tl.split(tl.reshape(b_keys, (b_keys.shape[0], b_keys.shape[1] // 2, 2)))
-        # Subtracted: the compiler would fold an addition into one chain again.
-        b_other = dot(-b_rows_1, tl.trans(b_keys_1), None, PRECISION)
-        return dot(b_rows_0, tl.trans(b_keys_0), None, PRECISION) - b_other
-    return dot(b_rows, tl.trans(b_keys), None, PRECISION)
-
-
-@triton.jit
-def across(b_keys, b_rows, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_keys @ b_rows^T, with EXACT rounded as the passes by rows round it: what cancels there must cancel here."""
-    if EXACT:
-        return tl.trans(rows_by_keys(b_rows, b_keys, True, PRECISION))
-    return dot(b_keys, tl.trans(b_rows), None, PRECISION)
 
 
 @triton.jit
@@ -113,25 +95,6 @@ def row_step(
 
 
 @triton.jit
-def span_of_keys(
-    p_range, o_row, m_m, length_k, chunk, i_split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """The keys [i_low, i_high) this program walks, and the range of each row."""
-    i_low = 0
-    i_high = length_k
-    b_start = 0
-    b_end = 0
-    if p_range is not None:
-        b_start, b_end = load_ranges(p_range, o_row, m_m, length_k)
-        i_low = tl.min(b_start, 0) // BLOCK_N * BLOCK_N
-        i_high = tl.max(b_end, 0)
-    if SPLITS > 1:
-        i_low = tl.maximum(i_low, i_split * chunk)
-        i_high = tl.minimum(i_high, (i_split + 1) * chunk)
-    return i_low, i_high, b_start, b_end
-
-
-@triton.jit
 def attention_backward_sums(
     p_q, p_k, p_v, p_dout, p_lse, p_center, p_totals, p_rests, p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q,
     p_index_k, p_range, p_key_bias, p_bias, p_seed, rows_q, rows_k, slots_q, slots_k, batch, kv_heads, stride_qr,
@@ -146,20 +109,13 @@ def attention_backward_sums(
     center (heads, rows) is out . dout: sums of what is left above it keep their accuracy. totals and rests are
     (SPLITS, heads, rows), zeroed.
     """
-    i_program = tl.program_id(0)
-    i_split = i_program % SPLITS
-    i_kv = i_program // SPLITS % kv_heads
-    i_b, i_block = find_sequence(p_cu_q, batch, i_program // SPLITS // kv_heads, GROUP, BLOCK_M)
-    start_q, length_q = find_span(p_cu_q, p_used_q, slots_q, i_b)
-    start_k, length_k = find_span(p_cu_k, p_used_k, slots_k, i_b)
-    chunk = chunk_of(length_k, SPLITS, SPLIT_KEYS, BLOCK_N)
-    if i_block * BLOCK_M >= length_q * GROUP or (i_split > 0 and i_split * chunk >= length_k):
+    nothing, i_b, i_kv, i_split, chunk, start_q, start_k, length_k, m_m, o_head, o_row = find_tile(
+        p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q, rows_q, slots_q, slots_k, batch, kv_heads, GROUP, BLOCK_M,
+        BLOCK_N, SPLITS, SPLIT_KEYS,
+    )  # fmt: skip
+    if nothing:
         return
     heads = kv_heads * GROUP
-    o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < length_q * GROUP
-    o_head = i_kv * GROUP + o_m % GROUP
-    o_row = find_rows(p_index_q, start_q + o_m // GROUP, rows_q, m_m)
     o_head64 = o_head.to(tl.int64)
     b_do = load_rows(p_dout + o_head64[:, None] * stride_oh, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
     b_q = load_rows(p_q + o_head64[:, None] * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)
@@ -202,20 +158,13 @@ def attention_backward_query(
     Without p_norm it writes delta too; with it, delta is there already. p_out is contiguous (rows, heads, VALUE_DIM);
     dout has strides. With SPLITS > 1 dQ is float32 parts to be summed.
     """
-    i_program = tl.program_id(0)
-    i_split = i_program % SPLITS
-    i_kv = i_program // SPLITS % kv_heads
-    i_b, i_block = find_sequence(p_cu_q, batch, i_program // SPLITS // kv_heads, GROUP, BLOCK_M)
-    start_q, length_q = find_span(p_cu_q, p_used_q, slots_q, i_b)
-    start_k, length_k = find_span(p_cu_k, p_used_k, slots_k, i_b)
-    chunk = chunk_of(length_k, SPLITS, SPLIT_KEYS, BLOCK_N)
-    if i_block * BLOCK_M >= length_q * GROUP or (i_split > 0 and i_split * chunk >= length_k):
+    nothing, i_b, i_kv, i_split, chunk, start_q, start_k, length_k, m_m, o_head, o_row = find_tile(
+        p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q, rows_q, slots_q, slots_k, batch, kv_heads, GROUP, BLOCK_M,
+        BLOCK_N, SPLITS, SPLIT_KEYS,
+    )  # fmt: skip
+    if nothing:
         return
     heads = kv_heads * GROUP
-    o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < length_q * GROUP
-    o_head = i_kv * GROUP + o_m % GROUP
-    o_row = find_rows(p_index_q, start_q + o_m // GROUP, rows_q, m_m)
     o_head64 = o_head.to(tl.int64)
     b_do = load_rows(p_dout + o_head64[:, None] * stride_oh, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
     if p_norm is None:
@@ -310,8 +259,6 @@ def attention_backward_key(
             b_q = load_rows(
                 p_q + o_head.to(tl.int64)[:, None] * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D
             )
-            p_dout_rows = p_dout + o_head.to(tl.int64)[:, None] * stride_oh
-            b_do = load_rows(p_dout_rows, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
             b_lse = anchor_of(p_lse, o_row, o_head, rows_q, m_m, length_k, p_norm is not None, UNIT)
             b_delta = load_statistic(p_delta, o_row, o_head, rows_q, m_m)
             b_s = across(b_k, b_q, p_norm is not None, PRECISION)
@@ -323,6 +270,8 @@ def attention_backward_key(
             b_p = tl.where(m_seen, power(b_s - b_lse[None, :], UNIT), 0.0)
             if p_norm is not None:
                 b_p = b_p / load_norm(p_norm, o_row, o_head, rows_q, m_m)[None, :]
+            p_dout_rows = p_dout + o_head.to(tl.int64)[:, None] * stride_oh
+            b_do = load_rows(p_dout_rows, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
             b_dp = across(b_v, b_do, p_norm is not None, PRECISION)
             b_dropped = b_p
             if p_seed is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastxattn.ops.attention.triton.backward import anchor_of, load_norm, load_statistic, rows_by_keys
+from fastxattn.ops.attention.triton.backward import anchor_of, load_norm, load_statistic
 from fastxattn.ops.attention.triton.common import (
     adjust_scores,
     find_span,
@@ -17,6 +17,7 @@ from fastxattn.ops.attention.triton.common import (
     load_ranges,
     load_rows,
     power,
+    rows_by_keys,
     unit_of,
 )  # fmt: skip
 

@@ -64,6 +64,36 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def chained(b_rows, b_keys, CHAINS: tl.constexpr, PRECISION: tl.constexpr):
+    """b_rows @ b_keys^T from up to CHAINS chains of additions, none shorter than 16."""
+    if CHAINS > 1 and b_rows.shape[1] >= 32:
+        b_rows_0, b_rows_1 = tl.split(tl.reshape(b_rows, (b_rows.shape[0], b_rows.shape[1] // 2, 2)))
+        b_keys_0, b_keys_1 = tl.split(tl.reshape(b_keys, (b_keys.shape[0], b_keys.shape[1] // 2, 2)))
+        # Subtracted: the compiler would fold an addition into one chain again.
+        b_other = chained(-b_rows_1, b_keys_1, CHAINS // 2, PRECISION)
+        return chained(b_rows_0, b_keys_0, CHAINS // 2, PRECISION) - b_other
+    return dot(b_rows, tl.trans(b_keys), None, PRECISION)
+
+
+@triton.jit
+def rows_by_keys(b_rows, b_keys, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """b_rows @ b_keys^T, with EXACT from several chains of additions, which lose fewer digits than one.
+
+    In chains of 16, except where only two of them leave dK and dV in registers.
+    """
+    CHAINS: tl.constexpr = 2 if b_rows.shape[1] == 128 else 16
+    return chained(b_rows, b_keys, CHAINS if EXACT else 1, PRECISION)
+
+
+@triton.jit
+def across(b_keys, b_rows, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """b_keys @ b_rows^T, with EXACT rounded as the passes by rows round it: what cancels there must cancel here."""
+    if EXACT:
+        return tl.trans(rows_by_keys(b_rows, b_keys, True, PRECISION))
+    return dot(b_keys, tl.trans(b_rows), None, PRECISION)
+
+
+@triton.jit
 def dot_seen(b_a, b_x, b_acc, m_seen, GUARD: tl.constexpr, PRECISION: tl.constexpr):
     """b_acc + b_a @ b_x where b_a is zero outside m_seen, and a NaN or infinity of b_x reaches only who sees it.
 
@@ -140,6 +170,61 @@ def load_ranges(p_range, o_row, m_row, length_k):
     b_end = tl.minimum(b_end, length_k)
     m_some = b_start < b_end
     return tl.where(m_some, b_start, length_k), tl.where(m_some, b_end, 0)
+
+
+@triton.jit
+def chunk_of(length_k, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys per chunk: SPLIT_KEYS, or more when SPLITS chunks of that size do not reach the end of the sequence."""
+    return tl.maximum(SPLIT_KEYS, tl.cdiv(tl.cdiv(length_k, SPLITS), BLOCK_N) * BLOCK_N)
+
+
+@triton.jit
+def find_tile(
+    p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q, rows_q, slots_q, slots_k, batch, kv_heads,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+):  # fmt: skip
+    """What a program that is a (tile of rows, key/value head, chunk of keys) works on, and whether it is nothing.
+
+    Returns that flag, sequence, key/value head, chunk number and size, first slot of the queries, of the keys and
+    number of keys, then by row: presence, head and row.
+    """
+    i_program = tl.program_id(0)
+    i_split = i_program % SPLITS
+    i_kv = i_program // SPLITS % kv_heads
+    i_b, i_block = find_sequence(p_cu_q, batch, i_program // SPLITS // kv_heads, GROUP, BLOCK_M)
+    start_q, length_q = find_span(p_cu_q, p_used_q, slots_q, i_b)
+    start_k, length_k = find_span(p_cu_k, p_used_k, slots_k, i_b)
+    chunk = chunk_of(length_k, SPLITS, SPLIT_KEYS, BLOCK_N)
+    nothing = (i_block * BLOCK_M >= length_q * GROUP) | ((i_split > 0) & (i_split * chunk >= length_k))
+    o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < length_q * GROUP
+    o_row = find_rows(p_index_q, start_q + o_m // GROUP, rows_q, m_m)
+    return nothing, i_b, i_kv, i_split, chunk, start_q, start_k, length_k, m_m, i_kv * GROUP + o_m % GROUP, o_row
+
+
+@triton.jit
+def span_of_keys(p_range, o_row, m_m, length_k, chunk, i_split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys [i_low, i_high) this program walks, and the range of each row."""
+    i_low = 0
+    i_high = length_k
+    b_start = 0
+    b_end = 0
+    if p_range is not None:
+        b_start, b_end = load_ranges(p_range, o_row, m_m, length_k)
+        i_low = tl.min(b_start, 0) // BLOCK_N * BLOCK_N
+        i_high = tl.max(b_end, 0)
+    if SPLITS > 1:
+        i_low = tl.maximum(i_low, i_split * chunk)
+        i_high = tl.minimum(i_high, (i_split + 1) * chunk)
+    return i_low, i_high, b_start, b_end
+
+
+@triton.jit
+def log_sum_exp(b_max, b_sum, DTYPE: tl.constexpr):
+    """The logarithm of b_sum * exp(b_max) in DTYPE; -inf where nothing was summed."""
+    m_none = b_sum == 0.0
+    b_log = tl.log(tl.where(m_none, 1.0, b_sum).to(DTYPE))
+    return tl.where(m_none, float("-inf"), b_max.to(DTYPE) + b_log)
 
 
 @triton.jit

@@ -43,14 +43,14 @@ _RICH: Table = {
 }
 # Exact float32 runs on the ordinary arithmetic units, whose operands live in registers.
 _SINGLE: Table = {
-    "forward": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(32, 16, 8, 1)},
-    "split": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "forward": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "split": {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 16, 1)},
     "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_key": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 _SINGLE_RICH: Table = {
     "forward": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "split": {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "split": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_key": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_bias": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
@@ -81,6 +81,11 @@ def kind_of(itemsize: int, rich: bool) -> str:
 def pick(kernel: str, kind: str, dim: int) -> Tile:
     """The shipped tile of ``kernel`` for padded head dims up to ``dim``."""
     return _TABLES[kind][kernel][max(64, dim)]
+
+
+def warps_on(tile: Tile, itemsize: int, rocm: bool) -> int:
+    """Warps to launch with: for float32 on ROCm four at most, one to a SIMD unit, which leaves each all registers."""
+    return min(tile.warps, 4) if rocm and itemsize == 4 else tile.warps
 
 
 def shipped() -> list[tuple[str, str, int, Tile]]:

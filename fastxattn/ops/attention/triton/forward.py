@@ -12,24 +12,19 @@ import triton.language as tl
 
 from fastxattn.ops.attention.triton.common import (
     adjust_scores,
-    dot,
+    chained,
+    chunk_of,
     dot_seen,
     find_rows,
-    find_sequence,
-    find_span,
+    find_tile,
     keep_mask,
-    load_ranges,
     load_rows,
+    log_sum_exp,
     narrow,
     power,
+    span_of_keys,
     unit_of,
 )  # fmt: skip
-
-
-@triton.jit
-def chunk_of(length_k, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys per chunk: SPLIT_KEYS, or more when SPLITS chunks of that size do not reach the end of the sequence."""
-    return tl.maximum(SPLIT_KEYS, tl.cdiv(tl.cdiv(length_k, SPLITS), BLOCK_N) * BLOCK_N)
 
 
 @triton.jit
@@ -49,7 +44,7 @@ def forward_step(
     b_k = load_rows(p_k, o_row_k, stride_k, m_n, MASKED, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     b_v = load_rows(p_v, o_row_k, stride_v, m_n, MASKED, VALUE_DIM, BLOCK_DV)
     m_seen = m_row[:, None] & m_n[None, :]
-    b_s = dot(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+    b_s = chained(b_q, b_k, 4 if b_q.dtype == tl.float32 else 1, PRECISION)  # [BLOCK_M, BLOCK_N]
     b_s, _tanh = adjust_scores(
         b_s, p_key_bias, p_bias, o_row[:, None], o_row_k[None, :], o_pos[:, None], (o_row_k - base_k)[None, :],
         o_head[:, None], m_seen, stride_key_bias, stride_bias_q, stride_bias_k, stride_bias_h, scale, softcap,
@@ -80,35 +75,21 @@ def attention_forward(
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program = (tile of rows, key/value head, chunk of keys). Outputs are (SPLITS, rows, heads, ...) contiguous."""
-    i_program = tl.program_id(0)
-    i_split = i_program % SPLITS
-    i_kv = i_program // SPLITS % kv_heads
-    i_b, i_block = find_sequence(p_cu_q, batch, i_program // SPLITS // kv_heads, GROUP, BLOCK_M)
-    start_q, length_q = find_span(p_cu_q, p_used_q, slots_q, i_b)
-    start_k, length_k = find_span(p_cu_k, p_used_k, slots_k, i_b)
-    chunk = chunk_of(length_k, SPLITS, SPLIT_KEYS, BLOCK_N)
-    if i_block * BLOCK_M >= length_q * GROUP or (i_split > 0 and i_split * chunk >= length_k):
+    """Program = (tile of rows, key/value head, chunk of keys). Outputs are (SPLITS, rows, heads, ...) contiguous.
+
+    lse is float64 for float32 inputs: rounded, it would scale a whole row of whatever is made from it.
+    """
+    nothing, i_b, i_kv, i_split, chunk, start_q, start_k, length_k, m_m, o_head, o_row = find_tile(
+        p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q, rows_q, slots_q, slots_k, batch, kv_heads, GROUP, BLOCK_M,
+        BLOCK_N, SPLITS, SPLIT_KEYS,
+    )  # fmt: skip
+    if nothing:
         return
-    o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < length_q * GROUP
-    o_head = i_kv * GROUP + o_m % GROUP
-    o_row = find_rows(p_index_q, start_q + o_m // GROUP, rows_q, m_m)
     o_pos = o_row - start_q
     p_q_rows = p_q + o_head.to(tl.int64)[:, None] * stride_qh
     b_q = load_rows(p_q_rows, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
 
-    i_low = 0
-    i_high = length_k
-    b_start = 0
-    b_end = 0
-    if p_range is not None:
-        b_start, b_end = load_ranges(p_range, o_row, m_m, length_k)
-        i_low = tl.min(b_start, 0) // BLOCK_N * BLOCK_N
-        i_high = tl.max(b_end, 0)
-    if SPLITS > 1:
-        i_low = tl.maximum(i_low, i_split * chunk)
-        i_high = tl.minimum(i_high, (i_split + 1) * chunk)
+    i_low, i_high, b_start, b_end = span_of_keys(p_range, o_row, m_m, length_k, chunk, i_split, SPLITS, BLOCK_N)
     i_full = i_low
     if p_range is None:
         i_full = i_low + (i_high - i_low) // BLOCK_N * BLOCK_N
@@ -137,7 +118,7 @@ def attention_forward(
         )  # fmt: skip
 
     b_norm = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max / unit_of(p_q.dtype.element_ty) + tl.log(b_norm))
+    b_lse = log_sum_exp(b_max / unit_of(p_q.dtype.element_ty), b_sum, p_lse.dtype.element_ty)
     if p_seed is not None:
         b_norm *= 1.0 - dropout_p
     b_out = b_acc / b_norm[:, None]
@@ -155,25 +136,20 @@ def attention_merge(
     batch, kv_heads, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of every row, in key order; part is (SPLITS, rows, heads, VALUE_DIM) float32."""
-    i_program = tl.program_id(0)
-    i_kv = i_program % kv_heads
-    i_b, i_block = find_sequence(p_cu_q, batch, i_program // kv_heads, GROUP, BLOCK_M)
-    start_q, length_q = find_span(p_cu_q, p_used_q, slots_q, i_b)
-    _, length_k = find_span(p_cu_k, p_used_k, slots_k, i_b)
-    if i_block * BLOCK_M >= length_q * GROUP:
+    """The chunks of every row, in key order; part is (SPLITS, rows, heads, VALUE_DIM) float32, lse as in forward."""
+    nothing, _b, _kv, _split, _chunk, _q, _k, length_k, m_m, o_head, o_row = find_tile(
+        p_cu_q, p_cu_k, p_used_q, p_used_k, p_index_q, rows_q, slots_q, slots_k, batch, kv_heads, GROUP, BLOCK_M,
+        BLOCK_N, 1, SPLIT_KEYS,
+    )  # fmt: skip
+    if nothing:
         return
-    o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < length_q * GROUP
-    o_head = i_kv * GROUP + o_m % GROUP
-    o_row = find_rows(p_index_q, start_q + o_m // GROUP, rows_q, m_m)
     o_dv = tl.arange(0, BLOCK_DV)
     m_out = m_m[:, None] & (o_dv < VALUE_DIM)[None, :]
     heads = kv_heads * GROUP
     o_out = (o_row.to(tl.int64) * heads + o_head)[:, None] * VALUE_DIM + o_dv[None, :]
 
     b_acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_max = tl.full((BLOCK_M,), float("-inf"), p_part_lse.dtype.element_ty)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     for i_split in range(0, tl.maximum(tl.cdiv(length_k, chunk_of(length_k, SPLITS, SPLIT_KEYS, BLOCK_N)), 1)):
         i_plane = tl.to_tensor(i_split).to(tl.int64)
@@ -181,12 +157,12 @@ def attention_merge(
         b_part = tl.load(p_part + i_plane * rows_q * heads * VALUE_DIM + o_out, mask=m_out, other=0.0)
         b_new_max = tl.maximum(b_max, b_lse, propagate_nan=tl.PropagateNan.ALL)
         b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_weight = tl.exp(b_lse - b_base)
-        b_alpha = tl.exp(b_max - b_base)
+        b_weight = tl.exp((b_lse - b_base).to(tl.float32))
+        b_alpha = tl.exp((b_max - b_base).to(tl.float32))
         b_acc = b_acc * b_alpha[:, None] + b_part * b_weight[:, None]
         b_sum = b_sum * b_alpha + b_weight
         b_max = b_new_max
     b_norm = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max + tl.log(b_norm))
+    b_lse = log_sum_exp(b_max, b_sum, p_lse.dtype.element_ty)
     tl.store(p_lse + o_head.to(tl.int64) * rows_q + o_row, b_lse, mask=m_m)
     tl.store(p_out + o_out, narrow(b_acc / b_norm[:, None], p_out.dtype.element_ty), mask=m_out)

@@ -116,8 +116,13 @@ class Launch:
             "KEY_BIAS_HEADS": p.key_bias is not None and p.key_bias.ndim == 2,
             "HEAD_DIM": p.query.shape[2], "VALUE_DIM": p.value.shape[2], "BLOCK_D": block_d, "BLOCK_DV": block_dv,
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PRECISION": precision(),
-            "num_warps": tile.warps, "num_stages": tile.stages,
+            "num_warps": warps_of(tile, p.query), "num_stages": tile.stages,
         }  # fmt: skip
+
+
+def warps_of(tile: Tile, query: Tensor) -> int:
+    """Warps to launch a tile with."""
+    return config.warps_on(tile, query.element_size(), torch.version.hip is not None)
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -137,7 +142,8 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     rows, heads = query.shape[:2]
     kv_heads, batch, group = key.shape[1], launch.batch, launch.group
     out = query.new_zeros(rows, heads, value.shape[2])
-    lse = query.new_full((heads, rows), -torch.inf, dtype=torch.float32)
+    exact = query.dtype == torch.float32
+    lse = query.new_full((heads, rows), -torch.inf, dtype=torch.float64 if exact else torch.float32)
     if out.numel() == 0 or batch == 0 or key.shape[0] == 0:
         return out, lse
     splits = config.splits_for(launch.slots_q, launch.slots_k, batch, group)
@@ -178,7 +184,8 @@ def attention_backward(
             grads[name] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     if query.numel() and key.shape[0] and launch.batch and out.numel():
         with on_device(query):
-            _launch_backward(launch, dense_rows(grad_out), grad_lse, out.contiguous(), lse.contiguous(), grads, wanted)
+            lse = lse.float().contiguous()  # an anchor: the sums make up for what rounding takes
+            _launch_backward(launch, dense_rows(grad_out), grad_lse, out.contiguous(), lse, grads, wanted)
     return grads["query"], grads["key"], grads["value"], grads["key_bias"], grads["bias"]
 
 

@@ -66,6 +66,21 @@ def bias_of(p_bias):
 
 
 @triton.jit
+def logits(
+    p_x, p_y, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, features, stride_x, stride_y,
+    scale, bias,
+    EXCLUDE_SELF: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """A tile's logits, its products times their factor, that factor, and which pairs are positives and negatives."""
+    b_cosine = products(p_x, p_y, o_x, o_y, m_x, m_y, stride_x, stride_y, features, M, N, K, STEPS)
+    b_factor, m_pos, m_neg = pairs(
+        p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, EXCLUDE_SELF
+    )
+    b_cosine = b_cosine * b_factor
+    return b_cosine * scale + bias, b_cosine, b_factor, m_pos, m_neg
+
+
+@triton.jit
 def exact_or(p_exact, b_z, o_x, o_y, m_x, m_y, BY_ROW: tl.constexpr):
     """Logits of positives: the precise ones, which belong to rows (or, sides exchanged, to columns), else b_z."""
     if p_exact is not None:
@@ -124,13 +139,10 @@ def stats_kernel(
     for i_first in range(i_split * share, tl.minimum((i_split + 1) * share, rows_y), BLOCK_N):
         o_y = i_first + tl.arange(0, BLOCK_N)
         m_y = o_y < rows_y
-        b_z = products(
-            p_x, p_y, o_x, o_y, m_x, m_y, stride_x, stride_y, features, BLOCK_M, BLOCK_N, BLOCK_K, STEPS
+        b_z, _cosine, _factor, m_pos, m_neg = logits(
+            p_x, p_y, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, features, stride_x,
+            stride_y, scale, bias, EXCLUDE_SELF, BLOCK_M, BLOCK_N, BLOCK_K, STEPS,
         )  # fmt: skip
-        b_factor, m_pos, m_neg = pairs(
-            p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, EXCLUDE_SELF
-        )
-        b_z = b_z * b_factor * scale + bias
         if p_limit is not None:
             m_neg = within(m_neg, b_z, tl.load(p_limit + o_x, mask=m_x, other=0.0)[:, None])
         b_top, b_exp = add_exponentials(b_top, b_exp, b_z, m_neg)
@@ -233,14 +245,10 @@ def slope_kernel(
     o_x, o_y = i_x + o_m, i_y + o_n
     m_x, m_y = o_x < rows_x, o_y < rows_y
     scale = tl.load(p_scale)
-    b_cosine = products(
-        p_x, p_y, o_x, o_y, m_x, m_y, stride_x, stride_y, features, BLOCK_M, BLOCK_N, BLOCK_K, STEPS
+    b_z, b_cosine, b_factor, m_pos, m_neg = logits(
+        p_x, p_y, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, features, stride_x,
+        stride_y, scale, bias_of(p_bias), EXCLUDE_SELF, BLOCK_M, BLOCK_N, BLOCK_K, STEPS,
     )  # fmt: skip
-    b_factor, m_pos, m_neg = pairs(
-        p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, EXCLUDE_SELF
-    )
-    b_cosine = b_cosine * b_factor
-    b_z = b_cosine * scale + bias_of(p_bias)
     b_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if ROWS:
         m_in = m_neg
@@ -295,14 +303,10 @@ def sigmoid_kernel(
     o_x, o_y = i_x + o_m, i_y + o_n
     m_x, m_y = o_x < rows_x, o_y < rows_y
     scale = tl.load(p_scale)
-    b_cosine = products(
-        p_x, p_y, o_x, o_y, m_x, m_y, stride_x, stride_y, features, BLOCK_M, BLOCK_N, BLOCK_K, STEPS
+    b_z, b_cosine, b_factor, m_pos, m_neg = logits(
+        p_x, p_y, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, features, stride_x,
+        stride_y, scale, bias_of(p_bias), EXCLUDE_SELF, BLOCK_M, BLOCK_N, BLOCK_K, STEPS,
     )  # fmt: skip
-    b_factor, m_pos, m_neg = pairs(
-        p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, EXCLUDE_SELF
-    )
-    b_cosine = b_cosine * b_factor
-    b_z = b_cosine * scale + bias_of(p_bias)
     b_z = tl.where(m_pos, -exact_or(p_exact, b_z, o_x, o_y, m_x, m_y, True), b_z)
     m_live = m_pos | m_neg
     b_e = tl.exp(tl.where(b_z > 0, -b_z, b_z))  # NaN stays NaN

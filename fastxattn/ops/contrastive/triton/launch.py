@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastxattn.ops.contrastive.schema import WIDE
 from fastxattn.ops.contrastive.triton import config
 from fastxattn.ops.contrastive.triton.config import Tile
 from fastxattn.ops.contrastive.triton.kernels import (
@@ -98,7 +99,7 @@ def contrastive_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of a and b, and per row the sum of dz * logit / scale."""
     slopes, slopes_col = slopes_of(row_stats, grad_row), slopes_of(col_stats, grad_col)
-    windows = _windows(a, b, norm_a, norm_b, needs, False)
+    windows = _windows(a, b, norm_a, norm_b, needs, bool(needs & WIDE))
     dots = a.new_zeros(a.shape[0], dtype=torch.float32)
     for place, j, grid in windows:
         part = dots.new_empty((grid[1], windows.stride))
