@@ -23,7 +23,7 @@ from fastxattn.bench import Record, read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "benchmarks/results"
-Key = tuple[str, str, str, str, int, str]
+Key = tuple[str, str, str, str, int, str, str]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Change:
         return self.old.gate == "ok" and self.new.gate != "ok"
 
     def __str__(self) -> str:
-        op, case, direction, dtype, threads, provider = self.key
-        what = f"{op}: {case}, {direction}, {dtype}, {threads} threads, {provider}"
+        op, case, direction, dtype, threads, provider, device = self.key
+        what = f"{op}: {case}, {direction}, {dtype}, {threads} threads, {provider} on {device}"
         if self.broke:
             return f"{what}: {self.new.gate}"
         return f"{what}: {self.old.ratio:.2f}x -> {self.new.ratio:.2f}x ({self.ratio - 1:+.1%})"
@@ -79,7 +79,7 @@ def _records(text: str) -> list[Record]:
 
 def key(r: Record) -> Key:
     """What makes two rows the same measurement."""
-    return r.op, r.case, r.direction, r.dtype, r.threads, r.provider
+    return r.op, r.case, r.direction, r.dtype, r.threads, r.provider, r.device
 
 
 def changes(old: dict[Key, Record], new: dict[Key, Record]) -> tuple[list[Change], float]:
