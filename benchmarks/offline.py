@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ def cases() -> Iterator[Case]:
         variant = "rich" if kind in ("rich", "single_rich") else "plain"
         yield Case("attention", kernel, dtype, dim, variant, _named(tile))
         if kernel == "split" and kind == "plain":
-            yield Case("attention", "merge", dtype, dim, "plain", _named(tile))
+            merge = replace(tile, warps=config.MERGE_WARPS)
+            yield Case("attention", "merge", dtype, dim, "plain", _named(merge))
         if kernel == "backward_query" and dtype == "fp32":
             yield Case("attention", "backward_sums", dtype, dim, variant, _named(tile))
     for op, kernel, table in (

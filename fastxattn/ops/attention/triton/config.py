@@ -44,8 +44,8 @@ _RICH: Table = {
 # Exact float32 runs on the ordinary arithmetic units, whose operands live in registers.
 _SINGLE: Table = {
     "forward": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "split": {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 16, 1)},
-    "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "split": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_key": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 _SINGLE_RICH: Table = {
@@ -57,6 +57,8 @@ _SINGLE_RICH: Table = {
 }
 _TABLES = {"plain": _PLAIN, "rich": _RICH, "single": _SINGLE, "single_rich": _SINGLE_RICH}
 
+MERGE_WARPS = 8
+"""Warps of the merge of chunks, which has the tile of the split."""
 SPLIT_KEYS = 512
 """Keys per chunk of the split-KV schedule; a sequence longer than MAX_SPLITS of them gets longer chunks."""
 MAX_SPLITS = 32
@@ -84,8 +86,11 @@ def pick(kernel: str, kind: str, dim: int) -> Tile:
 
 
 def warps_on(tile: Tile, itemsize: int, rocm: bool) -> int:
-    """Warps to launch with: for float32 on ROCm four at most, one to a SIMD unit, which leaves each all registers."""
-    return min(tile.warps, 4) if rocm and itemsize == 4 else tile.warps
+    """Warps to launch with: on ROCm for float32 and for tiles of 16 x 16 four at most.
+
+    That is one to a SIMD unit, which leaves each all of its registers; matrix units split such tiles no further.
+    """
+    return min(tile.warps, 4) if rocm and (itemsize == 4 or tile.block_m * tile.block_n <= 256) else tile.warps
 
 
 def shipped() -> list[tuple[str, str, int, Tile]]:

@@ -91,7 +91,9 @@ def attention_forward(
 
     i_low, i_high, b_start, b_end = span_of_keys(p_range, o_row, m_m, length_k, chunk, i_split, SPLITS, BLOCK_N)
     i_full = i_low
-    if p_range is None:
+    # Whole blocks need no mask; in float32, where it costs nothing beside the products, a second loop costs registers.
+    WHOLE: tl.constexpr = (p_range is None) and (p_q.dtype.element_ty != tl.float32)
+    if WHOLE:
         i_full = i_low + (i_high - i_low) // BLOCK_N * BLOCK_N
     if p_bias is not None:
         p_bias += i_b.to(tl.int64) * stride_bias_b
@@ -101,7 +103,7 @@ def attention_forward(
     b_acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    if p_range is None:  # whole blocks need no mask
+    if WHOLE:
         for i_first in range(i_low, i_full, BLOCK_N):
             b_acc, b_max, b_sum = forward_step(
                 b_acc, b_max, b_sum, b_q, i_first, p_k, p_v, p_index_k, p_key_bias, p_bias, p_seed, p_range,

@@ -163,7 +163,8 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             forward.attention_merge[(programs,)](
                 p_part=part, p_part_lse=part_lse, p_out=out, p_lse=lse, **{name: runtime[name] for name in names},
                 kv_heads=kv_heads, GROUP=group, VALUE_DIM=value.shape[2], BLOCK_DV=constants["BLOCK_DV"],
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLITS=splits, SPLIT_KEYS=config.SPLIT_KEYS, num_warps=4,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLITS=splits, SPLIT_KEYS=config.SPLIT_KEYS,
+                num_warps=config.MERGE_WARPS,
             )  # fmt: skip
     return out, lse
 
