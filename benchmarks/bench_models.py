@@ -201,11 +201,6 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
     return Workload({"sdpa": run(model), "fastxattn": run(fast)}, "sdpa", check)
 
 
-def no_build() -> Workload:
-    """For a case that only names a row."""
-    raise NotImplementedError
-
-
 def table(facts: dict[str, Any]) -> str:
     """The table, one row per measured system, dtype and pass, and where they were measured."""
     records = read_csv(CSV) if CSV.exists() else []
@@ -296,19 +291,19 @@ def main() -> None:
     wanted = list(rows(options.match, set(options.dtypes.split(",")), options.missing, options.stalest))
     if options.list:
         print(*("; ".join(_named(row)) for row in wanted), sep="\n")
-    cases = [Case("models", s.name, direction, dtype, no_build) for s, dtype, direction in wanted]
-    pending = Pending(cases)
-    for row, case in zip(wanted, cases, strict=True):
+    pending = Pending(" ".join(_named(row)) for row in wanted)
+    for row in wanted:
+        title = " ".join(_named(row))
         if options.table or options.list or time.time() > until:
             break
         try:
             records = measure(row, facts, options.seconds)
         except Exception:  # the other rows can still be measured
-            print(f"{case.title}: failed", traceback.format_exc(), sep="\n", flush=True)
+            print(f"{title}: failed", traceback.format_exc(), sep="\n", flush=True)
             continue
         finally:
             gc.collect()
-        pending.done(case)
+        pending.done(title)
         for r in records:
             print(
                 f"{r.case} {r.direction} {r.dtype} {r.provider}: {r.median_ms:.4g} ms {r.ratio:.2f}x {r.gate}",

@@ -116,9 +116,10 @@ def run_cases(
     from rich.progress import track
 
     until = float(os.environ.get("FASTXATTN_BENCH_UNTIL", "inf"))
-    pending = Pending(case for case in cases if match in f"{case.op} {case.title}")
+    chosen = [case for case in cases if match in f"{case.op} {case.title}"]
+    pending = Pending(case.title for case in chosen)
     records: list[Record] = []
-    for case in track(list(pending.waiting), description="benchmarks"):
+    for case in track(chosen, description="benchmarks"):
         share = (until - time.time()) / len(pending.waiting)
         try:
             if share <= 0:
@@ -126,13 +127,13 @@ def run_cases(
             limit = min(max_seconds, share)
             found = run_case(case, rounds=rounds, max_seconds=limit, deadline=until, clock=clock)
         except OutOfTime:
-            pending.leave_out(case)
+            pending.leave_out(case.title)
             continue
-        pending.done(case)
+        pending.done(case.title)
         keep(found)
         records += found
     if pending.left_out:
-        print(f"out of time, not measured: {'; '.join(case.title for case in pending.left_out)}")
+        print(f"out of time, not measured: {'; '.join(pending.left_out)}")
     return records
 
 
@@ -142,21 +143,21 @@ class Pending:
     ``fastxattn bench`` reads it when a room's process has ended, even if it had to be ended.
     """
 
-    def __init__(self, cases: Iterable[Case]) -> None:
-        self.waiting, self.left_out = list(cases), list[Case]()
+    def __init__(self, titles: Iterable[str]) -> None:
+        self.waiting, self.left_out = list(titles), list[str]()
         self._write()
 
-    def done(self, case: Case) -> None:
-        """``case`` is measured."""
-        self.waiting.remove(case)
+    def done(self, title: str) -> None:
+        """The case of this title is measured."""
+        self.waiting.remove(title)
         self._write()
 
-    def leave_out(self, case: Case) -> None:
-        """There is no time for ``case``."""
-        self.waiting.remove(case)
-        self.left_out.append(case)
+    def leave_out(self, title: str) -> None:
+        """There is no time for it."""
+        self.waiting.remove(title)
+        self.left_out.append(title)
         self._write()
 
     def _write(self) -> None:
         if path := os.environ.get("FASTXATTN_BENCH_LEFT"):
-            Path(path).write_text("".join(f"{case.title}\n" for case in self.left_out + self.waiting))
+            Path(path).write_text("".join(f"{title}\n" for title in self.left_out + self.waiting))

@@ -46,16 +46,22 @@ def offline() -> ModuleType:
     return cuda_offline
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_attention_compiles_and_passes_the_gates(offline: ModuleType, arch: str, tmp_path: Path) -> None:
+@pytest.fixture
+def compiler(offline: ModuleType) -> ModuleType:
+    """``offline`` where nvcc and cuobjdump are."""
     try:
         find_nvcc()
         offline.find_cuobjdump()
     except (NativeBuildError, ImportError) as error:
         pytest.skip(f"the CUDA kernels are not compiled here: {error}")
+    return offline
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_attention_compiles_and_passes_the_gates(compiler: ModuleType, arch: str, tmp_path: Path) -> None:
     source = tmp_path / "gates.cu"
     source.write_text(SOURCE)
-    rows = offline.rows_of(source, arch, tmp_path)
+    rows = compiler.rows_of(source, arch, tmp_path)
     assert len(rows) == 6
     for row in rows:
         assert not row.faults(), f"{row}: {row.faults()}"
@@ -65,13 +71,10 @@ def test_attention_compiles_and_passes_the_gates(offline: ModuleType, arch: str,
     assert forward[64].time_share > 0.55 and forward[128].time_share > 0.65
 
 
-def test_attention_for_hopper_compiles_and_passes_the_gates(offline: ModuleType, tmp_path: Path) -> None:
+def test_attention_for_hopper_compiles_and_passes_the_gates(compiler: ModuleType, tmp_path: Path) -> None:
     """Products of warp groups and tile copies, none of them serialized by the compiler."""
-    try:
-        rows = offline.rows_of(ROOT / "csrc/attention/attention_sm90_f16.cu", "sm_90a", tmp_path)
-    except (NativeBuildError, ImportError) as error:
-        pytest.skip(f"the CUDA kernels are not compiled here: {error}")
-    assert len(rows) == 4 and {row.kernel for row in rows} == {offline.WGMMA}
+    rows = compiler.rows_of(ROOT / "csrc/attention/attention_sm90_f16.cu", "sm_90a", tmp_path)
+    assert len(rows) == 4 and {row.kernel for row in rows} == {compiler.WGMMA}
     for row in rows:
         assert not row.faults(), f"{row}: {row.faults()}"
     plain = {row.dim: row for row in rows if row.variant == "plain"}
@@ -81,11 +84,8 @@ def test_attention_for_hopper_compiles_and_passes_the_gates(offline: ModuleType,
 
 
 @pytest.mark.parametrize("room", ["pruning", "late_interaction", "contrastive"])
-def test_other_kernels_compile_and_pass_the_gates(offline: ModuleType, room: str, tmp_path: Path) -> None:
-    try:
-        rows = offline.rows_of(ROOT / f"csrc/{room}/{room}_sm80.cu", "sm_80", tmp_path)
-    except (NativeBuildError, ImportError) as error:
-        pytest.skip(f"the CUDA kernels are not compiled here: {error}")
+def test_other_kernels_compile_and_pass_the_gates(compiler: ModuleType, room: str, tmp_path: Path) -> None:
+    rows = compiler.rows_of(ROOT / f"csrc/{room}/{room}_sm80.cu", "sm_80", tmp_path)
     assert len(rows) >= 3
     for row in rows:
         assert not row.faults(), f"{row}: {row.faults()}"
