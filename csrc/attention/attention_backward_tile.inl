@@ -107,10 +107,7 @@ static void load_lane(const AttentionParams& p, const AttentionGradients& g, int
                       int64_t i, bool used, const BackwardScratch<T>& s) {
   s.query_at[i] = used ? static_cast<const T*>(p.query) + row * p.query_row + head * p.query_head : nullptr;
   s.grad_at[i] = used ? static_cast<const T*>(g.grad_out) + row * g.grad_out_row + head * g.grad_out_head : nullptr;
-  // P = exp(s - lse). The difference is rounded, the more the larger it is, and lse lies above the scores by the
-  // logarithm of the number of keys that matter. Half the logarithm of all keys off, as a power of two that is given
-  // back as an exact factor, differences are small where weights are large.
-  const int shift = (63 - __builtin_clzll(static_cast<uint64_t>(keys))) / 2;
+  const int shift = half_log2(keys);
   const double exact = p.lse_exact[head * p.rows_q + row] - shift * kLn2Double;
   const float lse = static_cast<float>(exact);
   // Lanes that saw nothing, and unused ones, get weights exp(-inf) = 0.

@@ -132,6 +132,16 @@ static void add_rows(const float* weights, int64_t ld, const T* const* rows, int
   }
 }
 
+// Addresses of the rows of `keys` keys from key k of the sequence on, and of their values.
+template <class T, class Scratch>
+static void few_rows(const AttentionParams& p, const Sequence& sequence, int64_t k, int64_t keys, const Scratch& s) {
+  for (int64_t j = 0; j < keys; ++j) {
+    s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
+    s.key_at[j] = static_cast<const T*>(p.key) + s.key_row[j] * p.key_row;
+    s.value_at[j] = static_cast<const T*>(p.value) + s.key_row[j] * p.value_row;
+  }
+}
+
 template <class T>
 static void forward_few(const AttentionParams& p, const ForwardItem& item, float* workspace, Arena arena) {
   const ForwardScratch<T> s(p, arena);
@@ -160,29 +170,25 @@ static void forward_few(const AttentionParams& p, const ForwardItem& item, float
   clear(s.acc, lanes.count * acc_ld);
   clear(s.scores, kFewKeys * ld);
 
-  int64_t key_at[kLaneBlock], value_at[kLaneBlock];  // where a lane's head begins in a row
+  int64_t key_from[kLaneBlock], value_from[kLaneBlock];  // where a lane's head begins in a row
   for (int64_t i = 0; i < lanes.count; ++i) {
-    key_at[i] = s.head[i] / group * p.key_head;
-    value_at[i] = s.head[i] / group * p.value_head;
+    key_from[i] = s.head[i] / group * p.key_head;
+    value_from[i] = s.head[i] / group * p.value_head;
   }
   const int64_t key_end = lanes.begin == nullptr ? item.key_end : least(item.key_end, lanes.last);
   for (int64_t k = item.key_begin; k < key_end; k += kFewKeys) {
     const int64_t keys = least(kFewKeys, key_end - k);
     if (!lanes.sees_any(k, k + keys)) continue;
     const bool masked = !lanes.sees_all(k, k + keys);
-    for (int64_t j = 0; j < keys; ++j) {
-      s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
-      s.key_at[j] = static_cast<const T*>(p.key) + s.key_row[j] * p.key_row;
-      s.value_at[j] = static_cast<const T*>(p.value) + s.key_row[j] * p.value_row;
-    }
-    score_rows<Element<T>>(s.queries, s.key_ld, s.key_at, keys, key_at, lanes.count, p.head_dim, s.scores, ld);
+    few_rows<T>(p, sequence, k, keys, s);
+    score_rows<Element<T>>(s.queries, s.key_ld, s.key_at, keys, key_from, lanes.count, p.head_dim, s.scores, ld);
     if (transform || masked) {
       if (s.extra != nullptr) gather_bias(p, item.sequence, sequence, 0, lanes, s.key_row, keys, s.extra, ld);
       adjust_scores(p, s.scores, keys, ld, transform, s.extra, nullptr, masked, lanes, k);
     }
     softmax_tile<T>(s.scores, keys, ld, ld, c, s.m, s.l, s.alpha, s.weights);
     if (p.dropout_p > 0.0f) drop_weights<T>(p, 0, lanes, k, keys, s.weights, ld);
-    add_rows<Element<T>>(s.weights, ld, s.value_at, keys, value_at, lanes, k, p.value_dim, s.alpha, s.acc, acc_ld);
+    add_rows<Element<T>>(s.weights, ld, s.value_at, keys, value_from, lanes, k, p.value_dim, s.alpha, s.acc, acc_ld);
   }
 
   double lse[kLaneBlock];

@@ -52,17 +52,6 @@ static Lanes few_lanes(const AttentionParams& p, const AttentionGradients& g, co
   return lanes;
 }
 
-// Addresses of the rows of one panel of keys, and of their values.
-template <class T>
-static void few_rows(const AttentionParams& p, const Sequence& sequence, int64_t k, int64_t keys,
-                     const FewBackwardScratch<T>& s) {
-  for (int64_t j = 0; j < keys; ++j) {
-    s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
-    s.key_at[j] = static_cast<const T*>(p.key) + s.key_row[j] * p.key_row;
-    s.value_at[j] = static_cast<const T*>(p.value) + s.key_row[j] * p.value_row;
-  }
-}
-
 // P and dP of one panel of keys for all lanes.
 template <class T>
 static void few_weights(const AttentionParams& p, const AttentionGradients& g, const BackwardItem& item,
@@ -71,7 +60,7 @@ static void few_weights(const AttentionParams& p, const AttentionGradients& g, c
   const int64_t ld = lanes.width;
   clear(t.scores, keys * ld);
   clear(t.dscores, keys * ld);
-  few_rows(p, sequence, k, keys, s);
+  few_rows<T>(p, sequence, k, keys, s);
   score_rows<float>(s.queries, s.query_ld, s.key_at, keys, s.key_from, lanes.count, p.head_dim, t.scores, ld);
   if (g.needs_scores()) {
     score_rows<float>(s.grads, s.grad_ld, s.value_at, keys, s.value_from, lanes.count, p.value_dim, t.dscores, ld);
@@ -111,7 +100,7 @@ static void few_panel(const AttentionParams& p, const AttentionGradients& g, con
     uncap_dscores(keys * ld, t);
   }
   if (p.dropout_p > 0.0f) drop_weights<float>(p, 0, lanes, k, keys, t.scores, ld);
-  few_rows(p, sequence, k, keys, s);
+  few_rows<T>(p, sequence, k, keys, s);
   if (g.grad_query) {
     add_rows<float>(t.dscores, ld, s.key_at, keys, s.key_from, lanes, k, p.head_dim, nullptr, s.acc, s.query_ld);
   }

@@ -81,8 +81,6 @@ static void accumulate_seen(const Element<T>* values, int64_t value_ld, const fl
   }
 }
 
-inline constexpr double kLn2Double = 0.6931471805599453;
-
 // Keeps a split's lse in its workspace as two floats, `apart` elements from one another.
 FXA_INLINE void store_partial_lse(float* at, int64_t apart, double lse) {
   at[0] = static_cast<float>(lse);

@@ -7,6 +7,15 @@
 
 namespace fastxattn::FXA_ISA {
 
+inline constexpr double kLn2Double = 0.6931471805599453;
+
+// Half the base-2 logarithm of a number of keys, rounded down: what lse is lowered by, times ln 2, where weights are
+// recomputed from it. The rounding of score - lse grows with it, and lse lies above the scores by the logarithm of the
+// number of keys that matter; as a power of two it is given back by an exact factor.
+FXA_INLINE int half_log2(int64_t keys) {
+  return keys > 0 ? (63 - __builtin_clzll(static_cast<uint64_t>(keys))) / 2 : 0;
+}
+
 // The lanes of one tile, and what of their rows the options need.
 struct Lanes {
   int64_t count;                   // lanes in use

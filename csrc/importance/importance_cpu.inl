@@ -56,7 +56,7 @@ static Lanes importance_lanes(const ImportanceParams& params, const Sequence& se
   Lanes lanes{count, round_up(count, W), s.row, s.head, nullptr, nullptr, 0, 0, 0, 0};
   const float infinity = __builtin_inff();
   constexpr bool exact = sizeof(T) == 4;
-  const int shift = sequence.keys > 0 ? (63 - __builtin_clzll(static_cast<uint64_t>(sequence.keys))) / 2 : 0;
+  const int shift = half_log2(sequence.keys);
   for (int64_t i = 0; i < lanes.width; ++i) {
     const bool there = i < count;
     const int64_t row = there ? query_row_of(p, sequence.first_q + query + i) : s.row[i - 1];
@@ -70,9 +70,8 @@ static Lanes importance_lanes(const ImportanceParams& params, const Sequence& se
                       ? 1.0f
                       : params.row_weight[query_head * params.weight_head + row * params.weight_row];
     if (exact && s.lse[i] > -1000.0f && s.lse[i] < 1000.0f) {
-      // The rounding of score - lse is less, the closer they are: half the logarithm of all keys goes from lse into the
-      // weight, as a power of two, and what rounding takes from lse then goes there too.
-      const double less = lse - shift * 0.69314718055994531;
+      // What is taken off lse goes into the weight, and so does what rounding takes from it then.
+      const double less = lse - shift * kLn2Double;
       s.lse[i] = static_cast<float>(less);
       s.weight[i] *= (1.0f - static_cast<float>(less - s.lse[i])) / static_cast<float>(1 << shift);
     }
