@@ -120,6 +120,13 @@ def test_demo_agrees_with_eager_and_draws_its_chart(tmp_path: Path) -> None:
     assert (tmp_path / "qformer.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_demo_takes_one_run_of_what_is_slow_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastxattn.demo.PATIENCE", 0.0)
+    done = run("demo", "--layers", "1", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.stderr
+    assert "bfloat16: a single run each" in " ".join(done.stdout.split())
+
+
 FACTORY = """
 import torch, fastxattn
 
