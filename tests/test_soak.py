@@ -14,7 +14,7 @@ from benchmarks.soak.__main__ import MARKS, problems, table
 from benchmarks.soak.makers import MAKERS
 from benchmarks.soak.parts import Outcome, broken
 from benchmarks.soak.problems import one
-from benchmarks.soak.trials import DTYPES, Draw, judge, results
+from benchmarks.soak.trials import DTYPES, Draw, judge, of_few, results
 from fastxattn.cli.problems import BUILDERS
 from fastxattn.runtime import native
 
@@ -46,6 +46,15 @@ def test_every_operation_passes_and_a_wrong_one_does_not(op: str) -> None:
                 return out if backend == "reference" else tuple(t + 1 for t in out)
 
             assert not judge(replace(trial, function=wrong), "cpu").ok
+
+
+def test_few_large_numbers_are_held_to_rounding_and_many_to_the_budget() -> None:
+    many, few = torch.linspace(1, 2, 32), torch.cat([torch.full((31,), 16.0), torch.ones(300)])
+    none = torch.zeros(100)
+    eps = torch.finfo(torch.float32).eps
+    truth = {"many": many.double(), "few": few.double(), "none": none.double()}
+    allowed = {name: of_few(name, truth, torch.float32) for name in truth}
+    assert allowed == {"many": 0.0, "few": 8 * eps * 16, "none": 8 * eps * 16}
 
 
 def test_no_operation_is_forgotten() -> None:

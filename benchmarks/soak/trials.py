@@ -23,7 +23,7 @@ from fastxattn.testing.budget import FEW, UNITS, rounding_of_few
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (0, 1, 2, 5, 16, 17, 31, 64, 65, 130, 257)
 SLACK = 4.0
-"""How many times the yardstick's error an operation without an eager twin may have: a soak looks for what is wrong, the
+"""How many times its budget the error of an operation without an eager twin may be: a soak looks for what is wrong, the
 tests hold every case to its budget."""
 T = TypeVar("T")
 

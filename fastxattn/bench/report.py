@@ -67,7 +67,7 @@ def markdown_table(records: Sequence[Record], provider: str) -> str:
 
 def short_device(device: str) -> str:
     """The instruction set that a CPU's name ends with, or the name."""
-    return device.rpartition("[")[2].removesuffix("]")
+    return device.rpartition("[")[2].replace("]", "")
 
 
 def roofline_table(records: Sequence[Record]) -> str:
