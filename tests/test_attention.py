@@ -14,7 +14,7 @@ from fastxattn.ops.attention.problem import Problem
 from fastxattn.runtime import native
 from fastxattn.testing import attention as contract
 from fastxattn.testing.attention import ATTENTION_CASES, AttentionCase
-from fastxattn.testing.budget import FEW, rounding_of_few
+from fastxattn.testing.budget import of_few
 
 BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -146,8 +146,8 @@ def test_any_shape():
 
     Two equally good roundings of n numbers differ by luck: the ratio of their mean errors passes 1.25 with a chance of
     12 % at n = 32 and 1 % at 128 (and numbers of one row err together, so n counts for less); of largest errors see
-    ``FEW``. So largest errors keep the budget from FEW numbers on, fewer are held to rounding itself, and mean errors
-    keep theirs over all shapes together.
+    ``of_few``. So largest errors keep the budget where many numbers decide them, few are held to rounding itself, and
+    mean errors keep theirs over all shapes together.
     """
     run, means = runner("cpu"), defaultdict(list)
 
@@ -161,8 +161,8 @@ def test_any_shape():
         for name, t in found.items():
             report = contract.measure_error(name, t, oracle[name], eager[name], backward=name.startswith("grad_"))
             assert report.same_nonfinite, str(report)
-            few = rounding_of_few(oracle[name], torch.float32 if name == "lse" else dtype)
-            assert report.max_error <= (report.max_budget if t.numel() >= FEW else few), str(report)
+            few = of_few(name, oracle, torch.float32 if name == "lse" else dtype)
+            assert report.max_error <= max(report.max_budget, few), str(report)
             means[name, dtype].append((report.mean_error * t.numel(), report.mean_budget * t.numel()))
         contract.check_unseen(run, problem)
 

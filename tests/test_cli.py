@@ -44,6 +44,10 @@ def test_help_lists_the_commands_and_the_exit_codes() -> None:
     assert "Exit codes: 0" in done.stdout
 
 
+def test_version() -> None:
+    assert run("--version").stdout == f"{fastxattn.__version__}\n"
+
+
 def test_every_command_has_help_with_an_example() -> None:
     from typer.main import get_command
 
@@ -91,6 +95,8 @@ def test_explain_knows_every_operation(op: str) -> None:
         (("explain", "nonsense"), "OP must be one of attention, importance"),
         (("explain", "attention", "--lengths-q", "3,x"), "--lengths-q must be lengths such as"),
         (("explain", "attention", "--lengths-q", "3"), "as many sequences as each other; got 1 and 8"),
+        (("explain", "attention", "--dim", "0"), "at least 1 head and 1 channel"),
+        (("explain", "attention", "--device", "cuda"), "torch sees no such device"),
         (("tune",), "no CUDA or ROCm device is visible"),
         (("report", "--results", "/nonexistent"), "results must be a folder of CSVs"),
         (("prune", "/nonexistent.png", "--out", "/tmp/never.png"), "nonexistent.png"),

@@ -261,6 +261,7 @@ def test_refusals_name_the_argument() -> None:
     query, context, cu_q, cu_k = torch.randn(4, 2, 8), torch.randn(6, 8), offsets([1, 3]), offsets([2, 4])
     wrong: list[tuple[type[Exception], str, dict[str, object]]] = [
         (ValueError, "query must be", {"query": query[0]}),
+        (TypeError, "context must be a tensor; got list", {"context": [1.0]}),
         (ValueError, "as wide as context", {"context": context[:, :4]}),
         (TypeError, "query's dtype", {"context": context.half()}),
         (TypeError, "cu_seqlens_q must be int32", {"cu_seqlens_q": cu_q.long()}),

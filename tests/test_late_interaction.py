@@ -128,11 +128,8 @@ def test_compiles():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (
-            {"cu_seqlens_a": torch.tensor([0, 9], dtype=torch.int32)},
-            ValueError,
-            "cu_seqlens_a must end within the 4 rows",
-        ),
+        ({"cu_seqlens_a": torch.tensor([0, 9], dtype=torch.int32)}, ValueError, "must end within the 4 rows"),
+        ({"a": torch.zeros(4, 0), "b": torch.zeros(4, 0)}, ValueError, "a must have at least 1 feature"),
         ({"cu_seqlens_b": torch.tensor([0, 3])}, TypeError, "cu_seqlens_b must be int32"),
         ({"direction": "c"}, ValueError, "direction must be one of"),
         ({"smooth": 0.0}, ValueError, "smooth must be positive"),

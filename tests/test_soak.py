@@ -14,9 +14,10 @@ from benchmarks.soak.__main__ import MARKS, problems, table
 from benchmarks.soak.makers import MAKERS
 from benchmarks.soak.parts import Outcome, broken
 from benchmarks.soak.problems import one
-from benchmarks.soak.trials import DTYPES, Draw, judge, of_few, results
+from benchmarks.soak.trials import DTYPES, Draw, judge, results
 from fastxattn.cli.problems import BUILDERS
 from fastxattn.runtime import native
+from fastxattn.testing.budget import of_few
 
 needs_native = pytest.mark.skipif(native.cpu_library().library is None, reason="needs the CPU kernels")
 

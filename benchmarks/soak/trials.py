@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastxattn.ops.attention import dispatch as attention_dispatch
 from fastxattn.testing import attention as contract
 from fastxattn.testing import measure_error
-from fastxattn.testing.budget import FEW, UNITS, rounding_of_few
+from fastxattn.testing.budget import largest, of_few
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (0, 1, 2, 5, 16, 17, 31, 64, 65, 130, 257)
@@ -121,27 +121,6 @@ def results(trial: Trial, backend: str, dtype: torch.dtype | None) -> dict[str, 
     return found
 
 
-def largest(found: Iterable[Tensor]) -> float:
-    """The largest finite magnitude."""
-    return max((t[t.isfinite()].abs().max().item() for t in found if t.isfinite().any()), default=0.0)
-
-
-def of_few(name: str, truth: dict[str, Tensor], dtype: torch.dtype) -> float:
-    """What the largest error of a result that fewer than FEW numbers decide may be at least, else 0: the tests' rule.
-
-    Such a result is no yardstick: two equally good roundings of a few numbers differ by luck. The largest error is
-    among the large numbers: those of less than an eighth of the largest, zeros and infinities do not count. And a
-    gradient that only cancels (one key's softmax has none, nor has a bias of all keys) is in a kernel a sum of rounded
-    terms of the size of the trial's other results, and exact in plain PyTorch.
-    """
-    whole = largest(truth.values())
-    size, own = truth[name].abs(), largest([truth[name]])
-    if own < 1e-9 * whole:
-        return UNITS * torch.finfo(dtype).eps * max(1.0, whole)
-    numbers = int((size.isfinite() & (size > own / 8)).sum())
-    return rounding_of_few(truth[name], dtype) if numbers < FEW else 0.0
-
-
 def judge(trial: Trial, backend: str) -> Judgement:
     """The result with the largest error beside its budget."""
     ours = results(trial, backend, None)
@@ -155,7 +134,7 @@ def judge(trial: Trial, backend: str) -> Judgement:
         report = measure_error(name, value, truth[name], yard[name], backward=name.startswith("grad"))
         if not report.same_nonfinite:
             return Judgement(name, report.max_error, report.max_budget, "NaN or infinity in other places")
-        rounding = torch.finfo(trial.dtype).eps * largest([truth[name]])
+        rounding = torch.finfo(trial.dtype).eps * largest(truth[name])
         budget = max(SLACK * (report.max_budget + rounding), of_few(name, truth, trial.dtype))
         found = Judgement(name, report.max_error, budget)
         if found.error * worst.budget > worst.error * found.budget:

@@ -102,7 +102,7 @@ def plot_ratios(records: Sequence[Record], provider: str, path: Path, title: str
         label = f"{dtype}, {short_device(device)}" if several else dtype
         places = [names.index(name) + i * height for name in values]
         bars: Any = axes.barh(places, list(values.values()), height * 0.92, label=label)
-        axes.bar_label(bars, fmt="%.1fx", padding=2, fontsize=8)
+        axes.bar_label(bars, fmt="%.2fx", padding=2, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names, fontsize=8)
     axes.invert_yaxis()

@@ -13,7 +13,7 @@ from fastxattn.cli.common import Json, app, emit, working
 @app.command(epilog="Example: fastxattn demo --layers 4 --out build/demo")
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the chart")] = Path("build/demo"),
-    layers: Annotated[int, typer.Option(help="Q-Former layers (12 is the real size)")] = 12,
+    layers: Annotated[int, typer.Option(min=1, help="Q-Former layers (12 is the real size)")] = 12,
     as_json: Json = False,
 ) -> None:
     """Run BLIP-2's Q-Former on real photographs, eager against fastxattn, and compare numbers and speed."""

@@ -19,6 +19,9 @@ def check_arguments(
     key_index: torch.Tensor | None,
 ) -> None:
     """Refuse what does not fit together; offsets' and indices' contents are looked at where that costs no wait."""
+    for name, t in (("query", query), ("context", context)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
     if query.ndim != 3:
         raise ValueError(f"query must be (total_q, heads, width); got shape {tuple(query.shape)}")
     if context.ndim != 2:

@@ -22,6 +22,8 @@ def check_arguments(
     """Refuse what does not fit together; offsets' contents are looked at where that costs no wait."""
     features("a", a)
     features("b", b, a)
+    if a.shape[1] == 0:
+        raise ValueError("a must have at least 1 feature; got 0")
     choice("direction", direction, DIRECTIONS)
     choice("reduction", reduction, ("sum", "mean"))
     if smooth is not None and not smooth > 0:
@@ -31,9 +33,9 @@ def check_arguments(
 
 
 def check_pairs(cu_seqlens_a: torch.Tensor, cu_seqlens_b: torch.Tensor) -> None:
-    """Refuse sides with different numbers of sets."""
+    """Refuse sides with different numbers of sets; what is no tensor of offsets is refused by the other checks."""
+    if not (isinstance(cu_seqlens_a, torch.Tensor) and isinstance(cu_seqlens_b, torch.Tensor)):
+        return
     if cu_seqlens_a.shape != cu_seqlens_b.shape:
-        raise ValueError(
-            f"cu_seqlens_b must have as many sets as cu_seqlens_a ({cu_seqlens_a.shape[0] - 1}); "
-            f"got {cu_seqlens_b.shape[0] - 1}"
-        )
+        n, m = cu_seqlens_a.numel(), cu_seqlens_b.numel()
+        raise ValueError(f"cu_seqlens_b must have as many offsets as cu_seqlens_a, {n}; got {m}")
