@@ -89,9 +89,9 @@ def of_few(name: str, reference: Mapping[str, torch.Tensor], dtype: torch.dtype)
     Such a result is no yardstick: two equally good roundings of n numbers differ by luck, and the ratio of their
     largest errors passes 2 with a chance of 29 % at n = 1, 5 % at 8 and 0.5 % at 32. The largest error is among the
     large numbers: those of less than an eighth of the largest do not count. Instead UNITS of rounding of the largest
-    are allowed. A gradient that only cancels (one key's softmax has none, nor has a bias of all keys) is in a kernel a sum
-    of rounded terms of the size of the problem's other results, and exact in plain PyTorch: there the largest of all
-    counts.
+    are allowed. A gradient that only cancels (one key's softmax has none, nor has a bias of all keys) is in a kernel a
+    sum of rounded terms of the size of the problem's other results, and exact in plain PyTorch: there the largest of
+    all counts.
 
     Args:
         name: of the result.
