@@ -21,7 +21,7 @@ from torch import Tensor
 import fastxattn
 from benchmarks.common import main, nbytes
 from fastxattn.bench import Case, Workload
-from fastxattn.testing import measure_error
+from fastxattn.testing import measure_error, offsets
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Inputs:
 
         self.packed = [make(shape.lengths_q), make(shape.lengths_k), make(shape.lengths_k)]
         lengths = [shape.lengths_q, shape.lengths_k, shape.lengths_k]
-        self.cu = [torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in lengths[:2]]
+        self.cu = [offsets(n) for n in lengths[:2]]
         self.each = [list(t.split(n)) for t, n in zip(self.packed, lengths, strict=True)]
         self.each = [[x.transpose(0, 1).unsqueeze(0).clone() for x in xs] for xs in self.each]
         self.padded = [

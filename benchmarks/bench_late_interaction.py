@@ -18,7 +18,7 @@ import fastxattn
 from benchmarks.common import main, nbytes
 from fastxattn.bench.memory import peak_extra_bytes
 from fastxattn.bench.registry import Case, Workload
-from fastxattn.testing import measure_error
+from fastxattn.testing import measure_error, offsets
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -69,7 +69,7 @@ def scores(queries: int, documents: int, tokens_q: int, longest: int, d: int) ->
         a = F.normalize(torch.randn(queries * tokens_q, d, generator=g), dim=1)
         b = F.normalize(torch.randn(int(lengths.sum()), d, generator=g), dim=1)
         cu_a = torch.arange(0, queries * tokens_q + 1, tokens_q, dtype=torch.int32)
-        cu_b = torch.tensor([0, *lengths.tolist()]).cumsum(0).to(torch.int32)
+        cu_b = offsets(lengths.tolist())
         padded = torch.nn.utils.rnn.pad_sequence(b.split(lengths.tolist()), batch_first=True)
         hidden = torch.arange(padded.shape[1]) >= lengths[:, None]
 

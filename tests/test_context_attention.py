@@ -16,15 +16,11 @@ from fastxattn.ops.context_attention import context_attention
 from fastxattn.ops.context_attention.cost import choose
 from fastxattn.ops.context_attention.reference import context_attention_reference
 from fastxattn.runtime import native
-from fastxattn.testing import assert_within_budget
+from fastxattn.testing import assert_within_budget, offsets
 
 ISAS = native.available_cpu_isas()
 needs_native = pytest.mark.skipif(not ISAS, reason="the native library is not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def eager(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
 from fastxattn.runtime import native
+from fastxattn.testing import offsets
 
 pytestmark = pytest.mark.skipif(native.cpu_library().library is None, reason="needs the CPU kernels")
 
@@ -17,7 +18,7 @@ def sets(lengths, d, dtype=torch.float32, seed=0, unused=2):
     x = F.normalize(torch.randn(sum(lengths) + unused, d, generator=generator), dim=1).to(dtype)
     if unused:
         x[-unused:] = float("nan")  # past the last offset: never read
-    return x, torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
+    return x, offsets(lengths)
 
 
 def run(function, a, b, cu_a, cu_b, backend, **options):

@@ -11,11 +11,12 @@ from torch import Tensor
 import fastxattn
 from benchmarks.soak.models import model
 from benchmarks.soak.modules import MODULES
-from benchmarks.soak.trials import Draw, Maker, Trial, offsets
+from benchmarks.soak.trials import Draw, Maker, Trial
 from fastxattn.ops.pruning import ops as pruning
 from fastxattn.ops.pruning.merge import best_match
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
 from fastxattn.ops.retrieval.api import quantize_int8
+from fastxattn.testing import offsets
 
 Inputs = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -63,11 +63,6 @@ class Draw:
     def chance(self, n: int, share: float) -> Tensor:
         """(n,) bool, True with this probability."""
         return torch.rand(n, generator=self.g) < share
-
-
-def offsets(of: Sequence[int]) -> Tensor:
-    """(batch + 1,) int32."""
-    return torch.tensor([0, *of]).cumsum(0).to(torch.int32)
 
 
 @dataclass(frozen=True)
