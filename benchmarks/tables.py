@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,8 +83,15 @@ def _what(r: Record) -> str:
     return f"{r.op}: {r.case}"
 
 
-def draw_highlights() -> None:
-    """The same as a chart."""
+def draw() -> None:
+    """Every chart of ratios that the documents show, and the highlights' own."""
+    for path in sorted(RESULTS.glob("*.csv")):
+        image = IMAGES / f"{path.stem}.png"
+        if image.exists() and path.read_text().startswith("op,case,direction,provider,rival,"):
+            records = read_csv(path)
+            ours = Counter(r.provider for r in records if r.provider.startswith("fastxattn")).most_common(1)[0][0]
+            devices = ", ".join(dict.fromkeys(r.device for r in records))
+            plot_ratios(records, ours, image, f"{path.stem}: {devices}")
     rows = [replace(ours, case=_what(ours), provider="fastxattn", device="") for ours, _ in highlighted()]
     plot_ratios(rows, "fastxattn", IMAGES / "highlights.png", "float32 on a CPU, against the rival in the table")
 
@@ -145,4 +153,4 @@ if __name__ == "__main__":
     for file in files:
         file.write_text(updated(file.read_text()))
         print(f"updated {file.relative_to(ROOT)}")
-    draw_highlights()
+    draw()

@@ -12,12 +12,12 @@ import functools
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastxattn.bench.report import short_device
+from fastxattn.bench.report import short_device, titles
 
 Row = dict[str, str]
 ROWS_SHOWN = 60
@@ -119,31 +119,32 @@ def speed(table: Table) -> str:
     rows = [r for r in table.rows if ours(r["provider"]) and r["provider"] != r["rival"]]
     shown = [r for r in rows if math.isfinite(number(r["ratio"]))]
     refused = len(rows) - len(shown)
-    titles = list(dict.fromkeys(_title(r) for r in shown))
+    named = titles((r["op"], r["case"]) for r in rows)
+    names = list(dict.fromkeys(_title(r, named) for r in shown))
     several = len({r.get("device") for r in rows}) > 1
     kinds = sorted({_series(r, several) for r in shown})
 
     def draw(axes: Any) -> None:
         height = 0.8 / max(1, len(kinds))
         for i, series in enumerate(kinds):
-            values = {_title(r): number(r["ratio"]) for r in shown if _series(r, several) == series}
-            bars = axes.barh([titles.index(t) + i * height for t in values], list(values.values()), height * 0.9)
+            values = {_title(r, named): number(r["ratio"]) for r in shown if _series(r, several) == series}
+            bars = axes.barh([names.index(t) + i * height for t in values], list(values.values()), height * 0.9)
             bars.set_label(series)
             axes.bar_label(bars, fmt="%.2fx", padding=2, fontsize=7)
         axes.axvline(1.0, color="black", linewidth=1)
-        axes.set_yticks([n + 0.4 - height / 2 for n in range(len(titles))], titles, fontsize=8)
+        axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel("times faster than the rival")
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-    tall = max(0.36, 0.18 * len(kinds)) * len(titles) + 1.2
+    tall = max(0.36, 0.18 * len(kinds)) * len(names) + 1.2
     chart = drawing(draw, 8, tall, f"{table.name}: speed-up over rivals") if shown else ""
     columns = ("case", "pass", "dtype", "machine", "threads", "provider", "rival", "ms", "speed-up", "GFLOP/s", "check")
     roofline = any(math.isfinite(number(r.get("roofline"))) for r in rows)
     cells = []
     for r in rows:
-        line = [r["case"], r["direction"], r["dtype"], short_device(r.get("device") or ""), r["threads"],
-                r["provider"], r["rival"],
+        machine = short_device(r.get("device") or "")
+        line = [named[r["op"], r["case"]], r["direction"], r["dtype"], machine, r["threads"], r["provider"], r["rival"],
                 shown_number(r["median_ms"]), shown_number(r["ratio"], "{:.2f}x"), shown_number(r["gflops"]),
                 r["gate"]]  # fmt: skip
         share = f"{shown_number(r.get('roofline') or '', '{:.0%}')} {r.get('bound') or ''}".strip()
@@ -157,8 +158,8 @@ def _series(row: Row, several: bool) -> str:
     return f"{row['dtype']}, {short_device(row.get('device') or '')}" if several else row["dtype"]
 
 
-def _title(row: Row) -> str:
-    name = f"{row['case']}, {row['direction']}"
+def _title(row: Row, named: Mapping[tuple[str, str], str]) -> str:
+    name = f"{named[row['op'], row['case']]}, {row['direction']}"
     return name if row["provider"] in ("fastxattn", "fastxattn cpu") else f"{name} ({row['provider'][10:]})"
 
 
