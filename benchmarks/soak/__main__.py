@@ -33,9 +33,10 @@ PROBLEMS = {"cpu": "CPU kernels", "triton": "Triton, interpreted", "sanitized": 
 
 def environment(part: str) -> tuple[dict[str, str], str]:
     """Environment variables of a part's processes, and why it cannot run. Compiles what it needs."""
-    if part == "triton":
-        missing = importlib.util.find_spec("triton") is None
-        return {"TRITON_INTERPRET": "1"}, "triton is not installed" if missing else ""
+    needs = {"triton": "triton", "files": "onnxruntime"}.get(part)
+    if needs is not None:
+        missing = importlib.util.find_spec(needs) is None
+        return {"TRITON_INTERPRET": "1"} if part == "triton" else {}, f"{needs} is not installed" if missing else ""
     if part in PROBLEMS and (reason := native.cpu_library().reason):
         return {}, reason
     return parts.sanitizers() if part == "sanitized" else ({}, "")
@@ -45,8 +46,9 @@ def problems(seconds: float, seed: int, part: str, more: dict[str, str]) -> Outc
     """Random problems on a backend; a crash loses one problem and goes on with the next."""
     outcome, backend = Outcome(), "triton" if part == "triton" else "cpu"
     end = time.monotonic() + seconds
-    while not outcome.counts or time.monotonic() < end:
-        left = max(0.0, end - time.monotonic())
+    left = seconds
+    while left > 0 or not (outcome.counts or outcome.failures):
+        left = max(left, 0.0)
         command = [sys.executable, "-m", "benchmarks.soak.problems", str(left), str(seed), backend]
         code, said, error = parts.run(command, left + LONGEST, more)
         begun: dict[str, object] = {}
@@ -61,6 +63,7 @@ def problems(seconds: float, seed: int, part: str, more: dict[str, str]) -> Outc
             outcome.failures.append(f"problem {json.dumps(begun)}: exit {code}: {found[0] if found else error[-1500:]}")
             if not begun:
                 break  # it does not even start
+        left = end - time.monotonic()
     return outcome
 
 
