@@ -11,9 +11,12 @@ from fastxattn.bench.records import Record
 
 
 def _by_case(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
+    """The rows of each case; its name says the operation too where the rows are of several."""
+    several = len({r.op for r in records}) > 1
     groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.case, record.direction, record.dtype), []).append(record)
+    for r in records:
+        name = f"{r.op}, {r.case}" if several else r.case
+        groups.setdefault((name, r.direction, r.dtype), []).append(r)
     return groups
 
 
@@ -91,20 +94,25 @@ def plot_ratios(records: Sequence[Record], provider: str, path: Path, title: str
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ours = [r for r in records if r.provider == provider and math.isfinite(r.ratio)]
-    series = sorted({(r.dtype, r.device) for r in ours})
+    ours = _by_case([r for r in records if r.provider == provider and math.isfinite(r.ratio)])
+    series = sorted({(r.dtype, r.device) for group in ours.values() for r in group})
     several = len({device for _, device in series}) > 1
-    names = list(dict.fromkeys(f"{r.case}, {r.direction}" for r in ours))
+    names = list(dict.fromkeys((case, direction) for case, direction, _ in ours))
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.4))
     height = 0.8 / max(1, len(series))
     for i, (dtype, device) in enumerate(series):
-        values = {f"{r.case}, {r.direction}": r.ratio for r in ours if (r.dtype, r.device) == (dtype, device)}
+        values = {
+            (case, direction): r.ratio
+            for (case, direction, of), group in ours.items()
+            for r in group
+            if (of, r.device) == (dtype, device)
+        }
         label = f"{dtype}, {short_device(device)}" if several else dtype
         places = [names.index(name) + i * height for name in values]
         bars: Any = axes.barh(places, list(values.values()), height * 0.92, label=label)
         axes.bar_label(bars, fmt="%.1fx", padding=2, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names, fontsize=8)
+    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], map(", ".join, names), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("times faster than the rival named in the CSV")
     axes.set_title(title, fontsize=10)
