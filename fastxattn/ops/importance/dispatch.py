@@ -26,11 +26,24 @@ BACKENDS = (
 def score_of(problem: ImportanceProblem, scale: float | None, backend: str) -> Tensor:
     """Score (heads, slots_k) of a problem whose ``scale`` is yet to be filled in."""
     problem = _prepare(problem, scale)
-    if not torch.compiler.is_compiling():  # while tracing, the operator's fake checks
+    tracing = torch.compiler.is_compiling()  # then the operator's fake checks
+    if not tracing:
         checks.check_shapes(problem)
-        if problem.query.is_cpu or env.validate_on_gpu:
-            attention_checks.check_contents(problem.attention())
     name = resolve("importance", BACKENDS, problem, backend)
+    if name == "cpu" and not tracing:
+        # The operator checks everything it relies on, and Python looks only when it has refused: looking costs ten calls.
+        try:
+            return _run(name, problem)
+        except RuntimeError:
+            attention_checks.check_contents(problem.attention())
+            raise
+    if not tracing and (problem.query.is_cpu or env.validate_on_gpu):
+        attention_checks.check_contents(problem.attention())
+    return _run(name, problem)
+
+
+def _run(name: str, problem: ImportanceProblem) -> Tensor:
+    """Run a backend, differentiably."""
     if name == "reference":
         return importance_reference(problem)
     tensors = (problem.query, problem.key, problem.lse, problem.key_bias, problem.row_weight)
