@@ -37,6 +37,7 @@ static void sum_head(const ImportanceParams& params, const ImportanceItem& item,
   constexpr bool exact = sizeof(T) == 4;
   const AttentionParams& p = params.attention;
   const int64_t keys = item.key_end - item.key_begin, depth = elements<T>(p.head_dim);
+  const int64_t kv_head = head / p.group(), member = head % p.group();
   const bool transform = needs_transform(p);
   const float c = transform ? 1.0f : p.scale;
   const auto add = params.row_weight != nullptr ? add_all_weights<exact, true> : add_all_weights<exact, false>;
@@ -45,9 +46,9 @@ static void sum_head(const ImportanceParams& params, const ImportanceItem& item,
     Lanes lanes{least(kLaneBlock, sequence.queries - query), 0, s.row, s.head, nullptr, nullptr, 0, 0, 0, 0};
     for (int64_t i = 0; i < lanes.count; ++i) {
       s.row[i] = query_row_of(p, sequence.first_q + query + i);
-      s.head[i] = 0;
+      s.head[i] = static_cast<int32_t>(member);
     }
-    finish_importance_lanes<T>(params, sequence, head, s, lanes);
+    finish_importance_lanes<T>(params, sequence, head - member, s, lanes);
     if (!lanes.sees_any(item.key_begin, item.key_end)) continue;
     pack_columns<T>(s.query_at, lanes.count, p.head_dim, s.queries, kLaneBlock);
     for (int64_t j = 0; j < keys; j += kImportanceKeys) {
@@ -59,7 +60,7 @@ static void sum_head(const ImportanceParams& params, const ImportanceItem& item,
       const bool masked = !lanes.sees_all(first, first + n);
       if (transform || masked) {
         if (s.extra != nullptr) {
-          gather_bias(p, item.sequence, sequence, head / p.group(), lanes, s.key_row + j, n, s.extra, kLaneBlock);
+          gather_bias(p, item.sequence, sequence, kv_head, lanes, s.key_row + j, n, s.extra, kLaneBlock);
         }
         adjust_scores(p, s.scores, n, kLaneBlock, transform, s.extra, nullptr, masked, lanes, first);
       }
