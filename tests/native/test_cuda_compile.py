@@ -24,7 +24,7 @@ namespace fastxattn::attention {
 #define KERNELS(D)                                                                                                   \\
   template __global__ void attention_forward_kernel<f16_t, D, ForwardTile<f16_t, D>::kRows,                          \\
                                                     ForwardTile<f16_t, D>::kKeys, false>(                            \\
-      const __grid_constant__ AttentionKernelParams);                                                                \\
+      const __grid_constant__ AttentionKernelParams, const __grid_constant__ ForwardWork);                           \\
   template __global__ void attention_backward_query_kernel<f16_t, D, BackwardTile<f16_t, D>::kRows,                  \\
                                                            BackwardTile<f16_t, D>::kKeys, false>(                    \\
       const __grid_constant__ AttentionKernelParams, const __grid_constant__ AttentionKernelGradients);              \\
