@@ -27,8 +27,8 @@ struct ForwardWork {
   bool few;
 };
 
-// Blocks of 2 Rows threads: a warp for 16 rows. A row's result is the same for every Rows. Rich: with kv_range, key_bias,
-// softcap or a scale that is not positive.
+// Blocks of 2 Rows threads: a warp for 16 rows. A row's result is the same for every Rows. Rich: with kv_range,
+// key_bias, softcap or a scale that is not positive.
 template <class T, int D, int Rows, int Keys, bool Rich>
 FXA_KERNEL(2 * Rows, 1)
 attention_forward_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS ForwardWork work) {
@@ -42,7 +42,7 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS ForwardW
   const int kv_head = block_index() % p.kv_heads, item = block_index() / p.kv_heads;
   const bool cut = item >= work.tiles;
   const int place = (item - work.tiles) / (kCutRows / Rows);  // of a chunk
-  const TileOf tile = cut         ? TileOf{find_cut(p, place), (item - work.tiles) % (kCutRows / Rows)}
+  const TileOf tile = cut        ? TileOf{find_cut(p, place), (item - work.tiles) % (kCutRows / Rows)}
                       : work.few ? TileOf{item, 0}
                                  : find_sequence(p.cu_q, p.batch, item, p.group, Rows);
   const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);

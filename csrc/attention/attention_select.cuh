@@ -33,8 +33,8 @@ void with_flag(bool flag, F f) {
   f(std::false_type{});
 }
 
-// `few`: only what attention_wgmma.cuh leaves. The average number of rows chooses between sizes of tiles that give equal
-// bits; everything that gives other bits is chosen in the kernels, for each sequence.
+// `few`: only what attention_wgmma.cuh leaves. The average number of rows chooses between sizes of tiles that give
+// equal bits; everything that gives other bits is chosen in the kernels, for each sequence.
 template <class T, class Launch>
 void run_forward(const AttentionKernelParams& p, bool few, Launch launch) {
   const bool small_tiles = static_cast<int64_t>(p.slots_q) * p.group <= static_cast<int64_t>(kFewRows) * p.batch;

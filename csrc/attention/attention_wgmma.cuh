@@ -208,8 +208,8 @@ attention_forward_wgmma_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Ke
   }
 }
 
-// Whether the kernel takes a problem, whatever the device; of its sequences it leaves some. Narrow heads would waste half
-// of each product; those, keys behind an index, ranges and biases are for attention_fwd.cuh.
+// Whether the kernel takes a problem, whatever the device; of its sequences it leaves some. Narrow heads would waste
+// half of each product; those, keys behind an index, ranges and biases are for attention_fwd.cuh.
 template <class T>
 bool fits_wgmma(const AttentionKernelParams& p) {
   const int widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
