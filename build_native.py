@@ -217,11 +217,15 @@ def _compile_cuda(nvcc: str, source: Path, objects: Path, flags: list[str], thre
     return obj
 
 
+def cuda_archs() -> tuple[str, ...]:
+    """FASTXATTN_CUDA_ARCHS, by default all of CUDA_ARCHS."""
+    return tuple(os.environ.get("FASTXATTN_CUDA_ARCHS", "").replace(",", " ").split()) or CUDA_ARCHS
+
+
 def compile_kernels(nvcc: str, sources: list[Path], objects: Path) -> list[Path]:
-    """The objects of these .cu files for FASTXATTN_CUDA_ARCHS, without the files that none of them is for."""
-    archs = tuple(os.environ.get("FASTXATTN_CUDA_ARCHS", "").replace(",", " ").split()) or CUDA_ARCHS
+    """The objects of these .cu files for cuda_archs(), without the files that none of those is for."""
     objects.mkdir(parents=True, exist_ok=True)
-    work = [(s, of) for s in sources if (of := _archs_of(s, archs))]
+    work = [(s, of) for s in sources if (of := _archs_of(s, cuda_archs()))]
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
     threads = -(-jobs // len(work))
     with ThreadPoolExecutor(jobs) as pool:
@@ -241,7 +245,8 @@ def build_cuda(target: Path, tool: Toolchain) -> None:
     flags, link = _torch_flags()
     objects = ROOT / "build/obj-cuda"
     compiled = compile_kernels(nvcc, sorted(CSRC.glob("*/*.cu")), objects)
-    sources = [(s, flags) for s in _torch_sources(cuda=True)]
+    known = f'-DFXA_CUDA_ARCHS="{" ".join(cuda_archs())}"'
+    sources = [(s, [*flags, known] if s.parent.name == "core" else flags) for s in _torch_sources(cuda=True)]
     _library(tool, sources, target / "libfastxattn_cuda.so", objects, [*cuda_runtime(nvcc), *link], compiled)
 
 
