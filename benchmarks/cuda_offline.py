@@ -231,7 +231,7 @@ def describe(mangled: str, instructions: list[tuple[int, str]], arch: str, regis
     numbers = [int(n) for n in re.findall(r"Li(\d+)E", mangled)]
     dim, rows, keys = numbers if len(numbers) == 3 else (0, 0, 0)
     forward = kernel.startswith("attention_forward")
-    shared = ((1 if forward else 2) * rows + 4 * keys) * dim * SIZES[dtype] + (16 if forward else 16 + 40 * keys)
+    shared = ((1 if forward else 2) * rows + 4 * keys) * dim * SIZES[dtype] + (32 if forward else 16 + 40 * keys)
     warps = rows // 16 if dim else 4
     if kernel == WGMMA:  # and the queries, a barrier for full and one for empty, and the group that fetches
         shared, warps = (rows + WGMMA_SLOTS * keys) * dim * 2 + 16 * WGMMA_SLOTS, warps + 4

@@ -7,7 +7,8 @@
 
 namespace fastxattn::attention {
 
-// Rows per block, keys per tile: two stages of keys and values beside the queries fit the 99 KiB of every device.
+// Rows per block, keys per tile: two stages of keys and values beside the queries fit the 99 KiB of every device. A
+// tile of 16 rows has one warp to copy all keys, and hardly more room in shared memory.
 template <class T, int D>
 struct ForwardTile {
   static constexpr int kRows = 64;
@@ -16,19 +17,18 @@ struct ForwardTile {
 
 template <class T, int D, int Rows, int Keys>
 constexpr int forward_shared_bytes() {
-  return (Rows + 4 * Keys) * D * static_cast<int>(sizeof(T)) + 16;
+  return (Rows + 4 * Keys) * D * static_cast<int>(sizeof(T)) + 32;
 }
 
 // What the blocks of a launch are for, kv_heads of them each: `tiles` of rows against all keys, then the chunks of keys
-// that are cut, each with kCutRows / Rows tiles of rows.
+// that are cut, whose rows fit in one tile.
 struct ForwardWork {
   int tiles;
   // Instead of a tile, a sequence of at most kFewRows; longer ones are another launch's (attention_wgmma.cuh).
   bool few;
 };
 
-// Blocks of 2 Rows threads: a warp for 16 rows. A row's result is the same for every Rows. Rich: with kv_range,
-// key_bias, softcap or a scale that is not positive.
+// Blocks of 2 Rows threads: a warp for 16 rows. Rich: with kv_range, key_bias, softcap or a scale that is not positive.
 template <class T, int D, int Rows, int Keys, bool Rich>
 FXA_KERNEL(2 * Rows, 1)
 attention_forward_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS ForwardWork work) {
@@ -39,10 +39,11 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS ForwardW
   const Shared<T> value_tiles = key_tiles.at(2 * Keys * D);
   const Shared<int> scratch = shared_memory<int>(Rows * D * static_cast<int>(sizeof(T)) + 4 * kTile);
 
+  static_assert(Rows == kCutRows);
   const int kv_head = block_index() % p.kv_heads, item = block_index() / p.kv_heads;
   const bool cut = item >= work.tiles;
-  const int place = (item - work.tiles) / (kCutRows / Rows);  // of a chunk
-  const TileOf tile = cut        ? TileOf{find_cut(p, place), (item - work.tiles) % (kCutRows / Rows)}
+  const int place = item - work.tiles;  // of a chunk
+  const TileOf tile = cut        ? TileOf{find_cut(p, place), 0}
                       : work.few ? TileOf{item, 0}
                                  : find_sequence(p.cu_q, p.batch, item, p.group, Rows);
   const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
@@ -75,6 +76,12 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS ForwardW
   }
   Window window{0, theirs.count, 0, theirs.count};
   if constexpr (Rich) {
+    // Kept out of the registers, which the sums fill: what only the end needs.
+    if (thread_index() == 0) {
+      scratch.store(4, mine.first);
+      scratch.store(5, first_row);
+      scratch.store(6, rows);
+    }
     window = find_window(scratch, range, there, theirs.count);
     low = maximum(low, window.low / Keys * Keys);
     high = minimum(high, window.high);
@@ -165,12 +172,13 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS ForwardW
   FXA_UNROLL
   for (int half = 0; half < 2; ++half) {
     const float total = quad_sum(sum[half]);
-    if (!there[half]) continue;
+    const int i = warp_row + lane_index() / 4 + 8 * half;
+    if (i >= (Rich ? scratch.load(6) : rows)) continue;
     const float lse = lse_of<T>(top[half], total);
     const float inverse = total == 0.0f ? 1.0f : 1.0f / total;
-    const int64_t row = my_row[half], head = my_head[half];
+    const int from = (Rich ? scratch.load(5) : first_row) + i, slot = (Rich ? scratch.load(4) : mine.first);
+    const int64_t row = find_row(p.index_q, slot + from / p.group, p.rows_q), head = kv_head * p.group + from % p.group;
     if (cut) {
-      const int i = first_row + warp_row + lane_index() / 4 + 8 * half;
       const int64_t part = (static_cast<int64_t>(place) * p.kv_heads + kv_head) * p.part_rows + i;
       if (lane_index() % 4 == 0) store_global(p.part_lse + part, lse);
       store_row(p.part_out + part * p.value_dim, acc, half, inverse, p.value_dim);

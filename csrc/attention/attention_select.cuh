@@ -33,24 +33,20 @@ void with_flag(bool flag, F f) {
   f(std::false_type{});
 }
 
-// `few`: only what attention_wgmma.cuh leaves. The average number of rows chooses between sizes of tiles that give
-// equal bits; everything that gives other bits is chosen in the kernels, for each sequence.
+// `few`: only what attention_wgmma.cuh leaves.
 template <class T, class Launch>
 void run_forward(const AttentionKernelParams& p, bool few, Launch launch) {
-  const bool small_tiles = static_cast<int64_t>(p.slots_q) * p.group <= static_cast<int64_t>(kFewRows) * p.batch;
   with_dim<T>(widest(p), [&](auto dim) {
     with_flag(is_rich(p), [&](auto rich) {
-      with_flag(small_tiles, [&](auto small) {
-        using Tile = ForwardTile<T, dim.value>;
-        constexpr int rows = small.value ? kFewRows : Tile::kRows, keys = Tile::kKeys;
-        const int64_t tiles = few ? p.batch : tile_count(p.slots_q, p.batch, p.group, rows);
-        const int64_t items = tiles + static_cast<int64_t>(p.chunks) * (kCutRows / rows);
-        launch(attention_forward_kernel<T, dim.value, rows, keys, rich.value>, items * p.kv_heads, 1, 2 * rows,
-               forward_shared_bytes<T, dim.value, rows, keys>(), p, ForwardWork{static_cast<int>(tiles), few});
-        if (p.chunks > 0) {
-          launch(attention_merge_kernel<T>, static_cast<int64_t>(p.chunks) * p.kv_heads, 1, 128, 0, p, keys);
-        }
-      });
+      using Tile = ForwardTile<T, dim.value>;
+      const int64_t tiles = few ? p.batch : tile_count(p.slots_q, p.batch, p.group, Tile::kRows);
+      launch(attention_forward_kernel<T, dim.value, Tile::kRows, Tile::kKeys, rich.value>,
+             (tiles + p.chunks) * p.kv_heads, 1, 2 * Tile::kRows,
+             forward_shared_bytes<T, dim.value, Tile::kRows, Tile::kKeys>(), p,
+             ForwardWork{static_cast<int>(tiles), few});
+      if (p.chunks > 0) {
+        launch(attention_merge_kernel<T>, static_cast<int64_t>(p.chunks) * p.kv_heads, 1, 128, 0, p, Tile::kKeys);
+      }
     });
   });
 }
