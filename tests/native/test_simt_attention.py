@@ -76,7 +76,7 @@ def test_results_do_not_depend_on_neighbours(simt: Simt, name: str) -> None:
     ids=str,
 )
 def test_the_schedule_of_a_sequence_is_its_own(simt: Simt, options: dict[str, str], dtype: torch.dtype) -> None:
-    """Whether keys are cut, and the size of tiles, beside sequences that want another choice."""
+    """Whether keys are cut, beside sequences that want another choice."""
     case = dataclasses.replace(contract.NEIGHBOURS, head_dim=32, value_dim=32, **options)
     contract.check_neighbours(runs_on(simt), case.problem(dtype), backward=False)
 
