@@ -1,6 +1,7 @@
 """Compiles the CUDA kernels without a GPU and reads the machine code.
 
 ``python benchmarks/cuda_offline.py [--arch sm_80] [--source sm80_f16] [--csv benchmarks/results/cuda_offline.csv]``
+``python benchmarks/cuda_offline.py --library fastxattn/_lib/libfastxattn_cuda.so --csv ...`` reads a built library.
 
 One row per kernel and architecture: registers, spilled bytes, shared memory, resident warps, which matrix and copy
 instructions there are, and for the attention loop what one whole tile of keys executes: the shortest way round the loop
@@ -137,6 +138,19 @@ def resources(report: str) -> dict[str, tuple[int, int]]:
     return {m[1]: (int(m[4]), int(m[2]) + int(m[3])) for m in pattern.finditer(report)}
 
 
+def rows_of_library(library: Path, arch: str) -> list[Row]:
+    """The rows of a built library (or object file) for one architecture; without the compiler's report, ``spills`` is
+    the stack that a kernel has, which spills would need."""
+
+    def dump(what: str) -> str:
+        command = [find_cuobjdump(), what, "-arch", arch, str(library)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    pattern = re.compile(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+    used = {m[1]: (int(m[2]), int(m[3]) + int(m[4])) for m in pattern.finditer(dump("-res-usage"))}
+    return [describe(name, found, arch, *used[name]) for name, found in functions(dump("-sass"))]
+
+
 def functions(code: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
     """Mangled names and their instructions with addresses."""
     for part in code.split("Function : ")[1:]:
@@ -217,7 +231,7 @@ def describe(mangled: str, instructions: list[tuple[int, str]], arch: str, regis
     numbers = [int(n) for n in re.findall(r"Li(\d+)E", mangled)]
     dim, rows, keys = numbers if len(numbers) == 3 else (0, 0, 0)
     forward = kernel.startswith("attention_forward")
-    shared = ((1 if forward else 2) * rows + 4 * keys) * dim * SIZES[dtype] + (16 if forward else 16 + 40 * keys)
+    shared = ((1 if forward else 2) * rows + 4 * keys) * dim * SIZES[dtype] + (32 if forward else 16 + 40 * keys)
     warps = rows // 16 if dim else 4
     if kernel == WGMMA:  # and the queries, a barrier for full and one for empty, and the group that fetches
         shared, warps = (rows + WGMMA_SLOTS * keys) * dim * 2 + 16 * WGMMA_SLOTS, warps + 4
@@ -246,17 +260,21 @@ def main() -> None:
     parser.add_argument(
         "--csv", type=Path, help="write the rows here; what it holds of other kernels and architectures stays"
     )
+    parser.add_argument("--library", type=Path, help="read this library instead of compiling")
     options = parser.parse_args()
     sources = [s for s in sorted((ROOT / "csrc").glob("*/*.cu")) if options.source in s.name]
     archs = options.arch or sorted(SHARED_PER_BLOCK)
     jobs = [(s, a) for a in archs for s in sources if a == "sm_90a" or "_sm90_" not in s.name]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        rows = [r for found in pool.map(lambda j: rows_of(*j, Path(folder)), jobs) for r in found]
+    if options.library:
+        rows = [row for arch in archs for row in rows_of_library(options.library, arch)]
+    else:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+            rows = [r for found in pool.map(lambda j: rows_of(*j, Path(folder)), jobs) for r in found]
     for row in rows:
         share = f", {row.issue_share:.0%} of issues, {row.time_share:.0%} of time" if row.loop else ""
         print(f"{row}{share}: {', '.join(row.faults()) or 'ok'}")
     if options.csv:
-        key = ("kernel", "dtype", "dim", "variant", "arch")
+        key = ("kernel", "dtype", "dim", "tile", "variant", "arch")
         table = {}
         if options.csv.exists():
             with options.csv.open(newline="") as file:
