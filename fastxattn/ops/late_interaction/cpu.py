@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from fastxattn.ops.late_interaction import schema  # noqa: F401  (defines the operators)
+from fastxattn.ops.late_interaction.problem import Problem as Problem
 from fastxattn.runtime import native
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What decides which backend runs."""
-
-    device: str
-    dtype: torch.dtype
-    smooth: float | None
 
 
 def supports(problem: Problem) -> str | None:

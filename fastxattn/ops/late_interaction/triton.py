@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastxattn.ops.late_interaction import schema
-from fastxattn.ops.late_interaction.cpu import Problem
+from fastxattn.ops.late_interaction.problem import Problem
 from fastxattn.runtime import triton
 
 
