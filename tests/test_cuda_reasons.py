@@ -85,7 +85,7 @@ def test_every_loss_names_the_backend() -> None:
     ):
         reasons = {v.backend: v.reason for v in fastxattn.explain(call, *arguments).verdicts}
         assert reasons["cuda"] == "the tensors are on cpu"
-        with pytest.raises(RuntimeError, match="cuda: the tensors are on cpu"):
+        with pytest.raises(RuntimeError, match="cannot run this problem: the tensors are on cpu"):
             call(*arguments, backend="cuda")
 
 
