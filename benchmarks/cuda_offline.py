@@ -36,8 +36,14 @@ TILE = 2 * 2 * 64 * 144
 OTHERS = {  # shared memory and warps of the kernels without a head dim
     "select": (8192 * 4 + 256 * 4 + 64 * 4 + 256 * 4, 8), "merge": (0, 8), "match": (TILE + 4 * 64 * 4, 8),
     "maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8), "contrastive_stats": (TILE, 8), "contrastive_slopes": (TILE, 8),
+    "smooth_maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8), "sigmoid": (TILE, 8), "smooth_weights": (TILE, 8),
+    "contrastive_positives": (TILE, 8),
+    "maxsim_gradient": (64 * 128 * 4, 8),
 }  # fmt: skip
-PRODUCTS = ("match", "maxsim", "contrastive_stats", "contrastive_slopes")
+PRODUCTS = (
+    "match", "maxsim", "smooth_maxsim", "smooth_weights", "contrastive_stats", "contrastive_slopes", "sigmoid",
+    "contrastive_positives",
+)  # fmt: skip
 HMMA_CYCLES = 8
 """A sub-core of an A100 multiplies 256 16-bit pairs a cycle; m16n8k16 has 2048."""
 WGMMA = "attention_forward_wgmma"
@@ -93,6 +99,8 @@ class Row:
         expected: tuple[str, ...] = EXPECTED[SIZES[self.dtype]] if self.dim else ()
         if self.kernel in PRODUCTS:  # float32 is multiplied exactly, outside the matrix unit
             expected = EXPECTED[2] if SIZES[self.dtype] == 2 else ("LDGSTS", "FFMA")
+        if self.kernel == "maxsim_gradient":
+            expected = ("FFMA",)
         if self.kernel == WGMMA:
             expected = ("HGMMA", "LDGSTS", "UTMALDG")
         if expected:
