@@ -11,6 +11,7 @@ from fastxattn.bench.records import Record
 
 
 def _by_case(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
+    """The rows of each case, by what :func:`titles` calls it."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
     named = titles((r.op, r.case) for r in records)
     for r in records:
@@ -99,22 +100,25 @@ def plot_ratios(records: Sequence[Record], provider: str, path: Path, title: str
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ours = [r for r in records if r.provider == provider and math.isfinite(r.ratio)]
-    series = sorted({(r.dtype, r.device) for r in ours})
+    ours = _by_case([r for r in records if r.provider == provider and math.isfinite(r.ratio)])
+    series = sorted({(r.dtype, r.device) for group in ours.values() for r in group})
     several = len({device for _, device in series}) > 1
-    named = titles((r.op, r.case) for r in ours)
-    names = list(dict.fromkeys(f"{named[r.op, r.case]}, {r.direction}" for r in ours))
+    names = list(dict.fromkeys((case, direction) for case, direction, _ in ours))
     figure, axes = plt.subplots(figsize=(9, max(0.42, 0.19 * len(series)) * len(names) + 1.4))
     height = 0.8 / max(1, len(series))
     for i, (dtype, device) in enumerate(series):
-        same = [r for r in ours if (r.dtype, r.device) == (dtype, device)]
-        values = {f"{named[r.op, r.case]}, {r.direction}": r.ratio for r in same}
+        values = {
+            (case, direction): r.ratio
+            for (case, direction, of), group in ours.items()
+            for r in group
+            if (of, r.device) == (dtype, device)
+        }
         label = f"{dtype}, {short_device(device)}" if several else dtype
         places = [names.index(name) + i * height for name in values]
         bars: Any = axes.barh(places, list(values.values()), height * 0.92, label=label)
         axes.bar_label(bars, fmt="%.2fx", padding=2, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names, fontsize=8)
+    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], map(", ".join, names), fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set_xlabel("times faster than the rival named in the CSV")
