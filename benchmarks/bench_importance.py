@@ -22,6 +22,7 @@ SHAPES = [
     Shape("text to image, 16 ragged", TEXT, IMAGE),
     Shape("32 queries to 8 images of 577", (32,) * 8, (577,) * 8),
     Shape("one query to image, 16 ragged", (1,) * 16, IMAGE),
+    Shape("dense 1x1024x1024 h16", (1024,), (1024,), heads=16),
 ]
 MORE_SHAPES = [Shape("encoder, 4 x 577", (577,) * 4, (577,) * 4, heads=16)]
 

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,13 +76,6 @@ def test_csv_round_trip_replaces_only_the_same_cases(tmp_path: Path) -> None:
     assert "| first | forward | float32 | eager |" in markdown_table(rows, "fastxattn cpu")
     plot_ratios(rows, "fastxattn cpu", tmp_path / "toy.png", "toy")
     assert (tmp_path / "toy.png").stat().st_size > 1000
-
-
-def test_cases_of_two_operations_with_one_name_are_told_apart() -> None:
-    (ours, theirs), (also_ours, also_theirs) = (run_case(replace(case("ok"), op=op), rounds=3) for op in ("a", "b"))
-    lines = markdown_table([ours, theirs, also_ours, also_theirs], "fastxattn cpu").splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| a, toy", "| b, toy"]
-    assert markdown_table([ours, theirs], "fastxattn cpu").splitlines()[2].startswith("| toy |")
 
 
 def test_ratio_is_the_median_of_paired_rounds() -> None:

@@ -149,12 +149,7 @@ static void load_lanes(const AttentionParams& p, const AttentionGradients& g, in
 template <class T>
 static void load_keys(const AttentionParams& p, const Sequence& sequence, int64_t kv_head, int64_t key_begin,
                       int64_t keys, const BackwardScratch<T>& s) {
-  for (int64_t j = 0; j < keys; ++j) {
-    const int64_t row = key_row_of(p, sequence.first_k + key_begin + j);
-    s.key_row[j] = row;
-    s.key_at[j] = static_cast<const T*>(p.key) + row * p.key_row + kv_head * p.key_head;
-    s.value_at[j] = static_cast<const T*>(p.value) + row * p.value_row + kv_head * p.value_head;
-  }
+  locate_rows<T>(p, sequence, kv_head, key_begin, keys, s);
   pack_rows<T>(s.key_at, keys, p.head_dim, s.keys, s.key_ld);
   if (s.key_pairs != s.keys) pack_depth_rows<T>(s.key_at, keys, p.head_dim, s.key_pairs, s.wide_key);
   pack_rows<T>(s.value_at, keys, p.value_dim, s.values, s.value_ld);

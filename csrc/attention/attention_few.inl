@@ -37,10 +37,12 @@ FXA_INLINE vf load_operand_row(const T* p, int64_t left) {
 }
 
 // scores[j * ld + i] = query i . the part of row j that lane i's head reads, from `at[i]` on. Rows are read from end to
-// end, all heads of them, W products at a time; `queries` are packed rows.
+// end, all heads of them, W products at a time; `queries` are packed rows. Not inlined: a caller would leave the inner
+// loop without registers for its eight addresses.
 template <class E, class T>
-static void score_rows(const E* queries, int64_t query_ld, const T* const* rows, int64_t n, const int64_t* at,
-                       int64_t lanes, int64_t depth, float* scores, int64_t ld) {
+__attribute__((noinline)) static void score_rows(const E* queries, int64_t query_ld, const T* const* rows, int64_t n,
+                                                 const int64_t* at, int64_t lanes, int64_t depth, float* scores,
+                                                 int64_t ld) {
   constexpr int64_t pair = __is_same(E, float) ? 1 : 2, step = W * pair;
   const int64_t whole = depth / step * step;
   for (int64_t t = 0, j = 0, i = 0; t < n * lanes; t += W) {
@@ -132,16 +134,6 @@ static void add_rows(const float* weights, int64_t ld, const T* const* rows, int
   }
 }
 
-// Addresses of the rows of `keys` keys from key k of the sequence on, and of their values.
-template <class T, class Scratch>
-static void few_rows(const AttentionParams& p, const Sequence& sequence, int64_t k, int64_t keys, const Scratch& s) {
-  for (int64_t j = 0; j < keys; ++j) {
-    s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
-    s.key_at[j] = static_cast<const T*>(p.key) + s.key_row[j] * p.key_row;
-    s.value_at[j] = static_cast<const T*>(p.value) + s.key_row[j] * p.value_row;
-  }
-}
-
 template <class T>
 static void forward_few(const AttentionParams& p, const ForwardItem& item, float* workspace, Arena arena) {
   const ForwardScratch<T> s(p, arena);
@@ -180,7 +172,7 @@ static void forward_few(const AttentionParams& p, const ForwardItem& item, float
     const int64_t keys = least(kFewKeys, key_end - k);
     if (!lanes.sees_any(k, k + keys)) continue;
     const bool masked = !lanes.sees_all(k, k + keys);
-    few_rows<T>(p, sequence, k, keys, s);
+    locate_rows<T>(p, sequence, 0, k, keys, s);
     score_rows<Element<T>>(s.queries, s.key_ld, s.key_at, keys, key_from, lanes.count, p.head_dim, s.scores, ld);
     if (transform || masked) {
       if (s.extra != nullptr) gather_bias(p, item.sequence, sequence, 0, lanes, s.key_row, keys, s.extra, ld);

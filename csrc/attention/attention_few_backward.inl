@@ -60,7 +60,7 @@ static void few_weights(const AttentionParams& p, const AttentionGradients& g, c
   const int64_t ld = lanes.width;
   clear(t.scores, keys * ld);
   clear(t.dscores, keys * ld);
-  few_rows<T>(p, sequence, k, keys, s);
+  locate_rows<T>(p, sequence, 0, k, keys, s);
   score_rows<float>(s.queries, s.query_ld, s.key_at, keys, s.key_from, lanes.count, p.head_dim, t.scores, ld);
   if (g.needs_scores()) {
     score_rows<float>(s.grads, s.grad_ld, s.value_at, keys, s.value_from, lanes.count, p.value_dim, t.dscores, ld);
@@ -100,7 +100,7 @@ static void few_panel(const AttentionParams& p, const AttentionGradients& g, con
     uncap_dscores(keys * ld, t);
   }
   if (p.dropout_p > 0.0f) drop_weights<float>(p, 0, lanes, k, keys, t.scores, ld);
-  few_rows<T>(p, sequence, k, keys, s);
+  locate_rows<T>(p, sequence, 0, k, keys, s);
   if (g.grad_query) {
     add_rows<float>(t.dscores, ld, s.key_at, keys, s.key_from, lanes, k, p.head_dim, nullptr, s.acc, s.query_ld);
   }

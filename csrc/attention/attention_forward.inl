@@ -177,9 +177,10 @@ struct RowPrefetch {
   const void* const* rows;
   int64_t left, bytes;
   int64_t offset;  // bytes added to every address
+  int64_t rows_per_call = 8;
 
   void operator()() {
-    for (int64_t i = 0; i < 8 && left > 0; ++i, --left, ++rows) {
+    for (int64_t i = 0; i < rows_per_call && left > 0; ++i, --left, ++rows) {
       const char* at = static_cast<const char*>(*rows) + offset;
       for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, write, 2);
     }
@@ -221,12 +222,7 @@ static void forward_tiled(const AttentionParams& p, const ForwardItem& item, flo
     }
     for (int64_t k = key_begin; k < key_end; k += kKeyBlock) {
       const int64_t keys = least(kKeyBlock, key_end - k);
-      for (int64_t j = 0; j < keys; ++j) {
-        const int64_t row = key_row_of(p, sequence.first_k + k + j);
-        s.key_row[j] = row;
-        s.key_at[j] = static_cast<const T*>(p.key) + row * p.key_row + head * p.key_head;
-        s.value_at[j] = static_cast<const T*>(p.value) + row * p.value_row + head * p.value_head;
-      }
+      locate_rows<T>(p, sequence, head, k, keys, s);
       pack_rows<T>(s.key_at, keys, p.head_dim, s.keys, s.key_ld);
       pack_depth_rows<T>(s.value_at, keys, p.value_dim, s.values, s.value_ld);
       const int64_t pairs = elements<T>(keys);

@@ -33,6 +33,27 @@ FXA_INLINE int64_t elements(int64_t depth) {
   return (depth + Operand<T>::kPair - 1) / Operand<T>::kPair;
 }
 
+// Rows of `keys` keys from key k of the sequence on, and the addresses of one head's part of them; head 0: of whole
+// rows.
+template <class T, class Scratch>
+static void locate_keys(const AttentionParams& p, const Sequence& sequence, int64_t kv_head, int64_t k, int64_t keys,
+                        const Scratch& s) {
+  const T* key = static_cast<const T*>(p.key) + kv_head * p.key_head;
+  for (int64_t j = 0; j < keys; ++j) {
+    s.key_row[j] = key_row_of(p, sequence.first_k + k + j);
+    s.key_at[j] = key + s.key_row[j] * p.key_row;
+  }
+}
+
+// The same of their values too.
+template <class T, class Scratch>
+static void locate_rows(const AttentionParams& p, const Sequence& sequence, int64_t kv_head, int64_t k, int64_t keys,
+                        const Scratch& s) {
+  locate_keys<T>(p, sequence, kv_head, k, keys, s);
+  const T* value = static_cast<const T*>(p.value) + kv_head * p.value_head;
+  for (int64_t j = 0; j < keys; ++j) s.value_at[j] = value + s.key_row[j] * p.value_row;
+}
+
 // The first W elements of a row of which `left` values remain; zeros beyond.
 template <class T>
 FXA_INLINE vf load_elements(const T* p, int64_t left) {

@@ -156,6 +156,55 @@ FXA_INLINE vf exp(vf x) {
   return scale_by_pow2(y, n);
 }
 
+// The same of N vectors, step by step: a processor does not look far enough ahead to overlap one long chain of
+// dependent instructions with the next.
+template <int N>
+FXA_INLINE void exp_each(vf (&x)[N]) {
+  static constexpr float kSlopes[] = {0x1.121072p-7f, 0x1.5554e4p-5f, 0x1.5554d8p-3f, 0.5f};
+  vf n[N], y[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = min(splat(89.0f), max(splat(-105.0f), x[i]));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) n[i] = round_even(x[i] * splat(kLog2e));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = fma(n[i], splat(-0x1.62e4p-1f), x[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = fma(n[i], splat(-0x1.7f7d1c0p-20f), x[i]), y[i] = splat(0x1.6d4926p-10f);
+#pragma GCC unroll 4
+  for (const float slope : kSlopes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) y[i] = fma(y[i], x[i], splat(slope));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) y[i] = fma(x[i] * x[i], y[i], x[i]) + splat(1.0f);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = scale_by_pow2(y[i], n[i]);
+}
+template <int N>
+FXA_INLINE void exp2_each(vf (&x)[N]) {
+#if defined(FXA_VEC512)
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = exp2(x[i]);
+#else
+  static constexpr float kSlopes[] = {0x1.5f3e540000000p-10f, 0x1.3b2d4c0000000p-7f, 0x1.c6aee80000000p-5f,
+                                      0x1.ebfbdc0000000p-3f,  0x1.62e4300000000p-1f, 1.0f};
+  vf n[N], y[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = min(splat(128.0f), max(splat(-150.0f), x[i]));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) n[i] = round_even(x[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = x[i] - n[i], y[i] = splat(0x1.41fbba0000000p-13f);
+#pragma GCC unroll 6
+  for (const float slope : kSlopes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) y[i] = fma(y[i], x[i], splat(slope));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = scale_by_pow2(y[i], n[i]);
+#endif
+}
+
 // tanh(x) = e / (e + 2) with e = exp(2x) - 1, formed without cancellation: relative error <= 5e-7.
 FXA_INLINE vf tanh(vf x) {
   // Beyond 30 the result is 1 in float; the clamps' operand order keeps NaN.

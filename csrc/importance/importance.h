@@ -16,11 +16,12 @@ struct ImportanceParams {
   float* score = nullptr;                   // (heads, slots_k) contiguous; slots out of use get 0
 };
 
-// One head's share of one run of keys; everything it adds to is its own.
+// Some heads' share of one run of keys; everything it adds to is its own.
 struct ImportanceItem {
   int64_t sequence;
-  int64_t head;                // query head
-  int64_t key_begin, key_end;  // key slots of the sequence
+  int64_t head_begin, head_end;  // key/value heads
+  int64_t key_begin, key_end;    // key slots of the sequence
+  bool few;                      // few query rows: stream the keys instead of tiling
 };
 
 void key_importance(const ImportanceParams& p, const Parallel& parallel, Isa isa);

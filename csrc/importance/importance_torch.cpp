@@ -42,7 +42,8 @@ Tensor importance(Tensor query, Tensor key, Tensor lse, Tensor cu_q, Tensor cu_k
             "query and key must be contiguous in their last axis");
   p.cu_q = ints(cu_q, "cu_seqlens_q", 1);
   p.batch = cu_q.size(0) - 1;
-  p.cu_k = ints(cu_k, "cu_seqlens_k", p.batch + 1);
+  p.cu_k = ints(cu_k, "cu_seqlens_k", 1);
+  FXA_CHECK(cu_k.size(0) == p.batch + 1, "cu_seqlens_q and cu_seqlens_k must have the same length");
   p.used_q = ints(used_q, "seqused_q", p.batch);
   p.used_k = ints(used_k, "seqused_k", p.batch);
   p.index_q = ints(index_q, "query_index", 0);
@@ -73,6 +74,7 @@ Tensor importance(Tensor query, Tensor key, Tensor lse, Tensor cu_q, Tensor cu_k
     params.weight_row = row_weight->stride(dims - 1);
     params.weight_head = dims == 2 ? row_weight->stride(0) : 0;
   }
+  FXA_CHECK(softcap >= 0.0, "softcap must be at least 0");
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   AttentionContent content;

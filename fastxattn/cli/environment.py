@@ -22,7 +22,7 @@ def env(as_json: Json = False) -> None:
     from fastxattn.runtime import native
 
     cpu = native.cpu_library()
-    cuda = native.cuda_library() if torch.cuda.is_available() else None
+    cuda = native.cuda_library().reason or f"kernels loaded, for {', '.join(native.cuda_archs())}"
     facts = {
         "fastxattn": fastxattn.__version__,
         "python": platform.python_version(),
@@ -32,7 +32,7 @@ def env(as_json: Json = False) -> None:
         "threads": torch.get_num_threads(),
         "cpu kernels": cpu.reason or f"loaded, running on {native.active_cpu_isa()}",
         "cpu instruction sets": ", ".join(native.available_cpu_isas()),
-        "cuda": "no CUDA device" if cuda is None else cuda.reason or "kernels loaded",
+        "cuda": cuda if torch.cuda.is_available() else f"no CUDA device; {cuda}",
         "default backend": settings.default_backend,
     }
     for name in ("triton", "flash_attn", "transformers", "onnx", "onnxruntime"):

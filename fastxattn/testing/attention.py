@@ -108,6 +108,11 @@ ATTENTION_CASES = (
         kv_range="random", key_bias="head", bias=(1, 1, 1, 1), padded=True,
     ),
 )  # fmt: skip
+NEIGHBOURS = AttentionCase(
+    "neighbours", (1, 70, 33, 3, 20, 32), (1100, 1024, 1030, 40, 1023, 1600), heads=2, kv_heads=1
+)
+"""For :func:`check_neighbours`: few rows and many, few keys and many, whose averages are neither, so that a schedule
+that is chosen for the whole batch gives a sequence other bits than alone."""
 
 
 def _to(t: Tensor | None, device: str) -> Tensor | None:

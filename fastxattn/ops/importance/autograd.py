@@ -60,7 +60,8 @@ class Importance(torch.autograd.Function):
         if needed["query"] or needed["key"]:
             grads["query"], grad_key = _grad_tokens(ctx.backend, gathered, grad, needed)
             if needed["key"]:
-                grad_key = grad_key.unflatten(1, (problem.key.shape[1], -1)).sum(2)
+                if grad_key.shape[1] != problem.key.shape[1]:  # of heads that no longer share a key
+                    grad_key = grad_key.unflatten(1, (problem.key.shape[1], -1)).sum(2)
                 grads["key"] = _by_row(problem, grad_key, problem.key)
         if needed["lse"] or needed["row_weight"]:
             received = _weighted_rows(ctx.backend, gathered, grad)  # (heads, rows_q)

@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastxattn.ops.attention import checks as attention_checks
+from fastxattn.ops.attention import cpu as attention_cpu
 from fastxattn.ops.attention.dispatch import prepare
 from fastxattn.ops.importance import checks, cpu, triton
 from fastxattn.ops.importance.autograd import FORWARD, Importance
 from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.ops.importance.reference import importance_reference
+from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env
 from fastxattn.runtime.backend import Backend, resolve
 
+_CPU = ("auto", "cpu")
 BACKENDS = (
     Backend("cpu", cpu.supports),
     Backend("triton", triton.supports),
@@ -25,12 +29,30 @@ BACKENDS = (
 
 def score_of(problem: ImportanceProblem, scale: float | None, backend: str) -> Tensor:
     """Score (heads, slots_k) of a problem whose ``scale`` is yet to be filled in."""
+    if (
+        not is_compiling()  # first: a trace must not depend on the state below
+        and attention_cpu.ready
+        and backend in _CPU
+        and env.default_backend in _CPU
+        and explaining.explaining_in is None
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        # As attention's short way: the operator checks everything it relies on, and Python looks only when it refused.
+        try:
+            given = problem.query.size(-1) ** -0.5 if scale is None else scale
+            return _run("cpu", problem._replace(scale=given))
+        except (RuntimeError, TypeError, AttributeError):
+            pass
     problem = _prepare(problem, scale)
-    if not torch.compiler.is_compiling():  # while tracing, the operator's fake checks
+    if not is_compiling():  # while tracing, the operator's fake checks
         checks.check_shapes(problem)
         if problem.query.is_cpu or env.validate_on_gpu:
             attention_checks.check_contents(problem.attention())
-    name = resolve("importance", BACKENDS, problem, backend)
+    return _run(resolve("importance", BACKENDS, problem, backend), problem)
+
+
+def _run(name: str, problem: ImportanceProblem) -> Tensor:
+    """Run a backend, differentiably."""
     if name == "reference":
         return importance_reference(problem)
     tensors = (problem.query, problem.key, problem.lse, problem.key_bias, problem.row_weight)

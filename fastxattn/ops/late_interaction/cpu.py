@@ -16,7 +16,7 @@ def supports(problem: Problem) -> str | None:
     if problem.dtype == torch.float64:
         return "computes in float32; the tokens are float64"
     if problem.smooth is not None:
-        return "has no smooth maximum; triton and the reference have"
+        return "has no smooth maximum; triton, cuda and the reference have"
     if torch.compiler.is_compiling():
         return None  # a tracer cannot load a library; the operator's fake does
     return native.cpu_library().reason

@@ -32,5 +32,5 @@ def _register(name: str) -> None:
         torch.library.impl(f"fastxattn::{name}_triton", key, run)
 
 
-for _name in schema.TRITON:
+for _name in schema.SMOOTH:
     _register(_name)
