@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,8 +189,8 @@ def find_nvcc() -> str:
 def cuda_flags(archs: tuple[str, ...]) -> list[str]:
     """nvcc's flags for code of these architectures, with PTX of the oldest for those to come."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    ptx = min(archs, key=lambda a: int(a.rstrip("a")))
-    if not ptx.endswith("a"):
+    if plain := [a for a in archs if not a.endswith("a")]:  # code for 90a runs on nothing else
+        ptx = min(plain, key=int)
         codes.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
     return ["-std=c++20", "-O3", *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
 
@@ -199,35 +200,54 @@ def _archs_of(source: Path, archs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(a for a in archs if a == "90a") if "_sm90_" in source.name else archs
 
 
-def _compile_cuda(nvcc: str, source: Path, objects: Path, flags: list[str]) -> Path:
+def _compile_cuda(nvcc: str, source: Path, objects: Path, flags: list[str], threads: int = 1) -> Path:
+    """Compile one file, ``threads`` architectures at a time; it takes minutes, so that an interrupted build resumes."""
     key = hashlib.sha256(" ".join([nvcc, *flags]).encode()).hexdigest()[:12]
     obj = objects / f"{source.relative_to(ROOT).as_posix().replace('/', '__')}.{key}.o"
     deps = obj.with_suffix(".d")
     if _fresh(obj, deps):
         return obj
-    command = [nvcc, *flags, "-MMD", "-MF", str(deps), "-c", str(source), "-o", str(obj)]
+    fresh, started = obj.with_suffix(".tmp.o"), time.monotonic()
+    command = [nvcc, *flags, f"--threads={threads}", "-MMD", "-MF", str(deps), "-c", str(source), "-o", str(fresh)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise NativeBuildError(f"compiling {source.relative_to(ROOT)} failed:\n{done.stderr[-6000:]}")
+    fresh.replace(obj)
+    print(f"fastxattn: compiled {source.relative_to(CSRC)} in {time.monotonic() - started:.0f} s", flush=True)
     return obj
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """FASTXATTN_CUDA_ARCHS, by default all of CUDA_ARCHS."""
+    return tuple(os.environ.get("FASTXATTN_CUDA_ARCHS", "").replace(",", " ").split()) or CUDA_ARCHS
+
+
+def compile_kernels(nvcc: str, sources: list[Path], objects: Path) -> list[Path]:
+    """The objects of these .cu files for cuda_archs(), without the files that none of those is for."""
+    objects.mkdir(parents=True, exist_ok=True)
+    work = [(s, of) for s in sources if (of := _archs_of(s, cuda_archs()))]
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    threads = -(-jobs // len(work))
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda w: _compile_cuda(nvcc, w[0], objects, cuda_flags(w[1]), threads), work))
+
+
+def cuda_runtime(nvcc: str) -> list[str]:
+    """What links the runtime in; the driver is found by it when the first kernel is launched."""
+    plan = subprocess.run([nvcc, "--dryrun", "-shared", "x.o"], capture_output=True, text=True, check=False).stderr
+    folders = [word.strip('"') for word in plan.split() if word.strip('"').startswith("-L")]
+    return [*folders, "-lcudart_static", "-ldl", "-lrt", "-pthread"]
 
 
 def build_cuda(target: Path, tool: Toolchain) -> None:
     """libfastxattn_cuda.so: the CUDA kernels as a fat binary, and their torch registrations. Needs no GPU."""
     nvcc = find_nvcc()
     flags, link = _torch_flags()
-    archs = tuple(os.environ.get("FASTXATTN_CUDA_ARCHS", "").replace(",", " ").split()) or CUDA_ARCHS
     objects = ROOT / "build/obj-cuda"
-    objects.mkdir(parents=True, exist_ok=True)
-    kernels = [(s, of) for s in sorted(CSRC.glob("*/*.cu")) if (of := _archs_of(s, archs))]
-    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-    with ThreadPoolExecutor(jobs) as pool:
-        compiled = list(pool.map(lambda k: _compile_cuda(nvcc, k[0], objects, cuda_flags(k[1])), kernels))
-    runtime = subprocess.run([nvcc, "--dryrun", "-shared", "x.o"], capture_output=True, text=True, check=False).stderr
-    folders = [word.strip('"') for word in runtime.split() if word.strip('"').startswith("-L")]
-    link = [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread", *link]
-    sources = [(s, flags) for s in _torch_sources(cuda=True)]
-    _library(tool, sources, target / "libfastxattn_cuda.so", objects, link, compiled)
+    compiled = compile_kernels(nvcc, sorted(CSRC.glob("*/*.cu")), objects)
+    known = f'-DFXA_CUDA_ARCHS="{" ".join(cuda_archs())}"'
+    sources = [(s, [*flags, known] if s.parent.name == "core" else flags) for s in _torch_sources(cuda=True)]
+    _library(tool, sources, target / "libfastxattn_cuda.so", objects, [*cuda_runtime(nvcc), *link], compiled)
 
 
 def build_test_module(target: Path, tool: Toolchain, sanitize: bool) -> Path:

@@ -4,7 +4,9 @@
 
 Every provider runs in this process on the same numbers, interleaved. Rivals get the layout they like best: padded SDPA
 gets contiguous (batch, heads, length, dim); the per-sequence loop gets one leaf tensor per sequence, so that its
-backward scatters nothing. The headline rival is SDPA for dense cases and the per-sequence loop for ragged ones.
+backward scatters nothing. The headline rival is SDPA for dense cases and the per-sequence loop for ragged ones. The
+padded cases give everyone but the loop the same padded batch, as ``cross_attention`` takes it; their rival is SDPA with
+the mask.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 import fastxattn
 from benchmarks.common import main, nbytes
 from fastxattn.bench import Case, Workload
-from fastxattn.testing import measure_error
+from fastxattn.testing import measure_error, offsets
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,16 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Inputs:
     """The same numbers in every provider's layout."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, grad: bool) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, grad: bool, padded: bool = False) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.shape, self.grad = shape, grad
+        self.shape, self.grad, self.padded_call = shape, grad, padded
 
         def make(lengths: tuple[int, ...]) -> Tensor:
             return torch.randn(sum(lengths), shape.heads, shape.dim, generator=generator).to(dtype)
 
         self.packed = [make(shape.lengths_q), make(shape.lengths_k), make(shape.lengths_k)]
         lengths = [shape.lengths_q, shape.lengths_k, shape.lengths_k]
-        self.cu = [torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in lengths[:2]]
+        self.cu = [offsets(n) for n in lengths[:2]]
         self.each = [list(t.split(n)) for t, n in zip(self.packed, lengths, strict=True)]
         self.each = [[x.transpose(0, 1).unsqueeze(0).clone() for x in xs] for xs in self.each]
         self.padded = [
@@ -93,15 +95,20 @@ class Inputs:
             .contiguous()
             for xs in self.each
         ]
-        width = self.padded[1].shape[2]
-        present = torch.arange(width) < torch.tensor(shape.lengths_k)[:, None]
-        self.mask = None if shape.dense else present[:, None, None, :]
+        self.present = [
+            torch.arange(t.shape[2]) < torch.tensor(n)[:, None] for t, n in zip(self.padded, lengths, strict=True)
+        ]
+        self.mask = None if shape.dense else self.present[1][:, None, None, :]
+        self.rows = [t.transpose(1, 2).contiguous() for t in self.padded] if padded else []
         if grad:
-            for t in [*self.packed, *self.padded, *(x for xs in self.each for x in xs)]:
+            for t in [*self.packed, *self.padded, *self.rows, *(x for xs in self.each for x in xs)]:
                 t.requires_grad_()
         self.grad_packed = torch.randn(self.packed[0].shape, generator=generator).to(dtype)
         self.grad_each = [x.transpose(0, 1).unsqueeze(0) for x in self.grad_packed.split(shape.lengths_q)]
         self.grad_padded = torch.ones_like(self.padded[0])
+        self.grad_rows = torch.zeros_like(self.rows[0]) if padded else self.grad_packed
+        if padded:
+            self.grad_rows[self.present[0]] = self.grad_packed
 
     @property
     def moved(self) -> float:
@@ -109,6 +116,9 @@ class Inputs:
         return nbytes(*self.packed, self.packed[0]) * (3 if self.grad else 1)
 
     def ours(self) -> Tensor:
+        if self.padded_call:
+            query_mask, key_mask, _ = self.present
+            return fastxattn.cross_attention(*self.rows, query_mask=query_mask, key_mask=key_mask, backend="cpu")
         return fastxattn.varlen_cross_attention(
             *self.packed, *self.cu, max(self.shape.lengths_q), max(self.shape.lengths_k), backend="cpu"
         )
@@ -132,7 +142,7 @@ class Inputs:
 
             return run
         leaves: dict[int, tuple[list[Tensor], object]] = {
-            id(Inputs.ours): (self.packed, self.grad_packed),
+            id(Inputs.ours): (self.rows, self.grad_rows) if self.padded_call else (self.packed, self.grad_packed),
             id(Inputs.sdpa): (self.padded, self.grad_padded),
         }
         inputs, grads = leaves.get(id(forward.__func__), ([x for xs in self.each for x in xs], self.grad_each))  # type: ignore[attr-defined]
@@ -153,6 +163,8 @@ class Inputs:
             return [torch.cat([x[0].transpose(0, 1) for x in flat[i : i + n]]) for i in range(0, len(flat), n)]
 
         results = list(ours) if self.grad else [ours]  # type: ignore[call-overload]
+        if self.padded_call:
+            results = [t[present] for t, present in zip(results, self.present, strict=False)]
         for name, a, r, e in zip(("query", "key", "value"), results, pack(reference), pack(yard), strict=False):
             report = measure_error(f"grad {name}" if self.grad else "out", a, r, e, backward=self.grad)  # type: ignore[arg-type]
             if not report.ok:
@@ -160,8 +172,8 @@ class Inputs:
         return "ok"
 
 
-def workload(shape: Shape, dtype: torch.dtype, grad: bool, full: bool = False) -> Workload:
-    data = Inputs(shape, dtype, grad)
+def workload(shape: Shape, dtype: torch.dtype, grad: bool, full: bool = False, padded: bool = False) -> Workload:
+    data = Inputs(shape, dtype, grad, padded)
     providers = {
         "fastxattn cpu": data.with_grad(data.ours),
         "sdpa loop": data.with_grad(data.loop),
@@ -174,7 +186,7 @@ def workload(shape: Shape, dtype: torch.dtype, grad: bool, full: bool = False) -
     products = 4 * shape.heads * shape.dim * shape.pairs
     return Workload(
         providers,
-        rival="sdpa padded" if shape.dense else "sdpa loop",
+        rival="sdpa padded" if shape.dense or padded else "sdpa loop",
         check=data.check,
         flops=products * (3.5 if grad else 1),
         bytes=data.moved,
@@ -242,6 +254,11 @@ def cases(full: bool = False) -> Iterator[Case]:
                 direction = "forward+backward" if grad else "forward"
                 build = lambda shape=shape, dtype=dtype, grad=grad: workload(shape, dtype, grad, full)  # noqa: E731
                 yield Case("attention", shape.name, direction, dtype, build)
+    for shape in (SHAPES[4], SHAPES[5]):
+        for direction in ("forward", "forward+backward"):
+            for dtype in (torch.float32, torch.bfloat16) if full else (torch.float32,):
+                build = lambda s=shape, t=dtype, d=direction: workload(s, t, d != "forward", padded=True)  # noqa: E731
+                yield Case("attention", f"padded {shape.name}", direction, dtype, build)
     yield Case("attention", "call overhead 1x1", "forward", torch.float32, overhead_workload)
     if full:
         yield Case(

@@ -161,6 +161,9 @@ def plot(lines: Lines, label: str, path: Path) -> None:
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="N (D = 512, float32)", ylabel=label)
+    sizes = sorted({n for points in lines.values() for n, _ in points})
+    axes.set_xticks(sizes, map(str, sizes))
+    axes.minorticks_off()
     axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")

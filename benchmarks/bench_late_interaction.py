@@ -1,7 +1,8 @@
 """Late interaction: ``python -m benchmarks.bench_late_interaction [--full] [--memory]``.
 
 The rival is FILIP's loss as it is usually written: one einsum to all token similarities, two maxima, two cross
-entropies. ``--memory`` prints the peak extra memory of one step of both instead.
+entropies. ``--memory`` prints the peak extra memory of one step of both instead. Scores alone are timed on re-ranking,
+against a product and a maximum per document, and against one padded einsum with a mask.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import main
+import fastxattn
+from benchmarks.common import main, nbytes
 from fastxattn.bench.memory import peak_extra_bytes
 from fastxattn.bench.registry import Case, Workload
-from fastxattn.ops.late_interaction import late_interaction_loss
+from fastxattn.testing import measure_error, offsets
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -27,7 +29,7 @@ def steps(sets: int, tokens_a: int, tokens_b: int, d: int) -> tuple[Step, Step]:
     cu_a, cu_b = (torch.arange(sets + 1, dtype=torch.int32) * t for t in (tokens_a, tokens_b))
 
     def ours() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(late_interaction_loss(a, b, cu_a, cu_b, 10.0, backend="cpu"), (a, b))
+        return torch.autograd.grad(fastxattn.late_interaction_loss(a, b, cu_a, cu_b, 10.0, backend="cpu"), (a, b))
 
     def eager() -> tuple[Tensor, ...]:
         similarity = torch.einsum("nid,mjd->nmij", a.view(sets, tokens_a, d), b.view(sets, tokens_b, d))
@@ -58,9 +60,49 @@ def case(sets: int, tokens_a: int, tokens_b: int, d: int) -> Case:
     return Case("late_interaction", name, "forward+backward", torch.float32, build)
 
 
+def scores(queries: int, documents: int, tokens_q: int, longest: int, d: int) -> Case:
+    """ColBERT's re-ranking: every query against documents of different lengths, without gradients."""
+
+    def build() -> Workload:
+        g = torch.Generator().manual_seed(0)
+        lengths = torch.randint(longest // 4, longest + 1, (documents,), generator=g)
+        a = F.normalize(torch.randn(queries * tokens_q, d, generator=g), dim=1)
+        b = F.normalize(torch.randn(int(lengths.sum()), d, generator=g), dim=1)
+        cu_a = torch.arange(0, queries * tokens_q + 1, tokens_q, dtype=torch.int32)
+        cu_b = offsets(lengths.tolist())
+        padded = torch.nn.utils.rnn.pad_sequence(b.split(lengths.tolist()), batch_first=True)
+        hidden = torch.arange(padded.shape[1]) >= lengths[:, None]
+
+        def ours() -> Tensor:
+            return fastxattn.maxsim(a, b, cu_a, cu_b, backend="cpu")
+
+        def loop() -> Tensor:
+            rows = (a @ part.T for part in b.split(lengths.tolist()))
+            return torch.stack([s.max(1).values.view(queries, tokens_q).sum(1) for s in rows], 1)
+
+        def masked() -> Tensor:
+            similarity = torch.einsum("td,msd->tms", a, padded).masked_fill(hidden, -torch.inf)
+            return similarity.max(2).values.view(queries, tokens_q, documents).sum(1)
+
+        def check() -> str:
+            wide = a.double(), b.double(), cu_a, cu_b
+            report = measure_error("scores", ours(), fastxattn.maxsim(*wide, backend="reference"), loop())
+            return "ok" if report.ok else str(report)
+
+        providers: dict[str, Callable[[], object]] = {
+            "fastxattn cpu": ours, "loop over documents": loop, "einsum + mask + max": masked,
+        }  # fmt: skip
+        flops, moved = 2.0 * a.shape[0] * b.shape[0] * d, nbytes(a, b) + 4.0 * queries * documents
+        return Workload(providers, "loop over documents", check, flops, moved)
+
+    name = f"{queries} queries of {tokens_q} x {documents} documents of {longest // 4}..{longest}, D={d}"
+    return Case("maxsim", name, "forward", torch.float32, build)
+
+
 def cases(full: bool) -> Iterator[Case]:
-    """FILIP's shape: 32 words against 196 patches."""
+    """FILIP's shape, 32 words against 196 patches, and ColBERT's."""
     yield case(64, 32, 196, 256)
+    yield scores(16, 500, 32, 180, 128)
     if full:
         yield case(256, 32, 196, 256)
 

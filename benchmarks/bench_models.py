@@ -235,11 +235,18 @@ def write_document(facts: dict[str, Any]) -> None:
 
 
 def rows(match: str, dtypes: set[str], missing: bool, stalest: bool = False) -> Iterator[Row]:
-    """The rows to measure; with ``stalest`` those first that are missing, then those measured longest ago."""
+    """The rows to measure; with ``stalest`` those first that are missing, then those measured longest ago.
+
+    Float32 comes before either: see :func:`fastxattn.bench.run_cases`.
+    """
     threads = torch.get_num_threads()
     found = read_csv(CSV) if CSV.exists() else []  # what was measured last is written last
     age = {(r.case, r.direction, r.dtype, r.threads): place for place, r in enumerate(found)}
-    wanted = sorted(_rows(match, dtypes), key=lambda row: age.get((*_named(row), threads), -1) if stalest else 0)
+
+    def place(row: Row) -> tuple[bool, int]:
+        return row[1] is not torch.float32, age.get((*_named(row), threads), -1) if stalest else 0
+
+    wanted = sorted(_rows(match, dtypes), key=place)
     yield from (row for row in wanted if not missing or (*_named(row), threads) not in age)
 
 
@@ -278,7 +285,7 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only rows (system, pass, dtype) that match this expression")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--missing", action="store_true", help="only rows that the CSV does not have yet")
-    parser.add_argument("--stalest", action="store_true", help="missing rows first, then those measured longest ago")
+    parser.add_argument("--stalest", action="store_true", help="missing rows first, then the oldest")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after this long")
     parser.add_argument("--seconds", type=float, default=40, help="timed per row, in 3 to 15 interleaved rounds")
     parser.add_argument("--threads", type=int, default=2, help="1: processor time is measured")

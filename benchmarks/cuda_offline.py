@@ -1,6 +1,7 @@
 """Compiles the CUDA kernels without a GPU and reads the machine code.
 
 ``python benchmarks/cuda_offline.py [--arch sm_80] [--source sm80_f16] [--csv benchmarks/results/cuda_offline.csv]``
+``python benchmarks/cuda_offline.py --library fastxattn/_lib/libfastxattn_cuda.so --csv ...`` reads a built library.
 
 One row per kernel and architecture: registers, spilled bytes, shared memory, resident warps, which matrix and copy
 instructions there are, and for the attention loop what one whole tile of keys executes: the shortest way round the loop
@@ -35,8 +36,14 @@ TILE = 2 * 2 * 64 * 144
 OTHERS = {  # shared memory and warps of the kernels without a head dim
     "select": (8192 * 4 + 256 * 4 + 64 * 4 + 256 * 4, 8), "merge": (0, 8), "match": (TILE + 4 * 64 * 4, 8),
     "maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8), "contrastive_stats": (TILE, 8), "contrastive_slopes": (TILE, 8),
+    "smooth_maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8), "sigmoid": (TILE, 8), "smooth_weights": (TILE, 8),
+    "contrastive_positives": (TILE, 8),
+    "maxsim_gradient": (64 * 128 * 4, 8),
 }  # fmt: skip
-PRODUCTS = ("match", "maxsim", "contrastive_stats", "contrastive_slopes")
+PRODUCTS = (
+    "match", "maxsim", "smooth_maxsim", "smooth_weights", "contrastive_stats", "contrastive_slopes", "sigmoid",
+    "contrastive_positives",
+)  # fmt: skip
 HMMA_CYCLES = 8
 """A sub-core of an A100 multiplies 256 16-bit pairs a cycle; m16n8k16 has 2048."""
 WGMMA = "attention_forward_wgmma"
@@ -92,6 +99,8 @@ class Row:
         expected: tuple[str, ...] = EXPECTED[SIZES[self.dtype]] if self.dim else ()
         if self.kernel in PRODUCTS:  # float32 is multiplied exactly, outside the matrix unit
             expected = EXPECTED[2] if SIZES[self.dtype] == 2 else ("LDGSTS", "FFMA")
+        if self.kernel == "maxsim_gradient":
+            expected = ("FFMA",)
         if self.kernel == WGMMA:
             expected = ("HGMMA", "LDGSTS", "UTMALDG")
         if expected:
@@ -135,6 +144,19 @@ def resources(report: str) -> dict[str, tuple[int, int]]:
         r"ptxas info\s*: Used (\d+) registers"
     )
     return {m[1]: (int(m[4]), int(m[2]) + int(m[3])) for m in pattern.finditer(report)}
+
+
+def rows_of_library(library: Path, arch: str) -> list[Row]:
+    """The rows of a built library (or object file) for one architecture; without the compiler's report, ``spills`` is
+    the stack that a kernel has, which spills would need."""
+
+    def dump(what: str) -> str:
+        command = [find_cuobjdump(), what, "-arch", arch, str(library)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    pattern = re.compile(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+    used = {m[1]: (int(m[2]), int(m[3]) + int(m[4])) for m in pattern.finditer(dump("-res-usage"))}
+    return [describe(name, found, arch, *used[name]) for name, found in functions(dump("-sass"))]
 
 
 def functions(code: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
@@ -217,7 +239,7 @@ def describe(mangled: str, instructions: list[tuple[int, str]], arch: str, regis
     numbers = [int(n) for n in re.findall(r"Li(\d+)E", mangled)]
     dim, rows, keys = numbers if len(numbers) == 3 else (0, 0, 0)
     forward = kernel.startswith("attention_forward")
-    shared = ((1 if forward else 2) * rows + 4 * keys) * dim * SIZES[dtype] + (16 if forward else 16 + 40 * keys)
+    shared = ((1 if forward else 2) * rows + 4 * keys) * dim * SIZES[dtype] + (32 if forward else 16 + 40 * keys)
     warps = rows // 16 if dim else 4
     if kernel == WGMMA:  # and the queries, a barrier for full and one for empty, and the group that fetches
         shared, warps = (rows + WGMMA_SLOTS * keys) * dim * 2 + 16 * WGMMA_SLOTS, warps + 4
@@ -246,17 +268,21 @@ def main() -> None:
     parser.add_argument(
         "--csv", type=Path, help="write the rows here; what it holds of other kernels and architectures stays"
     )
+    parser.add_argument("--library", type=Path, help="read this library instead of compiling")
     options = parser.parse_args()
     sources = [s for s in sorted((ROOT / "csrc").glob("*/*.cu")) if options.source in s.name]
     archs = options.arch or sorted(SHARED_PER_BLOCK)
     jobs = [(s, a) for a in archs for s in sources if a == "sm_90a" or "_sm90_" not in s.name]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        rows = [r for found in pool.map(lambda j: rows_of(*j, Path(folder)), jobs) for r in found]
+    if options.library:
+        rows = [row for arch in archs for row in rows_of_library(options.library, arch)]
+    else:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+            rows = [r for found in pool.map(lambda j: rows_of(*j, Path(folder)), jobs) for r in found]
     for row in rows:
         share = f", {row.issue_share:.0%} of issues, {row.time_share:.0%} of time" if row.loop else ""
         print(f"{row}{share}: {', '.join(row.faults()) or 'ok'}")
     if options.csv:
-        key = ("kernel", "dtype", "dim", "variant", "arch")
+        key = ("kernel", "dtype", "dim", "tile", "variant", "arch")
         table = {}
         if options.csv.exists():
             with options.csv.open(newline="") as file:

@@ -26,13 +26,15 @@ def cases() -> Iterator[tuple[str, str, str, int, str, str]]:
     import torch
 
     from fastxattn.ops.contrastive.triton import config
+    from fastxattn.ops.late_interaction import triton_kernel as late
 
     for dtype, real in (("fp16", torch.float16), ("fp32", torch.float32)):
         for kernel, like in config.LIKE.items():
             tile = config.pick(like, real)
             yield "contrastive", kernel, dtype, 0, "rich", f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
         for kernel in ("maxsim", "maxsim_smooth"):
-            yield "late_interaction", kernel, dtype, 0, "plain", "64x64 w8 s2"
+            rows = late.SMOOTH_ROWS if (kernel, dtype) == ("maxsim_smooth", "fp16") else 64
+            yield "late_interaction", kernel, dtype, 0, "plain", f"{rows}x64 w8 s2"
         for kernel in ("maxsim_gradient", "maxsim_gradient_smooth"):
             yield "late_interaction", kernel, dtype, 0, "plain", "32x32 w8 s1"
     yield "retrieval", "topk", "fp32", 0, "plain", "16x64 w8 s1"

@@ -1,8 +1,9 @@
 """Rewrites the tables in README.md and docs/: ``python -m benchmarks.tables [--check]``.
 
 A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``, where NAME is a file of benchmarks/results,
-``roofline`` for what every CPU kernel reaches of what the machine does at most, or ``backends`` for what runs where,
-which is asked of the code. No number in a table is typed by hand.
+``highlights`` for a few rows of every file (drawn as a chart, too), ``roofline`` for what every CPU kernel reaches of
+what the machine does at most, or ``backends`` for what runs where, which is asked of the code. No number in a table is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import RESULTS
-from fastxattn.bench import read_csv, sections
-from fastxattn.bench.report import markdown_table, roofline_table
+from benchmarks.common import IMAGES, RESULTS
+from fastxattn.bench import Record, read_csv, sections
+from fastxattn.bench.report import markdown_table, plot_ratios, roofline_table, short_device
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
@@ -28,12 +32,68 @@ def updated(text: str) -> str:
             return match[1] + (backends() or match[0].removeprefix(match[1]).removesuffix(match[3])) + match[3]
         if match[2] == "roofline":
             return match[1] + roofline() + match[3]
+        if match[2] == "highlights":
+            return match[1] + highlights() + match[3]
         records = read_csv(RESULTS / f"{match[2]}.csv")
         places = dict.fromkeys(f"{r.device}, {r.threads} threads; {r.versions}" for r in records)
         measured = f"\nMeasured on {'. And on '.join(places)}.\n"
         return match[1] + markdown_table(records, "fastxattn cpu") + measured + match[3]
 
     return BLOCK.sub(redraw, text)
+
+
+HIGHLIGHTS = {
+    "models": ("BLIP-2 Q-Former.* forward ", "BLIP ITM.* forward ", "CLIP text tower.*captions", "LXMERT base"),
+    "attention": ("text to image, 16 ragged ", "image to text, 16 ragged ", "dense 8x32x257 ", "dense 8x77x577 "),
+    "importance": ("text to image",), "bidirectional": (r"2 x \(1024 patches.* forward ",),
+    "pruning": ("select .* gather.*50 %", "encoder .*keep 50%"), "contrastive": ("infonce N=8192", "sigmoid N=8192"),
+    "late_interaction": ("256 x 256",), "retrieval": ("1000000 x 256",), "export": ("node, text to image",),
+}  # fmt: skip
+"""By file, what a float32 row's ``op title`` contains: what each room is for, where it wins little or nothing too."""
+
+
+def highlighted() -> Iterator[tuple[Record, Record]]:
+    """Our row and its rival's, where several machines measured one the last."""
+    for name, patterns in HIGHLIGHTS.items():
+        records = [r for r in read_csv(RESULTS / f"{name}.csv") if r.dtype == "float32"]
+        best = {}
+        for r in records:
+            title = f"{r.op} {r.case} {r.direction} "
+            if r.provider.startswith("fastxattn") and r.gate == "ok" and any(re.search(p, title) for p in patterns):
+                rival = [t for t in records if (t.case, t.direction, t.device, t.threads, t.provider) == (
+                    r.case, r.direction, r.device, r.threads, r.rival)]  # fmt: skip
+                best[title] = (r, rival[-1])
+        yield from best.values()
+
+
+def highlights() -> str:
+    """A row for each thing that a newcomer may want, and where it was measured."""
+    columns = ("what", "pass", "rival", "rival ms", "ms", "speed-up", "machine")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---:|---:|---:|---|"]
+    for ours, rival in highlighted():
+        machine = f"{short_device(ours.device)}, {ours.threads} thread{'s' * (ours.threads > 1)}"
+        lines.append(
+            f"| {_what(ours)} | {ours.direction} | {ours.rival} | {rival.median_ms:.3g} | {ours.median_ms:.3g} "
+            f"| {ours.ratio:.2f}x | {machine} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _what(r: Record) -> str:
+    return f"{r.op}: {r.case}"
+
+
+def draw() -> None:
+    """Every chart of ratios that the documents show, and the highlights' own."""
+    for path in sorted(RESULTS.glob("*.csv")):
+        image = IMAGES / f"{path.stem}.png"
+        if image.exists() and path.read_text().startswith("op,case,direction,provider,rival,"):
+            records = read_csv(path)
+            ours = Counter(r.provider for r in records if r.provider.startswith("fastxattn")).most_common(1)[0][0]
+            devices = ", ".join(dict.fromkeys(r.device for r in records))
+            plot_ratios(records, ours, image, f"{path.stem}: {devices}")
+    rows = [replace(ours, case=_what(ours), provider="fastxattn", device="") for ours, _ in highlighted()]
+    plot_ratios(rows, "fastxattn", IMAGES / "highlights.png", "float32 on a CPU, against the rival in the table")
 
 
 def roofline() -> str:
@@ -93,3 +153,4 @@ if __name__ == "__main__":
     for file in files:
         file.write_text(updated(file.read_text()))
         print(f"updated {file.relative_to(ROOT)}")
+    draw()

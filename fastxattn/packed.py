@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastxattn.ops.offsets import check_contents, readable
+
 
 @dataclass(frozen=True, eq=False)
 class PackedTokens:
@@ -55,23 +57,10 @@ class PackedTokens:
             raise ValueError(f"cu_seqlens must have shape (batch + 1,); got {tuple(offsets.shape)}")
         if offsets.device != values.device:
             raise ValueError(f"cu_seqlens must be on the device of values, {values.device}; got {offsets.device}")
-        if offsets.device.type == "cpu" and type(offsets) is Tensor:
-            self._check_offsets()
-
-    def _check_offsets(self) -> None:
-        offsets, rows = self.cu_seqlens, self.values.shape[0]
-        if (first := int(offsets[0])) != 0:
-            raise ValueError(f"cu_seqlens must start at 0; got {first}")
-        lengths = offsets.diff()
-        if lengths.numel() and int(lengths.min()) < 0:
-            at = int(lengths.argmin())
-            raise ValueError(
-                f"cu_seqlens must not decrease; got {int(offsets[at])} then {int(offsets[at + 1])} at sequence {at}"
-            )
-        if (last := int(offsets[-1])) > rows:
-            raise ValueError(f"cu_seqlens must end within the {rows} rows of values; got {last}")
-        if lengths.numel() and (longest := int(lengths.max())) > self.max_seqlen:
-            raise ValueError(f"max_seqlen must be at least the longest length, {longest}; got {self.max_seqlen}")
+        if readable(offsets):
+            check_contents("cu_seqlens", offsets, values.shape[0], "rows of values")
+            if self.batch_size and (longest := int(self.lengths.max())) > self.max_seqlen:
+                raise ValueError(f"max_seqlen must be at least the longest length, {longest}; got {self.max_seqlen}")
 
     # What the sequences are ------------------------------------------------------------------------------------
 

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 import fastxattn
 from fastxattn import PackedTokens
+from fastxattn.testing import offsets
 
 HEADS, DIM, LENGTHS_Q, LENGTHS_K = 2, 16, (3, 0, 5), (7, 4, 9)
-
-
-def offsets(lengths: tuple[int, ...]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 class MyPooler(nn.Module):

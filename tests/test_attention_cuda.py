@@ -40,3 +40,8 @@ def test_repeatable_and_independent_of_neighbours(name):
     problem = problem_of(name, torch.bfloat16)
     contract.check_repeatable(run, problem)
     contract.check_neighbours(run, problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_schedule_of_a_sequence_is_its_own(dtype):
+    contract.check_neighbours(run, contract.NEIGHBOURS.problem(dtype, "cuda"))

@@ -39,6 +39,8 @@ def good(**changes):
 BAD_VALUES = {
     "query 2-D": ({"query": torch.randn(6, 8)}, "query must have shape (tokens, heads, head_dim); got (6, 8)"),
     "no heads": ({"query": torch.randn(6, 0, 8)}, "query must have at least 1 head"),
+    "no channels": (
+        {"query": torch.randn(6, 4, 0), "key": torch.randn(9, 2, 0)}, "query must have at least 1 head and 1 channel"),
     "head_dim": ({"key": torch.randn(9, 2, 7)}, "key must have the head_dim of query, 8; got 7"),
     "value tokens": ({"value": torch.randn(8, 2, 5)}, "value must have as many tokens as key, 9; got 8"),
     "value heads": ({"value": torch.randn(9, 1, 5)}, "value must have as many heads as key, 2; got 1"),

@@ -7,12 +7,9 @@ from hypothesis import strategies as st
 
 import fastxattn
 from fastxattn import ranges
+from fastxattn.testing import offsets
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=0, max_size=5)
-
-
-def offsets(lengths):
-    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
 
 
 def dense(kv_range, cu_q, lengths_k):

@@ -109,6 +109,21 @@ def test_split_keys_are_blind_to_neighbours(split):
     contract.check_neighbours(run, short(BY_NAME["mqa_decode"]).problem(torch.float32, DEVICE))
 
 
+def test_one_schedule_for_every_batch_when_determinism_is_asked_for(monkeypatch):
+    """Averages that say to cut the keys of the first sequence alone, and not beside the second."""
+    monkeypatch.setattr(config, "SPLIT_QUERIES", 4)
+    monkeypatch.setattr(config, "SPLIT_LENGTH", 64)
+    monkeypatch.setattr(config, "SPLIT_KEYS", 32)
+    case = contract.AttentionCase("", (2, 20), (70, 65), heads=1, kv_heads=1, head_dim=16, value_dim=16)
+    problem = case.problem(torch.float32, DEVICE)
+    assert config.splits_for(2, 70, 1, 1) > 1 == config.splits_for(22, 135, 2, 1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        contract.check_neighbours(run, problem)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_many_sequences():
     """Tile numbers beyond any 16-bit grid: most sequences here are empty."""
     lengths = torch.zeros(70_000, dtype=torch.int32)

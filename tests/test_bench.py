@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
 import time
 from pathlib import Path
@@ -9,12 +11,45 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastxattn
+from benchmarks.test_regression import HEAVY
 from fastxattn.bench import Case, Workload, read_csv, write_csv
 from fastxattn.bench.memory import peak_extra_bytes
 from fastxattn.bench.registry import run_case, run_cases
 from fastxattn.bench.report import markdown_table, plot_ratios, roofline_table
 from fastxattn.bench.timing import OutOfTime, Timing, interleaved
 from fastxattn.testing import assert_within_budget, measure_error
+
+TIMED = {
+    "bidirectional_attention": "bidirectional ",
+    "context_attention": "context layer",
+    "cross_attention": "attention padded ",
+    "infonce_loss": "infonce ",
+    "key_importance": "importance ",
+    "late_interaction_loss": "late_interaction ",
+    "maxsim": "maxsim ",
+    "prune_tokens": "select_gather ",
+    "recall_at_k": "retrieval ",  # a search and a comparison of indices
+    "select": "select ",
+    "sigmoid_loss": "sigmoid ",
+    "topk_similarity": "retrieval ",
+    "varlen_cross_attention": "attention text to image",
+}
+"""How the titles of the cases that time a public operation begin."""
+
+
+def test_every_public_operation_is_timed() -> None:
+    public = {name: getattr(fastxattn, name) for name in fastxattn.__all__}
+    operations = {n for n, f in public.items() if inspect.isfunction(f) and f.__module__.startswith("fastxattn.ops.")}
+    assert operations == set(TIMED)
+    rooms = sorted((Path(__file__).parents[1] / "benchmarks").glob("bench_*.py"))
+    titles = [
+        f"{case.op} {case.title}"
+        for path in rooms
+        if path.stem not in HEAVY
+        for case in importlib.import_module(f"benchmarks.{path.stem}").cases(False)
+    ]
+    assert [op for op, beginning in TIMED.items() if not any(t.startswith(beginning) for t in titles)] == []
 
 
 def case(gate: str, name: str = "toy") -> Case:

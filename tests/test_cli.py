@@ -44,6 +44,10 @@ def test_help_lists_the_commands_and_the_exit_codes() -> None:
     assert "Exit codes: 0" in done.stdout
 
 
+def test_version() -> None:
+    assert run("--version").stdout == f"{fastxattn.__version__}\n"
+
+
 def test_every_command_has_help_with_an_example() -> None:
     from typer.main import get_command
 
@@ -91,6 +95,8 @@ def test_explain_knows_every_operation(op: str) -> None:
         (("explain", "nonsense"), "OP must be one of attention, importance"),
         (("explain", "attention", "--lengths-q", "3,x"), "--lengths-q must be lengths such as"),
         (("explain", "attention", "--lengths-q", "3"), "as many sequences as each other; got 1 and 8"),
+        (("explain", "attention", "--dim", "0"), "at least 1 head and 1 channel"),
+        (("explain", "attention", "--device", "cuda"), "torch sees no such device"),
         (("tune",), "no CUDA or ROCm device is visible"),
         (("report", "--results", "/nonexistent"), "results must be a folder of CSVs"),
         (("prune", "/nonexistent.png", "--out", "/tmp/never.png"), "nonexistent.png"),
@@ -118,6 +124,13 @@ def test_demo_agrees_with_eager_and_draws_its_chart(tmp_path: Path) -> None:
         (dtype, provider) for dtype in ("float32", "bfloat16") for provider in ("eager, padded", "fastxattn")
     ]
     assert (tmp_path / "qformer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_takes_one_run_of_what_is_slow_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastxattn.demo.PATIENCE", 0.0)
+    done = run("demo", "--layers", "1", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.stderr
+    assert "bfloat16: a single run each" in " ".join(done.stdout.split())
 
 
 FACTORY = """

@@ -16,15 +16,11 @@ from fastxattn.ops.context_attention import context_attention
 from fastxattn.ops.context_attention.cost import choose
 from fastxattn.ops.context_attention.reference import context_attention_reference
 from fastxattn.runtime import native
-from fastxattn.testing import assert_within_budget
+from fastxattn.testing import assert_within_budget, offsets
 
 ISAS = native.available_cpu_isas()
 needs_native = pytest.mark.skipif(not ISAS, reason="the native library is not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def eager(
@@ -261,6 +257,7 @@ def test_refusals_name_the_argument() -> None:
     query, context, cu_q, cu_k = torch.randn(4, 2, 8), torch.randn(6, 8), offsets([1, 3]), offsets([2, 4])
     wrong: list[tuple[type[Exception], str, dict[str, object]]] = [
         (ValueError, "query must be", {"query": query[0]}),
+        (TypeError, "context must be a tensor; got list", {"context": [1.0]}),
         (ValueError, "as wide as context", {"context": context[:, :4]}),
         (TypeError, "query's dtype", {"context": context.half()}),
         (TypeError, "cu_seqlens_q must be int32", {"cu_seqlens_q": cu_q.long()}),

@@ -109,6 +109,22 @@ def test_nothing_below_imports_anything_above(path):
             assert theirs <= mine, f"{module_name(path)} imports {name}, which is above it"
 
 
+ROOM = {"__init__", "api", "checks", "problem", "schema", "autograd", "reference", "cpu", "triton", "onnx"}
+WITHOUT = {
+    "bidirectional": {"onnx"},  # a file holds the two attentions that it is made of
+    "context_attention": {"triton"},  # on a GPU the projections are made, for attention
+    "contrastive": {"onnx"},  # a loss is for training
+    "pruning": {"problem"},  # its operations have no options in common; a tensor is all that a backend asks about
+    "retrieval": {"autograd"},  # indices have no gradient
+}
+
+
+@pytest.mark.parametrize("room", sorted(p.parent for p in PACKAGE.glob("ops/*/__init__.py")), ids=lambda p: p.name)
+def test_every_room_has_the_same_file_names(room):
+    found = {path.stem for path in room.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert ROOM - found == WITHOUT.get(room.name, set())
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("ops/*/reference.py")), ids=module_name)
 def test_references_import_torch_only(path):
     """A reference may use its own room's readable helpers, and no backend or other project."""

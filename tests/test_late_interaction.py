@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
 from fastxattn.runtime import native
+from fastxattn.testing import offsets
 
 pytestmark = pytest.mark.skipif(native.cpu_library().library is None, reason="needs the CPU kernels")
 
@@ -17,7 +18,7 @@ def sets(lengths, d, dtype=torch.float32, seed=0, unused=2):
     x = F.normalize(torch.randn(sum(lengths) + unused, d, generator=generator), dim=1).to(dtype)
     if unused:
         x[-unused:] = float("nan")  # past the last offset: never read
-    return x, torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
+    return x, offsets(lengths)
 
 
 def run(function, a, b, cu_a, cu_b, backend, **options):
@@ -128,8 +129,9 @@ def test_compiles():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"cu_seqlens_a": torch.tensor([0, 9], dtype=torch.int32)}, ValueError, "cu_seqlens_a must start at 0"),
-        ({"cu_seqlens_b": torch.tensor([0, 3])}, TypeError, "cu_seqlens_b must be an int32"),
+        ({"cu_seqlens_a": torch.tensor([0, 9], dtype=torch.int32)}, ValueError, "must end within the 4 rows"),
+        ({"a": torch.zeros(4, 0), "b": torch.zeros(4, 0)}, ValueError, "a must have at least 1 feature"),
+        ({"cu_seqlens_b": torch.tensor([0, 3])}, TypeError, "cu_seqlens_b must be int32"),
         ({"direction": "c"}, ValueError, "direction must be one of"),
         ({"smooth": 0.0}, ValueError, "smooth must be positive"),
     ],

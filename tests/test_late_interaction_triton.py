@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
 from fastxattn.runtime import triton
 from tests.test_late_interaction import compare, interleave, run, sets
 
-pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not triton.interpreted(), reason="set TRITON_INTERPRET=1 (make test-interpreted)")
 SMOOTH = (None, 0.2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,23 +27,9 @@ from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
 from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION
 from fastxattn.runtime import native
+from fastxattn.testing import offsets
 
-BACKENDS = ["reference", *(f"cpu:{isa}" for isa in native.available_cpu_isas())]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    name, _, isa = request.param.partition(":")
-    if isa:
-        native.force_cpu_isa(isa)
-    yield name
-    if isa:
-        native.force_cpu_isa("auto")
-
-
-def offsets(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def awkward(total: int, width: int) -> torch.Tensor:
@@ -150,7 +135,7 @@ def test_long_sequences_recompute_similarities() -> None:
     torch.manual_seed(0)
     x = torch.randn(4200, 8)
     counts = torch.tensor([6], dtype=torch.int32)
-    if len(BACKENDS) == 1:
+    if not native.available_cpu_isas():
         pytest.skip("the CPU kernels are not built")
     for mode in (MAX_MIN, DETERMINANT):
         arguments = (x, None, offsets([4200]), counts, None, mode, 6)

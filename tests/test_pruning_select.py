@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,24 +12,10 @@ from hypothesis import strategies as st
 from fastxattn.ops.pruning import Budget, Selection, prune_tokens, reference, select
 from fastxattn.ops.pruning.segments import share
 from fastxattn.runtime import native
+from fastxattn.testing import offsets
 
 ISAS = native.available_cpu_isas()
-BACKENDS = ["reference", *(f"cpu:{isa}" for isa in ISAS)]
 SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, 1.0, -1.0, 1e-40, 0.5]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    name, _, isa = request.param.partition(":")
-    if isa:
-        native.force_cpu_isa(isa)
-    yield name
-    if isa:
-        native.force_cpu_isa("auto")
-
-
-def offsets(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def expected(scores: list[float], lengths: list[int], counts: list[int], protected: list[bool]) -> list[int]:

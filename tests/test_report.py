@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import RESULTS
 from fastxattn.bench.page import write_page
-from fastxattn.bench.sections import Table, kind, read_tables
+from fastxattn.bench.sections import SECTIONS, Table, kind, read_tables
 
 pytest.importorskip("matplotlib")
 CSVS = {
@@ -20,8 +21,8 @@ CSVS = {
     "attention,missed,forward,fastxattn cpu,sdpa,float32,2,nan,nan,nan,out: error,a machine,fastxattn 0.1.0,abc\n",
     "memory": "op,n,provider,peak_bytes\ninfonce,1024,fastxattn cpu,5e6\ninfonce,4096,fastxattn cpu,2e7\n"
     "infonce,1024,eager,1.5e7\ninfonce,4096,eager,2.5e8\n",
-    "accuracy": "task,strategy,keep,accuracy,accuracy_ci95\ndigits,unpruned,1.0,0.95,0.01\ndigits,tome,0.5,0.90,0.02\n"
-    "digits,tome,0.25,0.80,0.02\n",
+    "accuracy": "task,measure,strategy,keep,mean,ci95\ndigits,accuracy,unpruned,1.0,0.95,0.01\n"
+    "digits,accuracy,evit,0.5,0.90,0.02\ndigits,accuracy,evit,0.25,0.80,0.02\ndigits,accuracy,tome,0.5,0.9,0.02\n",
     "errors": "op,backend,dtype,case,max_error,budget\nattention,cpu,float32,a,1e-6,2e-6\n"
     "attention,cpu,float32,b,3e-6,2e-6\n",
     "other": "kernel,registers\nforward,213\n",
@@ -40,6 +41,12 @@ def results(tmp_path: Path) -> Path:
 def test_a_csv_is_recognised_by_its_columns(results: Path) -> None:
     assert [kind(t) for t in read_tables(results)] == sorted(CSVS)
     assert kind(Table("x", ())) == "other"
+
+
+def test_the_results_of_this_checkout_are_recognised() -> None:
+    kinds = {t.name: kind(t) for t in read_tables(RESULTS)}
+    assert set(SECTIONS) == set(kinds.values())
+    assert [name for name, found in kinds.items() if found == "other" and not name.endswith("offline")] == []
 
 
 def test_the_page_shows_every_result_and_needs_no_other_file(results: Path, tmp_path: Path) -> None:

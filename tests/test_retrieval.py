@@ -118,6 +118,7 @@ def test_recall_both_ways():
         ({"k": 0}, ValueError, "k must be a whole number"),
         ({"corpus": torch.zeros(4, 9)}, ValueError, "corpus must have shape"),
         ({"corpus": torch.zeros(4, 8, dtype=torch.int32)}, TypeError, "corpus must be float32"),
+        ({"corpus": [1.0]}, TypeError, "corpus must be a tensor or a numpy.memmap; got list"),
         ({"metric": "l2"}, ValueError, "metric must be one of"),
         ({"corpus_scale": torch.zeros(3)}, ValueError, "corpus_scale must have shape"),
     ],

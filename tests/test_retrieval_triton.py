@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from fastxattn.ops.retrieval import quantize_int8, recall_at_k, topk_similarity, triton_kernel
 from fastxattn.runtime import triton
 
-pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not triton.interpreted(), reason="set TRITON_INTERPRET=1 (make test-interpreted)")
 
 

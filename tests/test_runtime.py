@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fastxattn.runtime import backend, env, native
+from fastxattn.runtime import backend, env, native, triton
 
 TABLE = (
     backend.Backend("cpu", lambda problem: None if problem == "small" else "the problem is too large"),
@@ -94,3 +96,13 @@ def test_environment_forces_the_instruction_set() -> None:
 def test_measured_peak_is_positive() -> None:
     assert native.peak_gflops(torch.float32) > 0
     assert native.peak_gflops(torch.bfloat16) > 0
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("3.4.1", "triton 3.4.1 is installed, and the kernels need 3.5"), ("3.5.0", None)]
+)
+def test_an_old_triton_is_named(monkeypatch, version, said) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    found = triton._missing.__wrapped__()
+    assert found is None if said is None else said in found

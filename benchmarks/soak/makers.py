@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 import fastxattn
+from benchmarks.soak.models import model
 from benchmarks.soak.modules import MODULES
-from benchmarks.soak.trials import Draw, Maker, Trial, offsets
+from benchmarks.soak.trials import Draw, Maker, Trial
 from fastxattn.ops.pruning import ops as pruning
 from fastxattn.ops.pruning.merge import best_match
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
 from fastxattn.ops.retrieval.api import quantize_int8
+from fastxattn.testing import offsets
 
 Inputs = dict[str, Tensor]
 
@@ -166,12 +168,14 @@ def token_sets(d: Draw, sets_a: int, sets_b: int) -> tuple[list[int], list[int],
 def maxsim(d: Draw) -> Trial:
     of_a, of_b, width, inputs = token_sets(d, d.r.randint(1, 5), d.r.randint(1, 5))
     direction, reduction = d.of("a", "b", "both"), d.of("sum", "mean")
+    smooth = d.of(None, 0.05, 1.0) if d.small else None  # the CPU kernels have none
 
     def run(x: Inputs, backend: str) -> Any:
         cu = offsets(of_a), offsets(of_b)
-        return fastxattn.maxsim(x["a"], x["b"], *cu, direction=direction, reduction=reduction, backend=backend)
+        options: dict[str, Any] = {"direction": direction, "reduction": reduction, "smooth": smooth}
+        return fastxattn.maxsim(x["a"], x["b"], *cu, **options, backend=backend)
 
-    return Trial(f"{of_a} x {of_b}, D={width}, {direction}, {reduction}", d.dtype, inputs, run)
+    return Trial(f"{of_a} x {of_b}, D={width}, {direction}, {reduction}, {smooth}", d.dtype, inputs, run)
 
 
 def late_interaction(d: Draw) -> Trial:
@@ -297,6 +301,7 @@ MAKERS: dict[str, Maker] = {
     "greedy": greedy,
     "quantile": quantile,
     **MODULES,
+    "model": model,
 }
-NO_TRITON = ("context_attention",)
-"""Operations without a kernel for it."""
+NO_TRITON = ("context_attention", "model")
+"""Operations without a kernel for it, and what takes the interpreter too long."""

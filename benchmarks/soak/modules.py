@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.soak.trials import Draw, Maker, Trial, offsets
+from benchmarks.soak.trials import Draw, Maker, Trial
 from fastxattn import PackedTokens
 from fastxattn import nn as modules
 from fastxattn.runtime.backend import use_backend
+from fastxattn.testing import offsets
 
 Inputs = dict[str, Tensor]
 Call = Callable[[nn.Module, Inputs], Any]

@@ -13,9 +13,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HANGS = -99
+LONGEST = 120.0
+"""Seconds that a few broken files may take before they count as hanging."""
 
 
 @dataclass
@@ -31,6 +34,24 @@ class Outcome:
     """How many problems had which dtype, instruction set and number of threads."""
     small: int = 0
     """Results a little outside their budget."""
+
+
+def run(
+    command: list[str], timeout: float, variables: dict[str, str] | None = None, given: str | None = None
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a process on this checkout."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=None if given is None else subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            said, error = process.communicate(given, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, error = process.communicate()
+            return HANGS, said, "hangs"
+        return process.returncode, said, error
 
 
 def sanitizers() -> tuple[dict[str, str], str]:
@@ -161,54 +182,45 @@ def files(seconds: float, seed: int) -> Outcome:
         originals = list(_exported(Path(folder)))
         while True:
             r = random.Random(seed)
-            paths, kinds = [], {}
+            paths = []
             for i in range(40):
-                kind, data = broken(r.choice(originals), r)
+                _, data = broken(r.choice(originals), r)
                 path = Path(folder) / f"{seed}_{i}.onnx"
                 path.write_bytes(data)
                 paths.append(str(path))
-                kinds[str(path)] = kind
-            done = subprocess.run(
-                [sys.executable, "-c", FEED], input="\n".join(paths) + "\n", text=True, capture_output=True,
-                check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600,
-            )  # fmt: skip
+            code, said, error = run([sys.executable, "-c", FEED], LONGEST, given="\n".join(paths) + "\n")
             last = ""
-            for line in done.stdout.splitlines():
+            for line in said.splitlines():
                 word, job, rest = line.split(" ", 2)
                 last = line if word == "begin" else ""
                 if word == "end":
                     outcome.counts[f"{job} of a broken file: {'accepted' if rest == 'accepted' else 'refused'}"] += 1
-            if done.returncode != 0:
-                outcome.failures.append(f"files, seed {seed}, {last}: exit {done.returncode}, {done.stderr[-800:]}")
+            if code != 0:
+                outcome.failures.append(f"files, seed {seed}, {last}: exit {code}, {error[-800:]}")
             seed += 1
             if time.monotonic() >= end:
                 return outcome
 
 
 def _exported(folder: Path) -> Iterator[bytes]:
-    """Files with our nodes, packed and padded, and one with attention of standard operators."""
+    """Files with each of our nodes, and one with attention of standard operators."""
     import torch
 
-    import fastxattn
-    from fastxattn import PackedTokens, export
-
-    class Packed(torch.nn.Module):
-        def forward(self, text: PackedTokens, image: PackedTokens) -> torch.Tensor:
-            sides = [t.values.unflatten(-1, (2, 8)) for t in (text, image, image)]
-            return fastxattn.varlen_cross_attention(*sides, text.cu_seqlens, image.cu_seqlens)
-
-    class Padded(torch.nn.Module):
-        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return fastxattn.cross_attention(q, k, v)
+    from fastxattn import export
+    from tests.export import models
 
     class Plain(torch.nn.Module):
         def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return torch.softmax(q @ k.mT * 8**-0.5, -1) @ v
 
-    text, image = (PackedTokens.from_list([torch.randn(n, 16) for n in of]) for of in ((3, 2), (5, 4)))
-    padded = tuple(torch.randn(2, n, 2, 8) for n in (3, 5, 5))
-    for name, module, args in (("packed", Packed(), (text, image)), ("padded", Padded(), padded),
-                               ("plain", Plain(), padded)):  # fmt: skip
-        path = folder / f"{name}.onnx"
+    text, image = models.packed(3, 2), models.packed(5, 4, width=24)
+    scored = models.packed(5, 4, width=16)
+    sources: tuple[tuple[torch.nn.Module, tuple[Any, ...]], ...] = (
+        (models.Varlen(), (text, image)), (models.Padded(), models.padded_inputs()),
+        (models.Context(), (text, scored)), (models.Importance(), (text, scored)), (models.Prune(), (image,)),
+        (Plain(), tuple(torch.randn(2, n, 2, 8) for n in (3, 5, 5))),
+    )  # fmt: skip
+    for module, args in sources:
+        path = folder / f"{type(module).__name__}.onnx"
         export.to_onnx(module.eval(), args, path)
         yield path.read_bytes()

@@ -225,7 +225,8 @@ attention_backward_key_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Att
   constexpr bool kExact = sizeof(T) == 4;
   const Shared<T> keys = shared_memory<T>(0), values = keys.at(Rows * D);
   const Shared<T> query_tiles = values.at(Rows * D), grad_tiles = query_tiles.at(2 * Queries * D);
-  const Shared<float> fact_tiles = shared_memory<float>((2 * Rows + 4 * Queries) * D * kSize + 16);
+  const Shared<int> home = shared_memory<int>((2 * Rows + 4 * Queries) * D * kSize);
+  const Shared<float> fact_tiles = home.at(4).template as<float>();
 
   const int kv_head = block_index() % p.kv_heads, first_column = block_index_y() * kColumns;
   const TileOf tile = find_sequence(p.cu_k, p.batch, block_index() / p.kv_heads, 1, Rows);
@@ -236,6 +237,12 @@ attention_backward_key_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Att
   const int warp_row = warp_index() * 16;
   const bool active = warp_row < rows;
   const int first_slot = mine.first + first_key;
+  // Kept out of the registers, which the sums fill: where the keys begin, and how many are here.
+  if (thread_index() == 0) {
+    home.store(0, mine.first);
+    home.store(1, rows);
+  }
+  sync_threads();
   load_rows<T, D, Rows, kThreads>(
       keys, rows, p.head_dim, p.aligned,
       {static_cast<const T*>(p.key) + kv_head * p.key_head, p.key_row, p.index_k, first_slot, p.rows_k});
@@ -294,8 +301,8 @@ attention_backward_key_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Att
     for (int half = 0; half < 2; ++half) {
       const float total = quad_sum(grad_bias[half]);
       grad_bias[half] = 0.0f;
-      if (lane_index() % 4 == 0 && my_key[half] < first_key + rows && block_index_y() == 0) {
-        store_global(g.grad_key_bias + static_cast<int64_t>(mine.first + my_key[half]) * heads + head, total);
+      if (lane_index() % 4 == 0 && my_key[half] < first_key + home.load(1) && block_index_y() == 0) {
+        store_global(g.grad_key_bias + static_cast<int64_t>(home.load(0) + my_key[half]) * heads + head, total);
       }
     }
   };
@@ -323,7 +330,7 @@ attention_backward_key_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Att
       if (p.key_bias != nullptr) {
         FXA_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const float* biases = key_bias_row(p, mine, my_key[half]);
+          const float* biases = key_bias_row(p, {home.load(0), mine.count}, my_key[half]);
           const float bias = biases == nullptr ? 0.0f : load_global(biases + head * p.key_bias_head);
           FXA_UNROLL
           for (int i = 0; i < Queries / 4; ++i) {
@@ -383,8 +390,8 @@ attention_backward_key_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Att
   }
   FXA_UNROLL
   for (int half = 0; half < 2; ++half) {
-    if (my_key[half] >= first_key + rows) continue;
-    const int64_t place = static_cast<int64_t>(mine.first + my_key[half]) * p.kv_heads + kv_head;
+    if (my_key[half] >= first_key + home.load(1)) continue;
+    const int64_t place = static_cast<int64_t>(home.load(0) + my_key[half]) * p.kv_heads + kv_head;
     if (g.grad_key != nullptr) {
       store_row(static_cast<T*>(g.grad_key) + place * p.head_dim + first_column, grad_key, half, p.scale,
                 p.head_dim - first_column);

@@ -10,6 +10,13 @@
 
 namespace fastxattn {
 
+// Keys are cut into chunks where a sequence has few rows (queries x group) and many keys, so that it still fills a
+// device. Its own lengths decide, not the batch's, so that a result is the same whatever else is in the batch.
+inline constexpr int kCutRows = 64;      // at most
+inline constexpr int kCutLength = 1024;  // keys, at least
+inline constexpr int kChunkKeys = 512;   // keys per chunk, at least
+inline constexpr int kMostChunks = 32;   // longer sequences get longer chunks
+
 struct AttentionKernelParams {
   const void* query = nullptr;            // (rows_q, heads, head_dim)
   const void* key = nullptr;              // (rows_k, kv_heads, head_dim)
@@ -41,11 +48,12 @@ struct AttentionKernelParams {
   // Results of forward, which writes the rows that slots stand for and leaves the others.
   void* out = nullptr;   // (rows_q, heads, value_dim) contiguous
   float* lse = nullptr;  // (heads, rows_q) contiguous
-  // Keys of a sequence are cut into `splits` chunks of at least split_keys; with more than one, forward writes parts
-  // and the merge kernel writes out and lse.
-  int32_t splits = 1, split_keys = 0;
-  float* part_out = nullptr;  // (splits, rows_q, heads, value_dim)
-  float* part_lse = nullptr;  // (splits, heads, rows_q)
+  // Results of chunks, from which the merge kernel makes those rows of out and lse. Chunk c of the sequence whose keys
+  // begin at slot k has the place k / kChunkKeys + c.
+  int32_t chunks = 0;         // places: slots_k / kChunkKeys; 0: keys are never cut
+  int32_t part_rows = 0;      // rows per place: kCutRows, or as many as there are
+  float* part_out = nullptr;  // (chunks, kv_heads, part_rows, value_dim)
+  float* part_lse = nullptr;  // (chunks, kv_heads, part_rows)
 };
 
 struct AttentionKernelGradients {
@@ -64,7 +72,17 @@ struct AttentionKernelGradients {
   bool key_bias_has_heads = false;
 };
 
-// Launches on `stream` (a cudaStream_t); the message of what went wrong, or null.
+// Launches on `stream` (a cudaStream_t); the message of what went wrong, or null. `few`: only the sequences that the
+// kernel for compute capability 9.0 leaves.
+#define FXA_ATTENTION_DTYPES(X) X(f16) X(bf16) X(f32)
+#define FXA_DECLARE_DTYPE(name)                                                                            \
+  const char* attention_forward_##name(const AttentionKernelParams& p, bool few, void* stream);            \
+  const char* attention_backward_##name(const AttentionKernelParams& p, const AttentionKernelGradients& g, \
+                                        void* stream);
+FXA_ATTENTION_DTYPES(FXA_DECLARE_DTYPE)
+#undef FXA_DECLARE_DTYPE
+
+// The same for a dtype that is known at run time.
 const char* attention_forward_cuda(const AttentionKernelParams& p, DType dtype, void* stream);
 const char* attention_backward_cuda(const AttentionKernelParams& p, const AttentionKernelGradients& g, DType dtype,
                                     void* stream);

@@ -1,17 +1,12 @@
 // torch ops over the CUDA attention kernels. Results are allocated by the caller
 // (fastxattn/ops/attention/cuda_launch.py); shapes, dtypes and strides are checked here, contents are clamped on the
 // device.
+#include <algorithm>
+
 #include "attention/attention_cuda.h"
 #include "bindings/torch_cuda_glue.h"
 
 namespace fastxattn {
-
-#define FXA_ATTENTION_DTYPES(X) X(f16) X(bf16) X(f32)
-#define FXA_DECLARE_DTYPE(name)                                                                            \
-  const char* attention_forward_##name(const AttentionKernelParams& p, void* stream);                      \
-  const char* attention_backward_##name(const AttentionKernelParams& p, const AttentionKernelGradients& g, \
-                                        void* stream);
-FXA_ATTENTION_DTYPES(FXA_DECLARE_DTYPE)
 
 // Absent from a library that was built without code for compute capability 9.0 (FASTXATTN_CUDA_ARCHS).
 #define FXA_DECLARE_SM90(name)                                                                           \
@@ -20,16 +15,18 @@ FXA_ATTENTION_DTYPES(FXA_DECLARE_DTYPE)
 FXA_DECLARE_SM90(f16)
 FXA_DECLARE_SM90(bf16)
 
-// The kernel of attention_wgmma.cuh runs what it takes where it is at home, that of attention_fwd.cuh everything else.
+// The kernel of attention_wgmma.cuh runs the sequences that it takes where it is at home, that of attention_fwd.cuh all
+// others.
 const char* attention_forward_cuda(const AttentionKernelParams& p, DType dtype, void* stream) {
   const auto hopper = dtype == DType::f16    ? &attention_forward_sm90_f16
                       : dtype == DType::bf16 ? &attention_forward_sm90_bf16
                                              : nullptr;
   const char* fault = nullptr;
-  if (hopper != nullptr && hopper(p, stream, fault)) return fault;
-  if (dtype == DType::f16) return attention_forward_f16(p, stream);
-  if (dtype == DType::bf16) return attention_forward_bf16(p, stream);
-  return attention_forward_f32(p, stream);
+  const bool few = hopper != nullptr && hopper(p, stream, fault);
+  if (fault != nullptr) return fault;
+  if (dtype == DType::f16) return attention_forward_f16(p, few, stream);
+  if (dtype == DType::bf16) return attention_forward_bf16(p, few, stream);
+  return attention_forward_f32(p, few, stream);
 }
 const char* attention_backward_cuda(const AttentionKernelParams& p, const AttentionKernelGradients& g, DType dtype,
                                     void* stream) {
@@ -64,7 +61,7 @@ AttentionKernelParams make_params(const Tensor& query, const Tensor& key, const 
                                   const Tensor& cu_k, const OptionalTensor& used_q, const OptionalTensor& used_k,
                                   const OptionalTensor& index_q, const OptionalTensor& index_k,
                                   const OptionalTensor& kv_range, const OptionalTensor& key_bias, double scale,
-                                  double softcap, bool aligned, int64_t splits, int64_t split_keys) {
+                                  double softcap, bool aligned) {
   AttentionKernelParams p;
   FXA_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3, "query, key and value must have 3 dimensions");
   const int64_t rows_q = query.size(0), rows_k = key.size(0), heads = query.size(1), kv_heads = key.size(1);
@@ -105,22 +102,26 @@ AttentionKernelParams make_params(const Tensor& query, const Tensor& key, const 
     p.key_bias_head = key_bias->dim() == 2 ? key_bias->stride(1) : 0;
   }
   p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
-  p.splits = narrow(splits, "splits"), p.split_keys = narrow(split_keys, "split_keys");
   return p;
 }
 
 void forward(Tensor out, Tensor lse, OptionalTensor part_out, OptionalTensor part_lse, Tensor query, Tensor key,
              Tensor value, Tensor cu_q, Tensor cu_k, OptionalTensor used_q, OptionalTensor used_k,
              OptionalTensor index_q, OptionalTensor index_k, OptionalTensor kv_range, OptionalTensor key_bias,
-             double scale, double softcap, bool aligned, int64_t splits, int64_t split_keys) {
+             double scale, double softcap, bool aligned) {
   AttentionKernelParams p = make_params(query, key, value, cu_q, cu_k, used_q, used_k, index_q, index_k, kv_range,
-                                        key_bias, scale, softcap, aligned, splits, split_keys);
+                                        key_bias, scale, softcap, aligned);
   const int64_t heads = int64_t{p.kv_heads} * p.group, all = heads * p.rows_q;
   p.out = plain<void>(out, "out", query.scalar_type(), query, all * p.value_dim);
   p.lse = plain<float>(lse, "lse", ScalarType::Float, query, all);
-  p.part_out = plain<float>(part_out, "part_out", ScalarType::Float, query, splits * all * p.value_dim);
-  p.part_lse = plain<float>(part_lse, "part_lse", ScalarType::Float, query, splits * all);
-  FXA_CHECK(splits == 1 || (p.part_out != nullptr && p.part_lse != nullptr), "chunks need room for their results");
+  if (p.slots_k >= kCutLength) {
+    p.chunks = p.slots_k / kChunkKeys;
+    p.part_rows = static_cast<int32_t>(std::min(int64_t{kCutRows}, int64_t{p.slots_q} * p.group));
+    const int64_t parts = int64_t{p.chunks} * p.kv_heads * p.part_rows;
+    p.part_out = plain<float>(part_out, "part_out", ScalarType::Float, query, parts * p.value_dim);
+    p.part_lse = plain<float>(part_lse, "part_lse", ScalarType::Float, query, parts);
+    FXA_CHECK(p.part_out != nullptr && p.part_lse != nullptr, "chunks need room for their results");
+  }
   const char* fault = attention_forward_cuda(p, dtype_of(query, "query"), stream_of(query));
   FXA_CHECK(fault == nullptr, fault);
 }
@@ -131,7 +132,7 @@ void backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor
               OptionalTensor used_q, OptionalTensor used_k, OptionalTensor index_q, OptionalTensor index_k,
               OptionalTensor kv_range, OptionalTensor key_bias, double scale, double softcap, bool aligned) {
   AttentionKernelParams p = make_params(query, key, value, cu_q, cu_k, used_q, used_k, index_q, index_k, kv_range,
-                                        key_bias, scale, softcap, aligned, 1, 0);
+                                        key_bias, scale, softcap, aligned);
   const int64_t heads = int64_t{p.kv_heads} * p.group, all = heads * p.rows_q;
   const int64_t keys = int64_t{p.slots_k} * p.kv_heads;
   const ScalarType dtype = query.scalar_type();
@@ -167,7 +168,7 @@ void backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor
 // Below the operators that users and compilers see: these write into what they are given.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastxattn, m) {
   m.def("attention_cuda_launch(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? part_out, Tensor(d!)? part_lse, " FXA_PROBLEM
-        ", int splits, int split_keys) -> ()");
+        ") -> ()");
   m.def(
       "attention_backward_cuda_launch(Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, "
       "Tensor(d!)? grad_key_bias, Tensor(e!) delta, Tensor(f!)? norm, Tensor grad_out, Tensor? grad_lse, Tensor out, "

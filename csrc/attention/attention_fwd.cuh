@@ -7,29 +7,31 @@
 
 namespace fastxattn::attention {
 
-// Rows per block, keys per tile: two stages of keys and values beside the queries fit the 99 KiB of every device.
+// Rows per block, keys per tile: two stages of keys and values beside the queries fit the 99 KiB of every device. A
+// tile of 16 rows has one warp to copy all keys, and hardly more room in shared memory.
 template <class T, int D>
 struct ForwardTile {
   static constexpr int kRows = 64;
-  static constexpr int kFewRows = 16;  // where there are few queries
   static constexpr int kKeys = sizeof(T) == 4 ? (D > 64 ? 16 : 32) : (D > 128 ? 32 : 64);
 };
 
 template <class T, int D, int Rows, int Keys>
 constexpr int forward_shared_bytes() {
-  return (Rows + 4 * Keys) * D * static_cast<int>(sizeof(T)) + 16;
+  return (Rows + 4 * Keys) * D * static_cast<int>(sizeof(T)) + 32;
 }
 
-// Keys per chunk of a sequence when they are cut into p.splits.
-FXA_DEVICE int chunk_of(const AttentionKernelParams& p, int keys, int tile) {
-  return maximum(p.split_keys, ((keys + p.splits - 1) / p.splits + tile - 1) / tile * tile);
-}
+// What the blocks of a launch are for, kv_heads of them each: `tiles` of rows against all keys, then the chunks of keys
+// that are cut, whose rows fit in one tile.
+struct ForwardWork {
+  int tiles;
+  // Instead of a tile, a sequence of at most kFewRows; longer ones are another launch's (attention_wgmma.cuh).
+  bool few;
+};
 
-// Grid: (tile_count(slots_q, batch, group, Rows) * kv_heads * splits), blocks of 2 Rows threads: a warp for 16 rows.
-// Rich: with kv_range, key_bias, softcap or a scale that is not positive.
+// Blocks of 2 Rows threads: a warp for 16 rows. Rich: with kv_range, key_bias, softcap or a scale that is not positive.
 template <class T, int D, int Rows, int Keys, bool Rich>
 FXA_KERNEL(2 * Rows, 1)
-attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
+attention_forward_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS ForwardWork work) {
   constexpr int kThreads = 2 * Rows, kStep = Operand<T>::kStep, kTile = Keys * D * static_cast<int>(sizeof(T));
   constexpr bool kHoldQueries = sizeof(T) == 2 && D <= 128;  // in registers
   const Shared<T> queries = shared_memory<T>(0);
@@ -37,13 +39,24 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
   const Shared<T> value_tiles = key_tiles.at(2 * Keys * D);
   const Shared<int> scratch = shared_memory<int>(Rows * D * static_cast<int>(sizeof(T)) + 4 * kTile);
 
-  const int split = block_index() % p.splits, kv_head = block_index() / p.splits % p.kv_heads;
-  const TileOf tile = find_sequence(p.cu_q, p.batch, block_index() / p.splits / p.kv_heads, p.group, Rows);
+  static_assert(Rows == kCutRows);
+  const int kv_head = block_index() % p.kv_heads, item = block_index() / p.kv_heads;
+  const bool cut = item >= work.tiles;
+  const int place = item - work.tiles;  // of a chunk
+  const TileOf tile = cut        ? TileOf{find_cut(p, place), 0}
+                      : work.few ? TileOf{item, 0}
+                                 : find_sequence(p.cu_q, p.batch, item, p.group, Rows);
   const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
   const Span theirs = find_span(p.cu_k, p.used_k, p.slots_k, tile.sequence);
-  const int first_row = tile.number * Rows, rows = minimum(mine.count * p.group - first_row, Rows);
-  const int chunk = p.splits > 1 ? chunk_of(p, theirs.count, Keys) : theirs.count;
-  if (rows <= 0 || (split > 0 && split * chunk >= theirs.count)) return;
+  const int all_rows = mine.count * p.group, first_row = tile.number * Rows, rows = minimum(all_rows - first_row, Rows);
+  if (rows <= 0 || cut != is_cut(p, all_rows, theirs.count) || (!cut && work.few && all_rows > kFewRows)) return;
+  int low = 0, high = theirs.count;
+  if (cut) {
+    const int chunk = chunk_keys(theirs.count, Keys);
+    low = (place - theirs.first / kChunkKeys) * chunk;
+    if (low < 0 || low >= high) return;
+    high = minimum(low + chunk, high);
+  }
 
   // A row of the block is a (query, head) pair; this thread holds two of them in its accumulators.
   const auto query_row = [&](int i) { return find_row(p.index_q, mine.first + (first_row + i) / p.group, p.rows_q); };
@@ -61,9 +74,14 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
     my_head[half] = head_of(there[half] ? i : 0);
     range[half] = Rich ? find_range(p.kv_range, my_row[half], theirs.count) : Range{0, theirs.count};
   }
-  int low = split * chunk, high = minimum(low + chunk, theirs.count);
   Window window{0, theirs.count, 0, theirs.count};
   if constexpr (Rich) {
+    // Kept out of the registers, which the sums fill: what only the end needs.
+    if (thread_index() == 0) {
+      scratch.store(4, mine.first);
+      scratch.store(5, first_row);
+      scratch.store(6, rows);
+    }
     window = find_window(scratch, range, there, theirs.count);
     low = maximum(low, window.low / Keys * Keys);
     high = minimum(high, window.high);
@@ -154,37 +172,41 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p) {
   FXA_UNROLL
   for (int half = 0; half < 2; ++half) {
     const float total = quad_sum(sum[half]);
-    if (!there[half]) continue;
+    const int i = warp_row + lane_index() / 4 + 8 * half;
+    if (i >= (Rich ? scratch.load(6) : rows)) continue;
     const float lse = lse_of<T>(top[half], total);
     const float inverse = total == 0.0f ? 1.0f : 1.0f / total;
-    const int64_t row = my_row[half], plane = split;
-    if (lane_index() % 4 == 0) {
-      float* to = p.splits > 1 ? p.part_lse + plane * heads * p.rows_q : p.lse;
-      store_global(to + static_cast<int64_t>(my_head[half]) * p.rows_q + row, lse);
-    }
-    const int64_t place = (row * heads + my_head[half]) * p.value_dim;
-    if (p.splits > 1) {
-      store_row(p.part_out + plane * p.rows_q * heads * p.value_dim + place, acc, half, inverse, p.value_dim);
+    const int from = (Rich ? scratch.load(5) : first_row) + i, slot = (Rich ? scratch.load(4) : mine.first);
+    const int64_t row = find_row(p.index_q, slot + from / p.group, p.rows_q), head = kv_head * p.group + from % p.group;
+    if (cut) {
+      const int64_t part = (static_cast<int64_t>(place) * p.kv_heads + kv_head) * p.part_rows + i;
+      if (lane_index() % 4 == 0) store_global(p.part_lse + part, lse);
+      store_row(p.part_out + part * p.value_dim, acc, half, inverse, p.value_dim);
     } else {
-      store_row(static_cast<T*>(p.out) + place, acc, half, inverse, p.value_dim);
+      if (lane_index() % 4 == 0) store_global(p.lse + head * p.rows_q + row, lse);
+      store_row(static_cast<T*>(p.out) + (row * heads + head) * p.value_dim, acc, half, inverse, p.value_dim);
     }
   }
 }
 
-// Out and lse of every row from its chunks, in key order. Grid: (tile_count(slots_q, batch, group, 16) * kv_heads), 128
-// threads; each warp takes four rows. `tile`: the keys per tile that forward ran with.
+// Out and lse of rows whose keys are cut from their chunks, in key order. Grid: (chunks * kv_heads), 128 threads; the
+// blocks of a sequence's places share its rows, a warp takes one at a time. `tile`: the keys per tile of forward.
 template <class T>
 FXA_KERNEL(128, 1)
 attention_merge_kernel(FXA_PARAMS AttentionKernelParams p, int key_tile) {
-  const int kv_head = block_index() % p.kv_heads;
-  const TileOf tile = find_sequence(p.cu_q, p.batch, block_index() / p.kv_heads, p.group, 16);
-  const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
-  const Span theirs = find_span(p.cu_k, p.used_k, p.slots_k, tile.sequence);
-  const int chunk = chunk_of(p, theirs.count, key_tile), chunks = maximum((theirs.count + chunk - 1) / chunk, 1);
+  const int kv_head = block_index() % p.kv_heads, place = block_index() / p.kv_heads, sequence = find_cut(p, place);
+  const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, sequence);
+  const Span theirs = find_span(p.cu_k, p.used_k, p.slots_k, sequence);
+  const int rows = mine.count * p.group, first_place = theirs.first / kChunkKeys, share = place - first_place;
+  if (share < 0 || !is_cut(p, rows, theirs.count) || share >= chunk_places(theirs.count)) return;
+  const int chunk = chunk_keys(theirs.count, key_tile), chunks = (theirs.count + chunk - 1) / chunk;
   const int64_t heads = p.kv_heads * p.group;
-  for (int i = tile.number * 16 + warp_index(); i < minimum(mine.count * p.group, tile.number * 16 + 16); i += 4) {
+  for (int i = 4 * share + warp_index(); i < rows; i += 4 * chunk_places(theirs.count)) {
     const int64_t row = find_row(p.index_q, mine.first + i / p.group, p.rows_q), head = kv_head * p.group + i % p.group;
-    const auto part_lse = [&](int c) { return load_global(p.part_lse + (c * heads + head) * p.rows_q + row); };
+    const auto part = [&](int c) {
+      return (static_cast<int64_t>(first_place + c) * p.kv_heads + kv_head) * p.part_rows + i;
+    };
+    const auto part_lse = [&](int c) { return load_global(p.part_lse + part(c)); };
     float top = -kInfinity;
     for (int c = 0; c < chunks; ++c) top = maximum(top, part_lse(c));
     const float base = top == -kInfinity ? 0.0f : top;
@@ -194,14 +216,13 @@ attention_merge_kernel(FXA_PARAMS AttentionKernelParams p, int key_tile) {
       store_global(p.lse + head * p.rows_q + row, total == 0.0f ? -kInfinity : top + accurate_log(total));
     }
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    const int64_t place = (row * heads + head) * p.value_dim;
     for (int column = lane_index(); column < p.value_dim; column += 32) {
       float sum = 0.0f;
       for (int c = 0; c < chunks; ++c) {
-        const float part = load_global(p.part_out + c * p.rows_q * heads * p.value_dim + place + column);
-        sum = fused(part, power<float>(part_lse(c) - base), sum);
+        const float x = load_global(p.part_out + part(c) * p.value_dim + column);
+        sum = fused(x, power<float>(part_lse(c) - base), sum);
       }
-      store_global(static_cast<T*>(p.out) + place + column, from_float<T>(sum * inverse));
+      store_global(static_cast<T*>(p.out) + (row * heads + head) * p.value_dim + column, from_float<T>(sum * inverse));
     }
   }
 }

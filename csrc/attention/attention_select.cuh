@@ -33,21 +33,20 @@ void with_flag(bool flag, F f) {
   f(std::false_type{});
 }
 
+// `few`: only what attention_wgmma.cuh leaves.
 template <class T, class Launch>
-void run_forward(const AttentionKernelParams& p, Launch launch) {
+void run_forward(const AttentionKernelParams& p, bool few, Launch launch) {
   with_dim<T>(widest(p), [&](auto dim) {
     with_flag(is_rich(p), [&](auto rich) {
-      with_flag(few_queries(p), [&](auto small) {
-        using Tile = ForwardTile<T, dim.value>;
-        constexpr int rows = small.value ? Tile::kFewRows : Tile::kRows, keys = Tile::kKeys;
-        const int64_t blocks = tile_count(p.slots_q, p.batch, p.group, rows) * p.kv_heads * p.splits;
-        launch(attention_forward_kernel<T, dim.value, rows, keys, rich.value>, blocks, 1, 2 * rows,
-               forward_shared_bytes<T, dim.value, rows, keys>(), p);
-        if (p.splits > 1) {
-          launch(attention_merge_kernel<T>, tile_count(p.slots_q, p.batch, p.group, 16) * p.kv_heads, 1, 128, 0, p,
-                 keys);
-        }
-      });
+      using Tile = ForwardTile<T, dim.value>;
+      const int64_t tiles = few ? p.batch : tile_count(p.slots_q, p.batch, p.group, Tile::kRows);
+      launch(attention_forward_kernel<T, dim.value, Tile::kRows, Tile::kKeys, rich.value>,
+             (tiles + p.chunks) * p.kv_heads, 1, 2 * Tile::kRows,
+             forward_shared_bytes<T, dim.value, Tile::kRows, Tile::kKeys>(), p,
+             ForwardWork{static_cast<int>(tiles), few});
+      if (p.chunks > 0) {
+        launch(attention_merge_kernel<T>, static_cast<int64_t>(p.chunks) * p.kv_heads, 1, 128, 0, p, Tile::kKeys);
+      }
     });
   });
 }

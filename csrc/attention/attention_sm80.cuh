@@ -7,9 +7,9 @@
 namespace fastxattn {
 
 template <class T>
-const char* launch_forward(const AttentionKernelParams& p, void* stream) {
+const char* launch_forward(const AttentionKernelParams& p, bool few, void* stream) {
   const char* fault = nullptr;
-  attention::run_forward<T>(p, OnDevice{static_cast<cudaStream_t>(stream), fault});
+  attention::run_forward<T>(p, few, OnDevice{static_cast<cudaStream_t>(stream), fault});
   return fault;
 }
 template <class T>
@@ -21,8 +21,8 @@ const char* launch_backward(const AttentionKernelParams& p, const AttentionKerne
 
 // In the file of each dtype.
 #define FXA_ATTENTION_SM80(name, T)                                                                        \
-  const char* attention_forward_##name(const AttentionKernelParams& p, void* stream) {                     \
-    return launch_forward<T>(p, stream);                                                                   \
+  const char* attention_forward_##name(const AttentionKernelParams& p, bool few, void* stream) {           \
+    return launch_forward<T>(p, few, stream);                                                              \
   }                                                                                                        \
   const char* attention_backward_##name(const AttentionKernelParams& p, const AttentionKernelGradients& g, \
                                         void* stream) {                                                    \

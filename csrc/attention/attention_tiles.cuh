@@ -20,9 +20,15 @@ inline int64_t tile_count(int slots, int batch, int group, int block) {
   return static_cast<int64_t>(slots) * group / block + batch;
 }
 
-// Whether the sequences have so few rows, on average, that tiles of 16 of them are enough.
-inline bool few_queries(const AttentionKernelParams& p) {
-  return p.splits > 1 || static_cast<int64_t>(p.slots_q) * p.group <= int64_t{16} * p.batch;
+// The last sequence that starts at or before what is looked for, by bisection; the first if none does.
+template <class Starts>
+FXA_DEVICE int last_sequence(int batch, Starts starts) {
+  int low = 0, high = batch;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (starts(middle) ? low : high) = middle;
+  }
+  return low;
 }
 
 // The sequence that a tile number belongs to, and the number of the tile within it.
@@ -30,14 +36,9 @@ struct TileOf {
   int sequence, number;
 };
 FXA_DEVICE TileOf find_sequence(const int32_t* cu, int batch, int tile, int group, int block) {
-  int low = 0, high = batch;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    const int64_t first = static_cast<int64_t>(load_global(cu + middle)) * group / block + middle;
-    (first <= tile ? low : high) = middle;
-  }
-  const int64_t first = static_cast<int64_t>(load_global(cu + low)) * group / block + low;
-  return {low, static_cast<int>(tile - first)};
+  const auto first = [&](int b) { return static_cast<int64_t>(load_global(cu + b)) * group / block + b; };
+  const int sequence = last_sequence(batch, [&](int b) { return first(b) <= tile; });
+  return {sequence, static_cast<int>(tile - first(sequence))};
 }
 
 // A sequence's slots in use, clamped to the slots there are.
@@ -54,6 +55,25 @@ FXA_DEVICE Span find_span(const int32_t* cu, const int32_t* used, int slots, int
 FXA_DEVICE int find_row(const int32_t* index, int slot, int rows) {
   if (index != nullptr) slot = load_global(index + slot);
   return minimum(maximum(slot, 0), rows - 1);
+}
+
+// Sequences of so few rows waste most of a larger tile.
+inline constexpr int kFewRows = 16;
+
+// Whether a sequence's keys are cut into chunks, by its rows (queries x group) and keys.
+FXA_DEVICE bool is_cut(const AttentionKernelParams& p, int rows, int keys) {
+  return p.chunks > 0 && rows <= kCutRows && keys >= kCutLength;
+}
+// Places of chunks that such a sequence has; it may leave the last ones empty.
+FXA_DEVICE int chunk_places(int keys) { return minimum(keys / kChunkKeys, kMostChunks); }
+// Keys per chunk, whole tiles of them.
+FXA_DEVICE int chunk_keys(int keys, int tile) {
+  const int places = chunk_places(keys);
+  return ((keys + places - 1) / places + tile - 1) / tile * tile;
+}
+// The sequence that a place belongs to, if its keys are cut: the next one begins two places later at least.
+FXA_DEVICE int find_cut(const AttentionKernelParams& p, int place) {
+  return last_sequence(p.batch, [&](int b) { return load_global(p.cu_k + b) / kChunkKeys <= place; });
 }
 
 // Visible key slots [start, end) of a row; nothing is [keys, 0).

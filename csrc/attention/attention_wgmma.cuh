@@ -39,7 +39,8 @@ struct KeyMaps {
   TensorMap key, value;
 };
 
-// Grid: (tile_count(slots_q, batch, group, Rows) * kv_heads). Scaled: with softcap or a scale that is not positive.
+// Grid: (tile_count(slots_q, batch, group, Rows) * kv_heads). Leaves sequences of at most kFewRows and those whose keys
+// are cut to attention_fwd.cuh. Scaled: with softcap or a scale that is not positive.
 template <class T, int D, int Rows, int Keys, bool Scaled>
 FXA_KERNEL((WgmmaTile<D, Rows, Keys>::kThreads), 1)
 attention_forward_wgmma_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS KeyMaps maps) {
@@ -49,8 +50,8 @@ attention_forward_wgmma_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Ke
   const TileOf tile = find_sequence(p.cu_q, p.batch, block_index() / p.kv_heads, p.group, Rows);
   const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
   const Span theirs = find_span(p.cu_k, p.used_k, p.slots_k, tile.sequence);
-  const int first_row = tile.number * Rows, rows = minimum(mine.count * p.group - first_row, Rows);
-  if (rows <= 0) return;
+  const int all_rows = mine.count * p.group, first_row = tile.number * Rows, rows = minimum(all_rows - first_row, Rows);
+  if (rows <= 0 || all_rows <= kFewRows || is_cut(p, all_rows, theirs.count)) return;
   const int tiles = (theirs.count + Keys - 1) / Keys, groups = (rows + 63) / 64;
 
   const Shared<T> ring = shared_memory<T>(2 * Rows * D);
@@ -207,14 +208,14 @@ attention_forward_wgmma_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Ke
   }
 }
 
-// Whether the kernel takes a problem, whatever the device. Narrow heads would waste half of each product, a few queries
-// most of it; those, keys behind an index, ranges and biases are for attention_fwd.cuh.
+// Whether the kernel takes a problem, whatever the device; of its sequences it leaves some. Narrow heads would waste
+// half of each product; those, keys behind an index, ranges and biases are for attention_fwd.cuh.
 template <class T>
 bool fits_wgmma(const AttentionKernelParams& p) {
   const int widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
   const auto steps = [](int64_t n, int64_t stride) { return n == 1 || stride > 0; };
-  return sizeof(T) == 2 && p.aligned && widest > 32 && widest <= 128 && p.splits == 1 && p.index_k == nullptr &&
-         p.kv_range == nullptr && p.key_bias == nullptr && !few_queries(p) && steps(p.rows_k, p.key_row) &&
+  return sizeof(T) == 2 && p.aligned && widest > 32 && widest <= 128 && p.index_k == nullptr && p.kv_range == nullptr &&
+         p.key_bias == nullptr && static_cast<int64_t>(p.slots_q) * p.group > kFewRows && steps(p.rows_k, p.key_row) &&
          steps(p.rows_k, p.value_row) && steps(p.kv_heads, p.key_head) && steps(p.kv_heads, p.value_head);
 }
 

@@ -1,33 +1,15 @@
 // Contrastive losses: log-sum-exp statistics over a similarity matrix that is never stored, and the slopes of its
-// logits, tile by tile.
+// logits, tile by tile, of InfoNCE and of the sigmoid loss.
 //
 // Negatives are summed around a running maximum; positives have statistics of their own, so that a converged batch,
 // whose negatives weigh 1e-8 beside its positive, loses nothing.
 #pragma once
 
 #include "contrastive/contrastive_cuda.h"
+#include "core/cuda_math.cuh"
 #include "core/cuda_tile.cuh"
 
 namespace fastxattn::gpu {
-
-// exp(x) for x <= 0 (or NaN) within a few units of the last place: exp2 of the rounded product, times what it lost.
-FXA_DEVICE float exponential(float x) {
-  if (x < -104.0f) return 0.0f;
-  const float t = x * 1.44269502f;
-  const float lost = fused(x, 1.44269502f, -t) + x * 1.92596299e-8f;
-  return fast_exp2(t) * fused(lost, 0.693147182f, 1.0f);
-}
-
-// Running maximum and sum of exponentials around it.
-struct LogSum {
-  float top = -INFINITY, exps = 0.0f;
-
-  FXA_DEVICE void add(float other_top, float other_exps) {
-    const float now = maximum(top, other_top), around = now == -INFINITY ? 0.0f : now;
-    exps = exps * exponential(top - around) + other_exps * exponential(other_top - around);
-    top = now;
-  }
-};
 
 struct ContrastiveRow {
   LogSum negative, positive;
@@ -150,6 +132,30 @@ contrastive_stats_kernel(FXA_PARAMS ContrastiveCuda p) {
   }
 }
 
+// Each row's logit with one row of y: the diagonal of a tile whose columns are those rows. The products are summed in
+// the order of the statistics, so that ranks see exact ties.
+template <class T>
+FXA_KERNEL(kTileThreads, 2)
+contrastive_positives_kernel(FXA_PARAMS ContrastiveCuda p) {
+  const int x0 = block_index() * kTileRows;
+  const TileRows<T> left = side_rows<T>(p.x, x0);
+  const TileRows<T> right{static_cast<const T*>(p.y.data), p.y.stride, p.target, x0, left.count};
+  const float scale = load_global(p.scale), bias = p.bias != nullptr ? load_global(p.bias) : 0.0f;
+  float products[4][4];
+  tile_product<T>(left, right, p.d, p.aligned, shared_memory<T>(0), products);
+  FXA_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    FXA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int row = tile_row(e), i = x0 + row;
+      if (row != tile_column(n, e) || row >= left.count) continue;
+      const float factor =
+          p.x.norm != nullptr ? load_global(p.x.norm + i) * load_global(p.y.norm + load_global(p.target + i)) : 1.0f;
+      store_global(p.logits + i, fused(products[n][e] * factor, scale, bias));
+    }
+  }
+}
+
 // What one direction's statistics add to the slope of a negative, and of a positive, of its row r.
 FXA_DEVICE float negative_slope(const ContrastiveCudaSide& side, int r, float z) {
   const auto plane = [&](int s) { return load_global(side.slopes + static_cast<int64_t>(s) * side.rows + r); };
@@ -162,14 +168,52 @@ FXA_DEVICE float positive_slope(const ContrastiveCudaSide& side, int r, float z)
   return fused(plane(kSlopeExcessPos), exponential(z - plane(kSlopeLsePos)) - share, plane(kSlopeMeanPos) * share);
 }
 
-template <class T>
-FXA_KERNEL(kTileThreads, 2)
-contrastive_slopes_kernel(FXA_PARAMS ContrastiveCuda p) {
+// A term is what one pair adds: the slope of its logit z (returned), and kSums sums over its row.
+struct InfoNceTerm {
+  static constexpr int kSums = 1;  // slope * logit / scale
+
+  static FXA_DEVICE float add(const ContrastiveCuda& p, const Pair& pair, int i, int j, float cosine, float z,
+                              float (&sums)[kSums]) {
+    float slope = 0.0f;
+    if (pair.positive) {
+      const float exact = positive_logit(p, i, j, z);
+      if (p.x.slopes != nullptr) slope += positive_slope(p.x, i, exact);
+      if (p.y.slopes != nullptr) slope += positive_slope(p.y, j, exact);
+    } else {
+      if (p.x.slopes != nullptr) slope += negative_slope(p.x, i, z);
+      if (p.y.slopes != nullptr) slope += negative_slope(p.y, j, z);
+    }
+    sums[0] = fused(slope, cosine, sums[0]);
+    return slope;
+  }
+};
+
+// A question answered wrongly by a margin costs log(1 + exp(margin)); a positive's margin is its negated logit.
+struct SigmoidTerm {
+  static constexpr int kSums = 3;  // loss, slope * logit / scale, slope
+
+  static FXA_DEVICE float add(const ContrastiveCuda& p, const Pair& pair, int i, int j, float cosine, float z,
+                              float (&sums)[kSums]) {
+    const float margin = pair.positive ? -positive_logit(p, i, j, z) : z;
+    const float e = exponential(margin > 0.0f ? -margin : margin);  // NaN stays NaN
+    sums[0] += (margin > 0.0f ? margin : 0.0f) + log1p_unit(e);
+    float slope = ratio(margin > 0.0f ? 1.0f : e, 1.0f + e);
+    if (pair.positive) slope = -slope;
+    if (p.weight != nullptr) slope *= load_global(p.weight + i);
+    sums[1] = fused(slope, cosine, sums[1]);
+    sums[2] += slope;
+    return slope;
+  }
+};
+
+// A tile of a window: slopes of its products, and the term's sums over its rows.
+template <class T, class Term>
+FXA_DEVICE void tile_of_slopes(const ContrastiveCuda& p) {
   const Shared<T> stages = shared_memory<T>(0);
   const int row0 = block_index() * kTileRows, column0 = block_index_y() * kTileRows;
   const int x0 = p.first_x + row0, y0 = p.first_y + column0;
   const float scale = load_global(p.scale), bias = p.bias != nullptr ? load_global(p.bias) : 0.0f;
-  float products[4][4], dots[2] = {0.0f, 0.0f};
+  float products[4][4], sums[2][Term::kSums] = {};
   tile_product<T>(side_rows<T>(p.x, x0), side_rows<T>(p.y, y0), p.d, p.aligned, stages, products);
   FXA_UNROLL
   for (int n = 0; n < 4; ++n) {
@@ -178,18 +222,10 @@ contrastive_slopes_kernel(FXA_PARAMS ContrastiveCuda p) {
       const int i = x0 + tile_row(e), j = y0 + tile_column(n, e);
       if (i >= p.x.rows || j >= p.y.rows) continue;
       const Pair pair(p, i, j);
-      const float cosine = products[n][e] * pair.factor, z = fused(cosine, scale, bias);
-      float slope = 0.0f;
-      if (pair.positive) {
-        const float exact = positive_logit(p, i, j, z);
-        if (p.x.slopes != nullptr) slope += positive_slope(p.x, i, exact);
-        if (p.y.slopes != nullptr) slope += positive_slope(p.y, j, exact);
-      } else if (pair.negative) {
-        if (p.x.slopes != nullptr) slope += negative_slope(p.x, i, z);
-        if (p.y.slopes != nullptr) slope += negative_slope(p.y, j, z);
-      }
+      const float cosine = products[n][e] * pair.factor;
       // A slope of zero times an infinite logit is nothing, not NaN, where the pair takes no part.
-      if (pair.positive || pair.negative) dots[e / 2] = fused(slope, cosine, dots[e / 2]);
+      const bool live = pair.positive || pair.negative;
+      const float slope = live ? Term::add(p, pair, i, j, cosine, fused(cosine, scale, bias), sums[e / 2]) : 0.0f;
       if (p.dz != nullptr) {
         store_global(p.dz + (row0 + tile_row(e)) * p.stride_dz + column0 + tile_column(n, e),
                      slope * (pair.factor * scale));
@@ -197,17 +233,37 @@ contrastive_slopes_kernel(FXA_PARAMS ContrastiveCuda p) {
     }
   }
   const Shared<float> other = shared_memory<float>(0);
+  FXA_UNROLL
   for (int h = 0; h < 2; ++h) {
-    for (int d = 1; d < 4; d *= 2) dots[h] += shuffle_xor(dots[h], d);
-    if (lane_index() % 4 == 0 && warp_index() >= 4) other.store(tile_row(h * 2), dots[h]);
-  }
-  sync_threads();
-  for (int h = 0; h < 2; ++h) {
-    const int at = tile_row(h * 2);
-    if (lane_index() % 4 == 0 && warp_index() < 4 && x0 + at < p.x.rows) {
-      store_global(p.dot + block_index_y() * p.stride_dot + row0 + at, dots[h] + other.load(at));
+    FXA_UNROLL
+    for (int s = 0; s < Term::kSums; ++s) {
+      for (int d = 1; d < 4; d *= 2) sums[h][s] += shuffle_xor(sums[h][s], d);
+      if (lane_index() % 4 == 0 && warp_index() >= 4) other.store(s * kTileRows + tile_row(h * 2), sums[h][s]);
     }
   }
+  sync_threads();
+  FXA_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int at = tile_row(h * 2);
+    if (lane_index() % 4 != 0 || warp_index() >= 4 || x0 + at >= p.x.rows) continue;
+    FXA_UNROLL
+    for (int s = 0; s < Term::kSums; ++s) {
+      const int64_t part = static_cast<int64_t>(s) * grid_blocks_y() + block_index_y();
+      store_global(p.sums + part * p.stride_sums + row0 + at, sums[h][s] + other.load(s * kTileRows + at));
+    }
+  }
+}
+
+template <class T>
+FXA_KERNEL(kTileThreads, 2)
+contrastive_slopes_kernel(FXA_PARAMS ContrastiveCuda p) {
+  tile_of_slopes<T, InfoNceTerm>(p);
+}
+
+template <class T>
+FXA_KERNEL(kTileThreads, 2)
+sigmoid_kernel(FXA_PARAMS ContrastiveCuda p) {
+  tile_of_slopes<T, SigmoidTerm>(p);
 }
 
 }  // namespace fastxattn::gpu

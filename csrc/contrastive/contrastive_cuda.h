@@ -63,15 +63,23 @@ struct ContrastiveCuda {
   const float* rank;  // (rows of x) count negatives that reach this logit; null: none
   int32_t splits;     // shares of y
   float* state;       // [splits][kContrastiveStatePlanes][rows of x] out
-  // Slopes: block (tile of x, tile of y) of a window of the matrix.
+  // Positives: block (tile of x).
+  const int32_t* target;  // (rows of x) the row of y whose logit is wanted
+  float* logits;          // (rows of x) out: these logits, rounded as the statistics round them
+  // Slopes and the sigmoid loss: block (tile of x, tile of y) of a window of the matrix.
   int32_t first_x, first_y;  // where the window starts, multiples of 64
+  const float* weight;       // (rows of x) factor of each row's slopes in the sigmoid loss; null: 1
   float* dz;                 // [rows of the window][stride_dz] out: slope of each product; null: not wanted
-  float* dot;                // [column tiles][stride_dot] out: each row's sum of slope * logit / scale
-  int64_t stride_dz, stride_dot;
+  int64_t stride_dz;         // elements from one row of dz to the next
+  float* sums;               // [1 or 3][column tiles][stride_sums] out, of each row: slope * logit / scale; in the
+                             // sigmoid loss the losses, the same, and the slopes
+  int64_t stride_sums;       // elements from one column tile of sums to the next
 };
 
 // Launch on a stream; null, or what went wrong. Slopes cover a window of rows x columns.
 const char* contrastive_stats_cuda(const ContrastiveCuda& p, DType dtype, void* stream);
+const char* contrastive_positives_cuda(const ContrastiveCuda& p, DType dtype, void* stream);
 const char* contrastive_slopes_cuda(const ContrastiveCuda& p, int64_t rows, int64_t columns, DType dtype, void* stream);
+const char* sigmoid_cuda(const ContrastiveCuda& p, int64_t rows, int64_t columns, DType dtype, void* stream);
 
 }  // namespace fastxattn

@@ -1,31 +1,70 @@
-// Best matches between every token of one set and a set of the other side, both directions from one pass.
+// Best matches between every token of one set and a set of the other side, both directions from one pass: the maximum
+// with its place, or a smooth maximum.
 #pragma once
 
+#include "core/cuda_math.cuh"
 #include "core/cuda_tile.cuh"
 #include "late_interaction/late_interaction_cuda.h"
 
 namespace fastxattn::gpu {
 
+// What is known of a token's matches, in two parts that merge in any order; what its score is, and what is kept of it.
+struct HardMatch {
+  using Extra = int;  // the place
+  Candidate<true> best;
+
+  FXA_DEVICE explicit HardMatch(const LateInteractionCuda&) {}
+  FXA_DEVICE void meet(float similarity, int place) { best.consider(similarity, place); }
+  FXA_DEVICE void merge(float value, Extra place) { best.consider(value, place); }
+  FXA_DEVICE float value() const { return best.value; }
+  FXA_DEVICE Extra extra() const { return best.place; }
+  FXA_DEVICE float score() const { return best.place >= 0 ? best.value : 0.0f; }
+  FXA_DEVICE int kept() const { return best.place; }
+};
+
+struct SmoothMatch {
+  using Extra = float;  // the sum of exponentials around the maximum
+  LogSum sum;
+  float smooth, inverse;
+
+  FXA_DEVICE explicit SmoothMatch(const LateInteractionCuda& p) : smooth(p.smooth), inverse(1.0f / p.smooth) {}
+  FXA_DEVICE void meet(float similarity, int) { merge(similarity, 1.0f); }
+  FXA_DEVICE void merge(float top, Extra exps) { sum.add(top, exps, inverse); }
+  FXA_DEVICE float value() const { return sum.top; }
+  FXA_DEVICE Extra extra() const { return sum.exps; }
+  FXA_DEVICE float score() const { return sum.exps == 0.0f ? 0.0f : kept(); }
+  FXA_DEVICE float kept() const {
+    return sum.exps == 0.0f ? -INFINITY : fused(smooth, accurate_log(sum.exps), sum.top);
+  }
+};
+
 // One pair of sets: tokens [r0, r1) of `rows` against [c0, c1) of `columns`. With `columns_too` the columns' best
 // matches come from the same products; `row_is_a` says which side the rows are.
-template <class T>
+template <class T, class Match>
 FXA_DEVICE void best_matches(const LateInteractionCuda& p, bool row_is_a, int n, int m, bool columns_too) {
+  using Extra = typename Match::Extra;
   const TokenSide& rows = row_is_a ? p.a : p.b;
   const TokenSide& columns = row_is_a ? p.b : p.a;
   const int row_set = row_is_a ? n : m, column_set = row_is_a ? m : n;
-  const int r0 = load_global(rows.cu + row_set), r1 = load_global(rows.cu + row_set + 1);
-  const int c0 = load_global(columns.cu + column_set), c1 = load_global(columns.cu + column_set + 1);
+  const int r0 = load_global(rows.cu + row_set), r1 = minimum(load_global(rows.cu + row_set + 1), rows.tokens);
+  const int c0 = load_global(columns.cu + column_set);
+  const int c1 = minimum(load_global(columns.cu + column_set + 1), columns.tokens);
   const int t = thread_index(), lane = lane_index(), warp = warp_index();
   const Shared<T> stages = shared_memory<T>(0);
-  const Shared<float> values = shared_memory<float>(kTileShared<T>);                  // [2][64] of a tile's rows
-  const Shared<int> places = shared_memory<int>(kTileShared<T> + 2 * kTileRows * 4);  // [2][64]
+  const Shared<float> values = shared_memory<float>(kTileShared<T>);                      // [2][64] of a tile's rows
+  const Shared<Extra> extras = shared_memory<Extra>(kTileShared<T> + 2 * kTileRows * 4);  // [2][64]
   const Shared<float> column_values = shared_memory<float>(kTileShared<T> + 4 * kTileRows * 4);
-  const Shared<int> column_places = shared_memory<int>(kTileShared<T> + 4 * kTileRows * 4 + kMaxSimColumns * 4);
+  const Shared<Extra> column_extras = shared_memory<Extra>(kTileShared<T> + 4 * kTileRows * 4 + kMaxSimColumns * 4);
 
+  const auto keep = [](const TokenSide& side, const Match& match, int token, int others, int other) {
+    using Kept = decltype(match.kept());
+    if (side.best == nullptr) return;
+    store_global(static_cast<Kept*>(side.best) + static_cast<int64_t>(token) * others + other, match.kept());
+  };
   float sum = 0.0f;  // of the rows that this thread finishes
   for (int r = r0; r < r1; r += kTileRows) {
     const TileRows<T> left{static_cast<const T*>(rows.data), p.d, nullptr, r, minimum(r1 - r, kTileRows)};
-    Candidate<true> best[2];
+    Match best[2] = {Match(p), Match(p)};
     for (int c = c0; c < c1; c += kTileRows) {
       const TileRows<T> right{static_cast<const T*>(columns.data), p.d, nullptr, c, minimum(c1 - c, kTileRows)};
       float sums[4][4];
@@ -35,7 +74,7 @@ FXA_DEVICE void best_matches(const LateInteractionCuda& p, bool row_is_a, int n,
         FXA_UNROLL
         for (int e = 0; e < 4; ++e) {
           const int j = tile_column(i, e);
-          if (j < right.count) best[e / 2].consider(sums[i][e], c - c0 + j);
+          if (j < right.count) best[e / 2].meet(sums[i][e], c - c0 + j);
         }
       }
       if (!columns_too) continue;
@@ -44,49 +83,51 @@ FXA_DEVICE void best_matches(const LateInteractionCuda& p, bool row_is_a, int n,
       for (int i = 0; i < 4; ++i) {
         FXA_UNROLL
         for (int e = 0; e < 2; ++e) {
-          Candidate<true> top;
+          Match match(p);
           FXA_UNROLL
           for (int h = 0; h < 2; ++h) {
-            if (tile_row(h * 2) < left.count) top.consider(sums[i][h * 2 + e], r - r0 + tile_row(h * 2));
+            if (tile_row(h * 2) < left.count) match.meet(sums[i][h * 2 + e], r - r0 + tile_row(h * 2));
           }
-          for (int d = 4; d < 32; d *= 2) top.consider(shuffle_xor(top.value, d), shuffle_xor(top.place, d));
+          for (int d = 4; d < 32; d *= 2) {
+            match.merge(shuffle_xor(match.value(), d), shuffle_xor(match.extra(), d));
+          }
           if (lane < 4) {
             const int at = warp % 4 * kTileRows + tile_column(i, e);
-            stages.template as<float>().store(at, top.value);
-            stages.template as<int>().store(4 * kTileRows + at, top.place);
+            stages.template as<float>().store(at, match.value());
+            stages.template as<Extra>().store(4 * kTileRows + at, match.extra());
           }
         }
       }
       sync_threads();
       if (t < right.count) {
         const int at = c - c0 + t;
-        Candidate<true> top;
-        if (r > r0) top.value = column_values.load(at), top.place = column_places.load(at);
+        Match match(p);
+        if (r > r0) match.merge(column_values.load(at), column_extras.load(at));
         for (int w = 0; w < 4; ++w) {
-          top.consider(stages.template as<float>().load(w * kTileRows + t),
-                       stages.template as<int>().load((4 + w) * kTileRows + t));
+          match.merge(stages.template as<float>().load(w * kTileRows + t),
+                      stages.template as<Extra>().load((4 + w) * kTileRows + t));
         }
-        column_values.store(at, top.value);
-        column_places.store(at, top.place);
+        column_values.store(at, match.value());
+        column_extras.store(at, match.extra());
       }
       sync_threads();
     }
     for (int h = 0; h < 2; ++h) {
-      best[h].reduce_row();
+      for (int d = 1; d < 4; d *= 2) {
+        best[h].merge(shuffle_xor(best[h].value(), d), shuffle_xor(best[h].extra(), d));
+      }
       if (lane % 4 == 0) {
-        values.store(warp / 4 * kTileRows + tile_row(h * 2), best[h].value);
-        places.store(warp / 4 * kTileRows + tile_row(h * 2), best[h].place);
+        values.store(warp / 4 * kTileRows + tile_row(h * 2), best[h].value());
+        extras.store(warp / 4 * kTileRows + tile_row(h * 2), best[h].extra());
       }
     }
     sync_threads();
     if (t < left.count) {
-      Candidate<true> top;
-      top.value = values.load(t), top.place = places.load(t);
-      top.consider(values.load(kTileRows + t), places.load(kTileRows + t));
-      if (top.place >= 0) sum += top.value;
-      if (rows.best != nullptr) {
-        store_global(rows.best + static_cast<int64_t>(r + t) * columns.sets + column_set, top.place);
-      }
+      Match match(p);
+      match.merge(values.load(t), extras.load(t));
+      match.merge(values.load(kTileRows + t), extras.load(kTileRows + t));
+      sum += match.score();
+      keep(rows, match, r + t, columns.sets, column_set);
     }
     sync_threads();
   }
@@ -97,9 +138,9 @@ FXA_DEVICE void best_matches(const LateInteractionCuda& p, bool row_is_a, int n,
     if (lane == 0) values.store(warp, part);
     sync_threads();
     if (t == 0) {
-      float all = 0.0f;
+      double all = 0.0;
       for (int w = 0; w < kTileThreads / 32; ++w) all += values.load(w);
-      store_global(to + static_cast<int64_t>(n) * p.b.sets + m, all);
+      store_global(to + static_cast<int64_t>(n) * p.b.sets + m, static_cast<float>(all));
     }
     sync_threads();
   };
@@ -107,23 +148,35 @@ FXA_DEVICE void best_matches(const LateInteractionCuda& p, bool row_is_a, int n,
   if (columns_too) {
     float other = 0.0f;
     for (int c = c0 + t; c < c1; c += kTileThreads) {
-      const int place = r1 > r0 ? column_places.load(c - c0) : -1;
-      if (place >= 0) other += column_values.load(c - c0);
-      if (columns.best != nullptr) store_global(columns.best + static_cast<int64_t>(c) * rows.sets + row_set, place);
+      Match match(p);
+      if (r1 > r0) match.merge(column_values.load(c - c0), column_extras.load(c - c0));
+      other += match.score();
+      keep(columns, match, c, rows.sets, row_set);
     }
     finish(other, columns.best_sum);
   }
 }
 
-template <class T>
-FXA_KERNEL(kTileThreads, 2)
-maxsim_kernel(FXA_PARAMS LateInteractionCuda p) {
+template <class T, class Match>
+FXA_DEVICE void match_sets(const LateInteractionCuda& p) {
   const int n = block_index() / p.b.sets, m = block_index() % p.b.sets;
   const bool from_a = p.a.best_sum != nullptr, from_b = p.b.best_sum != nullptr;
   const int length_b = load_global(p.b.cu + m + 1) - load_global(p.b.cu + m);
   const bool one_pass = from_a && from_b && length_b <= kMaxSimColumns;
-  if (from_a) best_matches<T>(p, true, n, m, one_pass);
-  if (from_b && !one_pass) best_matches<T>(p, false, n, m, false);
+  if (from_a) best_matches<T, Match>(p, true, n, m, one_pass);
+  if (from_b && !one_pass) best_matches<T, Match>(p, false, n, m, false);
+}
+
+template <class T>
+FXA_KERNEL(kTileThreads, 2)
+maxsim_kernel(FXA_PARAMS LateInteractionCuda p) {
+  match_sets<T, HardMatch>(p);
+}
+
+template <class T>
+FXA_KERNEL(kTileThreads, 2)
+smooth_maxsim_kernel(FXA_PARAMS LateInteractionCuda p) {
+  match_sets<T, SmoothMatch>(p);
 }
 
 }  // namespace fastxattn::gpu

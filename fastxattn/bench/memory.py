@@ -12,14 +12,16 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def peak_extra_bytes(call: Callable[[], object]) -> int | None:
+def peak_extra_bytes(call: Callable[[], object], *, warm: bool = False) -> int | None:
     """Bytes that ``call`` needed at its worst moment beyond what was in use before it; None where unknown.
 
     On Linux the kernel's high-water mark of resident memory is reset and read back, which also sees memory that
     compiled libraries allocate for themselves. glibc is told to hand memory back rather than to keep it, or an earlier
-    call's memory would hide this one's; a first call warms caches that are not the call's own.
+    call's memory would hide this one's; a first call warms caches that are not the call's own, unless ``warm`` says
+    that there was one.
     """
-    call()
+    if not warm:
+        call()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -11,7 +11,7 @@ from fastxattn.bench.sections import SECTIONS, Table, kind, read_tables
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 1.5rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 0 auto; padding: 1.5rem; }
 h1 { margin-bottom: 0; } h2 { border-bottom: 1px solid var(--line); margin-top: 2.5rem; } .where { color: #888; }
 nav a { margin-right: 1rem; } .scroll { overflow: auto; max-height: 26rem; border: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: 13px; width: 100%; } th { position: sticky; top: 0; background: Canvas; }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,19 @@ from fastxattn.bench.records import Record
 
 
 def _by_case(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
+    """The rows of each case, by what :func:`titles` calls it."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.case, record.direction, record.dtype), []).append(record)
+    named = titles((r.op, r.case) for r in records)
+    for r in records:
+        groups.setdefault((named[r.op, r.case], r.direction, r.dtype), []).append(r)
     return groups
+
+
+def titles(cases: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What to call each (operation, case): the case, and the operation too where several have a case of that name."""
+    found = dict.fromkeys(cases)
+    names = [case for _, case in found]
+    return {(op, case): f"{op}, {case}" if names.count(case) > 1 else case for op, case in found}
 
 
 def print_table(records: Sequence[Record], title: str) -> None:
@@ -67,7 +76,7 @@ def markdown_table(records: Sequence[Record], provider: str) -> str:
 
 def short_device(device: str) -> str:
     """The instruction set that a CPU's name ends with, or the name."""
-    return device.rpartition("[")[2].removesuffix("]")
+    return device.rpartition("[")[2].replace("]", "")
 
 
 def roofline_table(records: Sequence[Record]) -> str:
@@ -91,24 +100,30 @@ def plot_ratios(records: Sequence[Record], provider: str, path: Path, title: str
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ours = [r for r in records if r.provider == provider and math.isfinite(r.ratio)]
-    series = sorted({(r.dtype, r.device) for r in ours})
+    ours = _by_case([r for r in records if r.provider == provider and math.isfinite(r.ratio)])
+    series = sorted({(r.dtype, r.device) for group in ours.values() for r in group})
     several = len({device for _, device in series}) > 1
-    names = list(dict.fromkeys(f"{r.case}, {r.direction}" for r in ours))
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.4))
+    names = list(dict.fromkeys((case, direction) for case, direction, _ in ours))
+    figure, axes = plt.subplots(figsize=(9, max(0.42, 0.19 * len(series)) * len(names) + 1.4))
     height = 0.8 / max(1, len(series))
     for i, (dtype, device) in enumerate(series):
-        values = {f"{r.case}, {r.direction}": r.ratio for r in ours if (r.dtype, r.device) == (dtype, device)}
+        values = {
+            (case, direction): r.ratio
+            for (case, direction, of), group in ours.items()
+            for r in group
+            if (of, r.device) == (dtype, device)
+        }
         label = f"{dtype}, {short_device(device)}" if several else dtype
         places = [names.index(name) + i * height for name in values]
         bars: Any = axes.barh(places, list(values.values()), height * 0.92, label=label)
-        axes.bar_label(bars, fmt="%.1fx", padding=2, fontsize=8)
+        axes.bar_label(bars, fmt="%.2fx", padding=2, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names, fontsize=8)
+    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], map(", ".join, names), fontsize=8)
     axes.invert_yaxis()
+    axes.margins(x=0.1)
     axes.set_xlabel("times faster than the rival named in the CSV")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """Sections of the report: a CSV is recognised by its columns, and drawn; nothing is known by its name.
 
 ``speed`` has the schema of :class:`fastxattn.bench.Record`; ``memory`` has ``n`` and ``peak_bytes``; ``accuracy`` has
-``keep`` and ``accuracy``; ``errors`` has ``max_error`` and ``budget``. A file with other columns is shown as a table.
+``keep``, ``strategy`` and ``mean``; ``errors`` has ``max_error`` and ``budget``. A file with other columns is shown as
+a table.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import functools
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastxattn.bench.report import short_device, titles
 
 Row = dict[str, str]
 ROWS_SHOWN = 60
@@ -56,7 +59,7 @@ def kind(table: Table) -> str:
         return "speed"
     if {"n", "peak_bytes", "provider"} <= columns:
         return "memory"
-    if {"keep", "accuracy"} <= columns:
+    if {"keep", "strategy", "mean"} <= columns:
         return "accuracy"
     if {"max_error", "budget", "op"} <= columns:
         return "errors"
@@ -116,28 +119,32 @@ def speed(table: Table) -> str:
     rows = [r for r in table.rows if ours(r["provider"]) and r["provider"] != r["rival"]]
     shown = [r for r in rows if math.isfinite(number(r["ratio"]))]
     refused = len(rows) - len(shown)
-    titles = list(dict.fromkeys(_title(r) for r in shown))
-    kinds = sorted({r["dtype"] for r in shown})
+    named = titles((r["op"], r["case"]) for r in rows)
+    names = list(dict.fromkeys(_title(r, named) for r in shown))
+    several = len({r.get("device") for r in rows}) > 1
+    kinds = sorted({_series(r, several) for r in shown})
 
     def draw(axes: Any) -> None:
         height = 0.8 / max(1, len(kinds))
-        for i, dtype in enumerate(kinds):
-            values = {_title(r): number(r["ratio"]) for r in shown if r["dtype"] == dtype}
-            bars = axes.barh([titles.index(t) + i * height for t in values], list(values.values()), height * 0.9)
-            bars.set_label(dtype)
+        for i, series in enumerate(kinds):
+            values = {_title(r, named): number(r["ratio"]) for r in shown if _series(r, several) == series}
+            bars = axes.barh([names.index(t) + i * height for t in values], list(values.values()), height * 0.9)
+            bars.set_label(series)
             axes.bar_label(bars, fmt="%.2fx", padding=2, fontsize=7)
         axes.axvline(1.0, color="black", linewidth=1)
-        axes.set_yticks([n + 0.4 - height / 2 for n in range(len(titles))], titles, fontsize=8)
+        axes.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel("times faster than the rival")
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-    chart = drawing(draw, 8, 0.36 * len(titles) + 1.2, f"{table.name}: speed-up over rivals") if shown else ""
-    columns = ("case", "pass", "dtype", "threads", "provider", "rival", "ms", "speed-up", "GFLOP/s", "check")
+    tall = max(0.36, 0.18 * len(kinds)) * len(names) + 1.2
+    chart = drawing(draw, 8, tall, f"{table.name}: speed-up over rivals") if shown else ""
+    columns = ("case", "pass", "dtype", "machine", "threads", "provider", "rival", "ms", "speed-up", "GFLOP/s", "check")
     roofline = any(math.isfinite(number(r.get("roofline"))) for r in rows)
     cells = []
     for r in rows:
-        line = [r["case"], r["direction"], r["dtype"], r["threads"], r["provider"], r["rival"],
+        machine = short_device(r.get("device") or "")
+        line = [named[r["op"], r["case"]], r["direction"], r["dtype"], machine, r["threads"], r["provider"], r["rival"],
                 shown_number(r["median_ms"]), shown_number(r["ratio"], "{:.2f}x"), shown_number(r["gflops"]),
                 r["gate"]]  # fmt: skip
         share = f"{shown_number(r.get('roofline') or '', '{:.0%}')} {r.get('bound') or ''}".strip()
@@ -146,8 +153,13 @@ def speed(table: Table) -> str:
     return chart + note + as_html([*columns, "of peak"] if roofline else columns, cells)
 
 
-def _title(row: Row) -> str:
-    name = f"{row['case']}, {row['direction']}"
+def _series(row: Row, several: bool) -> str:
+    """What bars of one colour have in common: the dtype, and the machine where there are several."""
+    return f"{row['dtype']}, {short_device(row.get('device') or '')}" if several else row["dtype"]
+
+
+def _title(row: Row, named: Mapping[tuple[str, str], str]) -> str:
+    name = f"{named[row['op'], row['case']]}, {row['direction']}"
     return name if row["provider"] in ("fastxattn", "fastxattn cpu") else f"{name} ({row['provider'][10:]})"
 
 
@@ -172,7 +184,7 @@ def memory(table: Table) -> str:
 
 
 def accuracy(table: Table) -> str:
-    """Accuracy against the share of tokens kept, a line per strategy, with confidence intervals where there are any."""
+    """Accuracy against the share of tokens kept, a line per strategy, with confidence intervals."""
     parts = []
     for task in dict.fromkeys(r.get("task", "") for r in table.rows):
         rows = [r for r in table.rows if r.get("task", "") == task]
@@ -184,16 +196,20 @@ def accuracy(table: Table) -> str:
 def _retention(axes: Any, rows: Sequence[Row], task: str) -> None:
     for name in dict.fromkeys(r.get("strategy", "") for r in rows):
         points = sorted(
-            (number(r["keep"]), number(r["accuracy"]), number(r.get("accuracy_ci95") or "0"))
+            (number(r["keep"]), number(r["mean"]), number(r.get("ci95") or "0"))
             for r in rows
             if r.get("strategy", "") == name
         )
         keep, value, spread = zip(*points, strict=True)
-        if len(points) == 1:
+        if keep == (1.0,):
             axes.axhline(value[0], color="black", lw=1, ls="--", label=name)
         else:
             axes.errorbar(keep, value, spread, marker="o", ms=3, lw=1, capsize=2, label=name)
-    axes.set(xscale="log", xlabel="share of tokens kept", ylabel="accuracy", title=task)
+    measure = rows[0].get("measure") or "accuracy"
+    axes.set(xscale="log", xlabel="share of tokens kept", ylabel=measure, title=task)
+    kept = sorted({number(r["keep"]) for r in rows})
+    axes.set_xticks(kept, [f"{share:.0%}" for share in kept])
+    axes.minorticks_off()
     axes.legend(fontsize=7, ncols=2, frameon=False)
 
 

@@ -46,9 +46,20 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        import fastxattn
+
+        typer.echo(fastxattn.__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="show where an error arose")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version; see also env")
+    ] = False,
 ) -> None:
     """Options before the command."""
 

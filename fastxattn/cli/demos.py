@@ -13,7 +13,7 @@ from fastxattn.cli.common import Json, app, emit, working
 @app.command(epilog="Example: fastxattn demo --layers 4 --out build/demo")
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the chart")] = Path("build/demo"),
-    layers: Annotated[int, typer.Option(help="Q-Former layers (12 is the real size)")] = 12,
+    layers: Annotated[int, typer.Option(min=1, help="Q-Former layers (12 is the real size)")] = 12,
     as_json: Json = False,
 ) -> None:
     """Run BLIP-2's Q-Former on real photographs, eager against fastxattn, and compare numbers and speed."""
@@ -48,6 +48,9 @@ def demo(
             table.add_row(r.dtype, r.provider, *numbers)
         console = Console()
         console.print(table)
+        for dtype in dict.fromkeys(r.dtype for r in result.rows if r.runs == 1):
+            slow = max(r.milliseconds for r in result.rows if r.dtype == dtype) / 1e3
+            console.print(f"{dtype}: a single run each, because a batch takes up to {slow:.0f} s here.")
         verdict = "agree with" if result.agrees else "DISAGREE with"
         console.print(f"The accelerated outputs {verdict} eager's, both measured against float64. Chart: {picture}")
     if not result.agrees:

@@ -22,7 +22,7 @@ def env(as_json: Json = False) -> None:
     from fastxattn.runtime import native
 
     cpu = native.cpu_library()
-    cuda = native.cuda_library() if torch.cuda.is_available() else None
+    cuda = native.cuda_library().reason or f"kernels loaded, for {', '.join(native.cuda_archs())}"
     facts = {
         "fastxattn": fastxattn.__version__,
         "python": platform.python_version(),
@@ -32,7 +32,7 @@ def env(as_json: Json = False) -> None:
         "threads": torch.get_num_threads(),
         "cpu kernels": cpu.reason or f"loaded, running on {native.active_cpu_isa()}",
         "cpu instruction sets": ", ".join(native.available_cpu_isas()),
-        "cuda": "no CUDA device" if cuda is None else cuda.reason or "kernels loaded",
+        "cuda": cuda if torch.cuda.is_available() else f"no CUDA device; {cuda}",
         "default backend": settings.default_backend,
     }
     for name in ("triton", "flash_attn", "transformers", "onnx", "onnxruntime"):
@@ -59,11 +59,11 @@ def explain(
     op: Annotated[str, typer.Argument(help="attention, importance, infonce, ...; a wrong name lists them all")],
     lengths_q: Annotated[str, typer.Option(help="query lengths: 32,77 or 8*32 (eight of 32), or both")] = "8*32",
     lengths_k: Annotated[str, typer.Option(help="key lengths, written the same way")] = "8*257",
-    heads: int = 12,
+    heads: Annotated[int, typer.Option(help="query heads")] = 12,
     kv_heads: Annotated[int | None, typer.Option(help="key and value heads; as many as heads by default")] = None,
     dim: Annotated[int, typer.Option(help="head dim, or the width of features")] = 64,
-    dtype: Annotated[str, typer.Option("--dtype", "-t")] = "float32",
-    device: str = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", "-t", help="float32, bfloat16, float16, float64")] = "float32",
+    device: Annotated[str, typer.Option(help="where the tensors would be: cpu, cuda")] = "cpu",
     backend: Annotated[str, typer.Option(help="ask for one; the reason is given where it cannot")] = "auto",
     causal: Annotated[bool, typer.Option(help="attention over a causal kv_range")] = False,
     as_json: Json = False,

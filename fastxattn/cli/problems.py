@@ -63,6 +63,8 @@ def problem(op: str, shape: Shape) -> Call:
         raise ValueError(f"OP must be one of {', '.join(BUILDERS)}; got {op!r}")
     if shape.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {shape.dtype!r}")
+    if torch.device(shape.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no such device here")
     if len(shape.lengths_q) != len(shape.lengths_k):
         raise ValueError(
             f"--lengths-q and --lengths-k must have as many sequences as each other; got {len(shape.lengths_q)} and "

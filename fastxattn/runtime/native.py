@@ -48,11 +48,20 @@ def cpu_library() -> Loaded:
 @functools.cache
 def cuda_library() -> Loaded:
     """The CUDA kernels (``libfastxattn_cuda.so``), loaded at the first call."""
-    return _load(
+    loaded = _load(
         LIBRARY_DIR / "libfastxattn_cuda.so",
         "the CUDA kernels",
         "FASTXATTN_BUILD_CUDA=1 pip install --no-build-isolation .",
     )
+    if loaded.library is not None:
+        loaded.library.fastxattn_cuda_archs.restype = ctypes.c_char_p
+    return loaded
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """Architectures that the CUDA library has machine code for, as in ``sm_80``; empty without the library."""
+    library = cuda_library().library
+    return () if library is None else tuple(f"sm_{a}" for a in library.fastxattn_cuda_archs().decode().split())
 
 
 def _load(path: Path, what: str, remedy: str) -> Loaded:

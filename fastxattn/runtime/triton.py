@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 
 import torch
 
 _OLDEST = (8, 0)
+OLDEST_VERSION = (3, 5)
+"""Of Triton: older ones lack what the kernels are written with (``constexpr_function``)."""
 
 
 @functools.cache
@@ -18,8 +21,17 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _missing() -> str | None:
+    """What is wrong with the installation; None when nothing is."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install it with `pip install fastxattn[triton]`"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # builds for other devices have other names
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VERSION:
+        return f"triton {version} is installed, and the kernels need 3.5 or newer"
+    return None
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -28,8 +40,8 @@ def unavailable(device: torch.device) -> str | None:
         return "the tensors are on cpu, and TRITON_INTERPRET=1 is not set"
     if device.type not in ("cpu", "cuda"):
         return f"the tensors are on {device.type}"
-    if not _installed():
-        return "triton is not installed; install it with `pip install fastxattn[triton]`"
+    if (reason := _missing()) is not None:
+        return reason
     # Fake tensors have no device to ask, and ROCm numbers its devices differently.
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastxattn.ops.attention.dropout import keep_mask
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
+from fastxattn.testing import inputs
 from fastxattn.testing.budget import measure_error
 
 Run = Callable[[Problem], tuple[Tensor, Tensor]]
@@ -107,6 +108,11 @@ ATTENTION_CASES = (
         kv_range="random", key_bias="head", bias=(1, 1, 1, 1), padded=True,
     ),
 )  # fmt: skip
+NEIGHBOURS = AttentionCase(
+    "neighbours", (1, 70, 33, 3, 20, 32), (1100, 1024, 1030, 40, 1023, 1600), heads=2, kv_heads=1
+)
+"""For :func:`check_neighbours`: few rows and many, few keys and many, whose averages are neither, so that a schedule
+that is chosen for the whole batch gives a sequence other bits than alone."""
 
 
 def _to(t: Tensor | None, device: str) -> Tensor | None:
@@ -134,7 +140,7 @@ def _side(lengths: tuple[int, ...], padded: bool, shuffled: bool, g: torch.Gener
             index[b * width : b * width + n] = index[b * width : b * width + n].sort().values
         offsets = torch.arange(batch + 1, dtype=torch.int32) * width
         return _Side(offsets, torch.tensor(lengths, dtype=torch.int32), index, batch * width, width, lengths)
-    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    offsets = inputs.offsets(lengths)
     total = int(offsets[-1])
     rows = total + 5  # rows that belong to nobody
     picked = torch.randperm(rows, generator=g)[:total].int() if shuffled else None

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastxattn.testing import measure_error
+from fastxattn.testing.budget import FEW, measure_error
 
-FEW = 32
 Run = Callable[[Any, list[torch.Tensor]], list[torch.Tensor]]
 
 

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.attention.api import cross_attention, varlen_cross_attention
+from fastxattn.ops.context_attention.api import context_attention
+from fastxattn.ops.importance.api import key_importance
+from fastxattn.ops.pruning.api import prune_tokens
+from fastxattn.ops.pruning.budget import Budget
 from fastxattn.packed import PackedTokens
 
 HEADS, DIM = 4, 8
@@ -55,6 +59,30 @@ class Bare(torch.nn.Module):
         return varlen_cross_attention(
             query, key, value, cu_q, cu_k, kv_range=kv_range, key_bias=key_bias, key_index=key_index
         )
+
+
+class Importance(torch.nn.Module):
+    def forward(self, text: PackedTokens, image: PackedTokens) -> Tensor:
+        q, k = text.values.unflatten(-1, (HEADS, DIM)), image.values.unflatten(-1, (2, DIM))
+        cu = text.cu_seqlens, image.cu_seqlens
+        _, lse = varlen_cross_attention(q, k, k, *cu, return_lse=True)
+        return key_importance(q, k, lse, *cu, reduce="none")
+
+
+class Context(torch.nn.Module):
+    def forward(self, text: PackedTokens, image: PackedTokens) -> Tensor:
+        q = text.values.unflatten(-1, (2, 16))
+        return context_attention(q, image.values, text.cu_seqlens, image.cu_seqlens, scale=0.25)
+
+
+class Prune(torch.nn.Module):
+    def forward(self, image: PackedTokens) -> dict[str, Tensor]:
+        scores = image.values[:, 0]
+        protected = image.values[:, 1] > 1.0
+        rows, kept = prune_tokens(image.values, scores, image.cu_seqlens, Budget.ratio(0.5), protected=protected)
+        back = kept.scatter_back(rows, fill="zero")
+        # In a graph, rows and keep_index have the size of the budget's bound; eagerly the exact one.
+        return {"sum": rows.sum(0), "offsets": kept.cu_seqlens, "assignment": kept.assignment, "back": back}
 
 
 def padded_inputs(batch: int = 2, lq: int = 3, lk: int = 5) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,40 +10,14 @@ from torch import Tensor
 
 import fastxattn.export as export
 from fastxattn.ops.attention.api import varlen_cross_attention
-from fastxattn.ops.context_attention.api import context_attention
 from fastxattn.ops.contrastive.api import infonce_loss, sigmoid_loss
 from fastxattn.ops.importance.api import key_importance
 from fastxattn.ops.late_interaction.api import maxsim
-from fastxattn.ops.pruning.api import prune_tokens, select
-from fastxattn.ops.pruning.budget import Budget
+from fastxattn.ops.pruning.api import select
 from fastxattn.ops.pruning.ops import merge_rows
 from fastxattn.ops.retrieval.api import topk_similarity
 from fastxattn.packed import PackedTokens
-from tests.export.models import DIM, HEADS, packed
-
-
-class Importance(torch.nn.Module):
-    def forward(self, text: PackedTokens, image: PackedTokens) -> Tensor:
-        q, k = text.values.unflatten(-1, (HEADS, DIM)), image.values.unflatten(-1, (2, DIM))
-        cu = text.cu_seqlens, image.cu_seqlens
-        _, lse = varlen_cross_attention(q, k, k, *cu, return_lse=True)
-        return key_importance(q, k, lse, *cu, reduce="none")
-
-
-class Context(torch.nn.Module):
-    def forward(self, text: PackedTokens, image: PackedTokens) -> Tensor:
-        q = text.values.unflatten(-1, (2, 16))
-        return context_attention(q, image.values, text.cu_seqlens, image.cu_seqlens, scale=0.25)
-
-
-class Prune(torch.nn.Module):
-    def forward(self, image: PackedTokens) -> dict[str, Tensor]:
-        scores = image.values[:, 0]
-        protected = image.values[:, 1] > 1.0
-        rows, kept = prune_tokens(image.values, scores, image.cu_seqlens, Budget.ratio(0.5), protected=protected)
-        back = kept.scatter_back(rows, fill="zero")
-        # In a graph, rows and keep_index have the size of the budget's bound; eagerly the exact one.
-        return {"sum": rows.sum(0), "offsets": kept.cu_seqlens, "assignment": kept.assignment, "back": back}
+from tests.export.models import DIM, HEADS, Context, Importance, Prune, packed
 
 
 class Late(torch.nn.Module):

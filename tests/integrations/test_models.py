@@ -26,6 +26,15 @@ def _even_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
 
+def test_the_table_of_models_holds_every_measured_system_and_no_other() -> None:
+    """docs/models.md and the registry that ``benchmarks.bench_models`` measures."""
+    from benchmarks.bench_models import DOC, SYSTEMS
+
+    table = DOC.read_text().partition("<!-- table -->")[2].partition("<!-- /table -->")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]
+    assert set(rows) == {system.name for system in SYSTEMS}
+
+
 def build(entry: Entry) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     model, inputs, garbage = entry.build()
     return model.eval(), inputs, garbage

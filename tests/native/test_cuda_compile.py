@@ -1,22 +1,27 @@
 """nvcc compiles the CUDA kernels: no spills, the expected instructions, shared memory within every device's.
 
-The plain float16 kernels at head dims 64 and 128 for two architectures; benchmarks/cuda_offline.py compiles all kernels
-for all, and its table is held to the same gates.
+The plain float16 kernels at head dims 64 and 128 for two architectures. The whole library takes too long to build here
+(``make cuda``); benchmarks/cuda_offline.py reads it, and its table, which must name every kernel, is held to the same
+gates. Built for some architectures only, it is linked and loaded here around stand-ins for the kernels.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from build_native import NativeBuildError, find_nvcc  # noqa: E402  (the build's own module, not shipped)
+import build_native  # noqa: E402  (the build's own module, not shipped)
+from build_native import CUDA_ARCHS, NativeBuildError, find_nvcc  # noqa: E402
 
 SOURCE = """
 #include "attention/attention_select.cuh"
@@ -24,7 +29,7 @@ namespace fastxattn::attention {
 #define KERNELS(D)                                                                                                   \\
   template __global__ void attention_forward_kernel<f16_t, D, ForwardTile<f16_t, D>::kRows,                          \\
                                                     ForwardTile<f16_t, D>::kKeys, false>(                            \\
-      const __grid_constant__ AttentionKernelParams);                                                                \\
+      const __grid_constant__ AttentionKernelParams, const __grid_constant__ ForwardWork);                           \\
   template __global__ void attention_backward_query_kernel<f16_t, D, BackwardTile<f16_t, D>::kRows,                  \\
                                                            BackwardTile<f16_t, D>::kKeys, false>(                    \\
       const __grid_constant__ AttentionKernelParams, const __grid_constant__ AttentionKernelGradients);              \\
@@ -91,13 +96,30 @@ def test_other_kernels_compile_and_pass_the_gates(compiler: ModuleType, room: st
         assert not row.faults(), f"{row}: {row.faults()}"
 
 
-def test_every_row_of_the_table_passes_the_gates(offline: ModuleType) -> None:
+def table(offline: ModuleType) -> list[Any]:
     numbers = {f.name for f in dataclasses.fields(offline.Row) if f.type == "int"}
     with offline.RESULTS.open() as file:
-        rows = [offline.Row(**{k: int(v) if k in numbers else v for k, v in r.items()}) for r in csv.DictReader(file)]
-    assert rows
-    bad = [f"{row}: {row.faults()}" for row in rows if row.faults()]
+        return [offline.Row(**{k: int(v) if k in numbers else v for k, v in r.items()}) for r in csv.DictReader(file)]
+
+
+def test_every_row_of_the_table_passes_the_gates(offline: ModuleType) -> None:
+    bad = [f"{row}: {row.faults()}" for row in table(offline) if row.faults()]
     assert not bad, "\n".join(bad)
+
+
+def test_the_table_has_every_attention_kernel(offline: ModuleType) -> None:
+    """By head dim and options, for every architecture of the library."""
+    found = Counter((row.kernel, row.dtype, row.arch) for row in table(offline) if row.kernel.startswith("attention"))
+    wanted: Counter[tuple[str, str, str]] = Counter()
+    for arch in (f"sm_{a}" for a in CUDA_ARCHS):
+        for dtype, dims in (("f16_t", 4), ("bf16_t", 4), ("float", 3)):
+            wanted["attention_merge", dtype, arch] = 1
+            for kernel in ("forward", "backward_query", "backward_key"):
+                wanted[f"attention_{kernel}", dtype, arch] = dims * 2
+            if dtype != "float":
+                wanted["attention_delta", dtype, arch] = 1
+                wanted["attention_forward_wgmma", dtype, arch] = 4 if arch == "sm_90a" else 0
+    assert found == wanted, (found - wanted, wanted - found)
 
 
 def test_the_gates_catch_what_they_are_for(offline: ModuleType) -> None:
@@ -119,3 +141,34 @@ def test_the_shortest_way_round_a_loop(offline: ModuleType) -> None:
     ]  # fmt: skip
     counts = offline.whole_tile([(16 * i, text) for i, text in enumerate(texts)])
     assert counts["HMMA"] == 4 and counts["LDGSTS"] == 4 and counts["FADD"] == 0 and counts.total() == 10
+
+
+STAND_INS = """
+#include "attention/attention_cuda.h"
+namespace fastxattn {
+#define STAND_IN(name)                                                                                            \\
+  const char* attention_forward_##name(const AttentionKernelParams&, bool, void*) { return "a stand-in"; }        \\
+  const char* attention_backward_##name(const AttentionKernelParams&, const AttentionKernelGradients&, void*) {   \\
+    return "a stand-in";                                                                                          \\
+  }
+FXA_ATTENTION_DTYPES(STAND_IN)
+}
+"""
+
+
+def test_without_code_for_90a_the_library_links_and_loads(tmp_path: Path) -> None:
+    """Every symbol is bound at once, except the launches for compute capability 9.0; the driver is not linked."""
+    include, link = build_native._torch_flags()
+    source, library = tmp_path / "stand_ins.cpp", tmp_path / "libstand_ins.so"
+    source.write_text(STAND_INS)
+    core = ROOT / "csrc"
+    sources = [source, core / "attention/attention_cuda_torch.cpp", core / "core/library_cuda_torch.cpp"]
+    tool = build_native.Toolchain.find()
+    command = [*tool.cxx, "-std=c++20", "-O0", "-fPIC", "-shared", "-Wl,-z,now", f"-I{core}", *include]
+    command += ['-DFXA_CUDA_ARCHS="80 86"', *map(str, sources), "-o", str(library), *link]
+    subprocess.run(command, check=True)
+    code = f"import ctypes, torch; torch.ops.load_library({str(library)!r}); lib = ctypes.CDLL({str(library)!r}); "
+    code += "lib.fastxattn_cuda_archs.restype = ctypes.c_char_p; print(lib.fastxattn_cuda_archs().decode()); "
+    code += "print(hasattr(torch.ops.fastxattn, 'attention_cuda_launch'), hasattr(lib, 'cuInit'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["80 86", "True False"], done.stderr

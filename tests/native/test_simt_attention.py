@@ -70,6 +70,17 @@ def test_results_do_not_depend_on_neighbours(simt: Simt, name: str) -> None:
     contract.check_neighbours(runs_on(simt), CASES[name].problem(torch.bfloat16))
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({}, torch.bfloat16), ({}, torch.float32), ({"kv_range": "random", "key_bias": "head"}, torch.float16)],
+    ids=str,
+)
+def test_the_schedule_of_a_sequence_is_its_own(simt: Simt, options: dict[str, str], dtype: torch.dtype) -> None:
+    """Whether keys are cut, beside sequences that want another choice."""
+    case = dataclasses.replace(contract.NEIGHBOURS, head_dim=32, value_dim=32, **options)
+    contract.check_neighbours(runs_on(simt), case.problem(dtype), backward=False)
+
+
 @pytest.mark.parametrize("name", ["range_gqa", "key_index", "split_keys"])
 def test_results_do_not_depend_on_the_order_of_threads(simt: Simt, name: str) -> None:
     problem = CASES[name].problem(torch.float16)
@@ -88,11 +99,21 @@ def test_any_scale(simt: Simt, dtype: torch.dtype, scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_keys_are_cut_where_queries_are_few(simt: Simt, dtype: torch.dtype) -> None:
-    problem = CASES["split_keys"].problem(dtype)
-    assert cuda_launch.Plan.of(problem).splits == 10
     ragged = dataclasses.replace(CASES["split_keys"], lengths_q=(1, 3, 0), lengths_k=(3300, 700, 40), kv_range="random")
-    assert cuda_launch.Plan.of(ragged.problem(dtype)).splits > 1
     contract.check_budget(runs_on(simt), ragged.problem(dtype), backward=False)
+
+
+def test_which_keys_are_cut(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for chunks nothing is: the rows whose bits change are those of few rows and many keys."""
+    problem = dataclasses.replace(contract.NEIGHBOURS, head_dim=32, value_dim=32).problem(torch.float32)
+    cut = contract.results(runs_on(simt), problem, backward=False)
+    monkeypatch.setattr(cuda_launch, "CUT_LENGTH", 10**6)
+    assert cuda_launch.Plan.of(problem).parts() == (None, None)
+    whole = contract.results(runs_on(simt), problem, backward=False)
+    changed = (cut["lse"] != whole["lse"]).any(0) | (cut["out"] != whole["out"]).flatten(1).any(1)
+    offsets = problem.cu_seqlens_q.tolist()
+    found = [bool(changed[a:b].any()) for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert found == [True, False, False, False, False, True]
 
 
 def test_unaligned_rows_are_read_piecewise(simt: Simt) -> None:

@@ -34,7 +34,22 @@ CASES = {
 
 
 def run(simt: Simt, order: int = 0, counts: list | None = None) -> contract.Run:
+    """The kernel, and attention_fwd.cuh for the sequences that it leaves."""
     return runs_on(simt, order, counts, "attention_wgmma")
+
+
+def run_on_hopper(simt: Simt) -> contract.Run:
+    """What the library runs on such a device, for any problem."""
+
+    def either(problem: Problem) -> tuple[Tensor, Tensor]:
+        try:
+            return run(simt)(problem)
+        except SimtFault as fault:
+            if "does not take this problem" not in str(fault):
+                raise
+            return runs_on(simt)(problem)
+
+    return either
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -66,6 +81,14 @@ def test_results_do_not_depend_on_the_order_of_threads_and_copies(simt: Simt, na
 def test_results_do_not_depend_on_neighbours(simt: Simt, head_dim: int) -> None:
     case = contract.AttentionCase("", (77, 20, 64), (33, 300, 129), 4, 2, head_dim, head_dim)
     contract.check_neighbours(run(simt), case.problem(torch.bfloat16), backward=False)
+
+
+def test_which_kernel_runs_a_sequence_does_not_depend_on_neighbours(simt: Simt) -> None:
+    """Alone and beside others, those of few rows or with keys to be cut go to one kernel, the rest to the other."""
+    contract.check_neighbours(run_on_hopper(simt), contract.NEIGHBOURS.problem(torch.float16), backward=False)
+    counts: list = []
+    contract.results(run(simt, counts=counts), contract.NEIGHBOURS.problem(torch.float16), backward=False)
+    assert counts[0]["wgmma"] > 0 and counts[0]["mma"] > 0
 
 
 def soiled(t: Tensor, rows: slice, junk: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,10 @@ import torch
 from simt.build import Simt
 from simt.launches import on_simt
 
-from fastxattn.ops.contrastive import api, cuda, schema
-from fastxattn.runtime.backend import Backend
+from fastxattn.ops.contrastive import api, cuda, schema, windows
+from fastxattn.runtime import cuda as runtime_cuda
+from fastxattn.testing.budget import assert_within_budget
+from tests.test_contrastive import compare, features, options_of
 
 N, M = 70, 139
 
@@ -137,18 +141,102 @@ def test_slopes(simt: Simt, dtype: str, options: set[str]) -> None:
     expected = (slope * p.factor).numpy()
     first = 64
     dz = np.full((N, 80), -7.0, np.float32)
-    dot = np.full((2, 80), -7.0, np.float32)
+    dot = np.full((1, 2, 80), -7.0, np.float32)
     getattr(simt, f"contrastive_slopes_{dtype}")(
         **p.arguments, slopes_x=slopes(p, p.logits, limit_x, grad_x),
         slopes_y=slopes(turned, p.logits.T, limit_y, grad_y), limit_x=None if limit_x is None else limit_x.numpy(),
-        limit_y=None if limit_y is None else limit_y.numpy(), first_y=first, dz=dz, dot=dot,
+        limit_y=None if limit_y is None else limit_y.numpy(), first_y=first, dz=dz, sums=dot,
     )  # fmt: skip
     window = expected[:, first:]
     np.testing.assert_allclose(dz[:, : M - first], window, rtol=3e-5, atol=3e-6 * np.abs(window).max())
     scale = float(p.arguments["scale"][0])
     bias = float(p.arguments.get("bias", [0.0])[0])
     terms = (slope * (p.logits - bias) / scale).numpy()[:, first:].sum(1)
-    np.testing.assert_allclose(dot[:, :N].sum(0), terms, rtol=1e-4, atol=1e-4 * np.abs(terms).max())
+    np.testing.assert_allclose(dot[0, :, :N].sum(0), terms, rtol=1e-4, atol=1e-4 * np.abs(terms).max())
+
+
+def sigmoid_terms(p: Problem, product: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's loss over the columns from ``first`` on, and the slope of each logit, in the product's dtype."""
+    logits = (product * p.factor.to(product.dtype) + float(p.arguments.get("bias", [0.0])[0])).requires_grad_()
+    if p.exact:
+        precise = torch.from_numpy(p.arguments["exact"]).to(product.dtype)[:, None]
+        exact = logits + torch.where(p.positive, precise - logits.detach(), 0)
+    signed = torch.where(p.positive, -(exact if p.exact else logits), logits)
+    loss = torch.where(p.positive | p.negative, torch.nn.functional.softplus(signed, threshold=60.0), 0)[:, first:]
+    weight = torch.from_numpy(p.arguments["weight"]).to(product.dtype) if "weight" in p.arguments else 1
+    (slope,) = torch.autograd.grad((loss.sum(1) * weight).sum(), logits)
+    return loss.sum(1).detach(), slope[:, first:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "options", [*OPTIONS, {"groups", "norm", "weight"}], ids=lambda o: "+".join(sorted(o)) or "plain"
+)
+def test_sigmoid(simt: Simt, dtype: str, options: set[str]) -> None:
+    """Losses, slopes and their sums over a window inside the matrix; the yardstick is plain PyTorch in that dtype."""
+    p = problem(dtype, 40 if options else 13, options - {"limit"})
+    if "weight" in options:
+        p.arguments["weight"] = np.linspace(-1, 2, N, dtype=np.float32)
+    first = 64
+    dz, sums = np.full((N, 80), -7.0, np.float32), np.full((3, 2, 80), -7.0, np.float32)
+    counts = getattr(simt, f"sigmoid_{dtype}")(**p.arguments, first_y=first, dz=dz, sums=sums, order=1)
+    x, y = (torch.from_numpy(cases.from_bits(p.arguments[k], dtype).copy()) for k in "xy")
+    results = []
+    for wide in (True, False):
+        product = x.double() @ y.double().T if wide else (x @ y.T).to(getattr(torch, dtype)).float()
+        loss, slope = sigmoid_terms(p, product, first)
+        cosine = (product * (p.factor / float(p.arguments["scale"][0])).to(product.dtype))[:, first:]
+        results.append((loss, slope * p.factor[:, first:].to(slope.dtype), (slope * cosine).sum(1), slope.sum(1)))
+    found = (*sums[:, :, :N].sum(1), dz[:, : M - first])
+    for name, place in (("loss", 0), ("dz", 1), ("dot", 2), ("row_dz", 3)):
+        actual = torch.from_numpy(found[(0, 3, 1, 2)[place]].copy())
+        assert_within_budget(name, actual, results[0][place], results[1][place], backward=place > 0)
+        error = (actual.double() - results[0][place]).norm() / results[0][place].norm()
+        assert error < 2e-6 if dtype == "float32" else error < 1e-5, f"{name}: {error:.2g}"  # sums cut by tensor cores
+    assert (dz[:, M - first :] == -7).all() and (sums[:, :, N:] == -7).all(), "written beyond the window"
+    forward = np.empty((3, 2, 80), np.float32)
+    getattr(simt, f"sigmoid_{dtype}")(**p.arguments, first_y=first, sums=forward)
+    np.testing.assert_array_equal(forward[:, :, :N], sums[:, :, :N])
+    if p.arguments["aligned"]:
+        for kind in ("ldmatrix", "cp_async", "load"):
+            assert counts[kind][0] == counts[kind][1], f"bank conflicts in {kind}"
+
+
+def test_sigmoid_at_its_ends(simt: Simt) -> None:
+    """Margins from far below to far above, and a NaN, which stays in its row and column."""
+    margins = np.array([-200, -104, -88, -30, -1e-3, 0, 1e-3, 30, 88, 104, 200, np.nan], np.float32)
+    ones = np.ones((1, 1), np.float32)
+    sums, dz = np.empty((3, 1, 1), np.float32), np.empty((1, 12), np.float32)
+    ids = np.full(1, -1, np.int32), np.zeros(12, np.int32)
+    simt.sigmoid_float32(
+        x=ones, y=margins[:, None], scale=ones[0], id_x=ids[0], id_y=ids[1], aligned=0, dz=dz, sums=sums
+    )
+    assert np.isnan(sums).all()
+    z = torch.from_numpy(margins[:-1]).double()
+    np.testing.assert_allclose(dz[0, :-1], z.sigmoid(), rtol=5e-7, atol=1e-38)
+    assert np.isnan(dz[0, -1])
+    for i, expected in enumerate(torch.nn.functional.softplus(z, threshold=300)):
+        simt.sigmoid_float32(
+            x=ones, y=margins[i : i + 1, None], scale=ones[0], id_x=ids[0], id_y=ids[1][:1], aligned=0, sums=sums
+        )
+        np.testing.assert_allclose(sums[0, 0, 0], expected, rtol=5e-7, atol=1e-38)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ranks_see_exact_ties(simt: Simt, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool) -> None:
+    """A double of the positive counts as ahead of it, in both directions; so say float64 logits."""
+    a, b = features(70, 70, 40, dtype, fit=0.4)
+    b[7], b[65], a[66] = b[3], b[3], a[3]
+    options: dict[str, Any] = {"return_metrics": True, "normalize": normalize}
+    with cuda_backend(simt, monkeypatch):
+        _, metrics = api.infonce_loss(a, b, 20.0, backend="cuda", **options)
+        compare(api.infonce_loss, a, b, 12.0, backend="cuda", false_negative_margin=0.02, normalize=normalize)
+    x, y = (torch.nn.functional.normalize(t.double(), dim=1) if normalize else t.double() for t in (a, b))
+    logits = (x[:, None] * y).sum(2)  # alike for like rows, as a blocked product need not be
+    for got, z in zip(metrics, (logits, logits.T), strict=True):
+        assert torch.equal(got.rank, (z >= z.diagonal()[:, None]).sum(1))
+    assert metrics[0].rank[3] >= 3 and metrics[1].rank[3] >= 2
 
 
 def test_sides_exchanged(simt: Simt) -> None:
@@ -165,6 +253,14 @@ def test_sides_exchanged(simt: Simt) -> None:
     np.testing.assert_allclose(state[0, 0] + np.log(state[0, 1]), lse, rtol=1e-6, atol=2e-6)
 
 
+@contextmanager
+def cuda_backend(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The public functions take ``backend="cuda"`` for CPU tensors; the launches go to the runner."""
+    monkeypatch.setattr(runtime_cuda, "unavailable", lambda device: None)
+    with on_simt(simt, monkeypatch, *(("", getattr(cuda, name)) for name in schema.OPERATORS)):
+        yield
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"normalize": True, "symmetric": False}, {"groups": True}, {"smooth": 0.1}], ids=str
 )
@@ -179,17 +275,48 @@ def test_infonce_through_the_public_function(simt: Simt, monkeypatch: Any, optio
         keywords["groups"] = torch.randint(-1, 20, (90,), generator=g)
     if options.get("smooth"):
         keywords["label_smoothing"] = 0.1
-    monkeypatch.setattr(api, "INFONCE", (Backend("cuda", lambda problem: None), *api.INFONCE))
     results = []
     for backend, wide in (("cuda", False), ("reference", True)):
         leaves = [t.to(dtype).double() if wide else t.to(dtype) for t in (a, b)] + [
             torch.tensor(14.3, dtype=torch.float64 if wide else torch.float32)
         ]
         leaves = [t.requires_grad_() for t in leaves]
-        with on_simt(simt, monkeypatch, *(("", getattr(cuda, name)) for name in schema.BACKENDS["cuda"])):
+        with cuda_backend(simt, monkeypatch):
             loss = api.infonce_loss(*leaves, **keywords, backend=backend)
             results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3  # gradients are rounded to bfloat16
     for found, expected in zip(*results, strict=True):
         error = (found.double() - expected).norm() / expected.norm()
         assert error < tolerance, float(error)
+
+
+@pytest.mark.parametrize("name", [*options_of(1, 1, 1)[0], "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sigmoid_through_the_public_function(
+    simt: Simt, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str
+) -> None:
+    """Every option of the loss: value and every gradient against the float64 reference."""
+    if dtype == torch.float16 and name not in ("plain", "normalize"):
+        return  # the same code as bfloat16's up to here
+    a, b = features(66, 70, 24, dtype, fit=0.3)
+    options = options_of(66, 70, 24)[0].get(name, {})
+    with cuda_backend(simt, monkeypatch):
+        compare(api.sigmoid_loss, a * 3 if name == "normalize" else a, b, 12.0, bias=-5.0, backend="cuda", **options)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (1, 65, 3), (0, 5, 8), (5, 0, 8)])
+def test_sigmoid_of_few(simt: Simt, monkeypatch: pytest.MonkeyPatch, n: int, m: int, d: int) -> None:
+    a, b = features(n, m, d)
+    with cuda_backend(simt, monkeypatch):
+        compare(api.sigmoid_loss, a, b, 10.0, bias=-1.0, backend="cuda")
+
+
+def test_sigmoid_by_windows(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several windows; bits repeat, and a second backward of a kept graph gives them again."""
+    monkeypatch.setattr(windows, "WINDOW", 64)
+    a, b = (t.requires_grad_() for t in features(70, 130, 16, torch.float32, 0.4))
+    with cuda_backend(simt, monkeypatch):
+        compare(api.sigmoid_loss, a * 2, b, 10.0, bias=-2.0, backend="cuda", normalize=True)
+        loss = api.sigmoid_loss(a, b, 10.0, -2.0, backend="cuda")
+        first, again = (torch.autograd.grad(loss, (a, b), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))

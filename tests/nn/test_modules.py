@@ -90,6 +90,19 @@ def test_shared_is_lxmerts(absorb: Any) -> None:
     compare(ours, original, [torch.randn(B, LT, WIDTH), torch.randn(B, LI, WIDTH)], run_ours, run_original)
 
 
+def compare_on_every_length(ours: nn.Module, original: nn.Module) -> None:
+    """Ours on images with a mask against the original, which takes none, on each image's own tokens."""
+    assert list(ours.state_dict()) == list(original.state_dict())
+
+    def run_original(m: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.cat([m(x[None, :n]) for x, n in zip(xs[0], [12, 7, 1], strict=True)])]
+
+    def run_ours(m: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [m(xs[0], context_mask=IMAGE_MASK)]
+
+    compare(ours, original, [torch.randn(B, LI, WIDTH)], run_ours, run_original)
+
+
 @ABSORB
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_gated_block_is_idefics(absorb: Any, qk_norm: bool) -> None:
@@ -137,15 +150,7 @@ def test_perceiver_is_idefics_on_every_length(absorb: Any, qk_norm: bool) -> Non
     config.perceiver_config.qk_layer_norms_perceiver = qk_norm
     original = _random_parameters(IdeficsPerceiverResampler(config, WIDTH, 2, HEADS, 12, 3))
     ours = PerceiverResampler.from_hf(original, absorb)
-    assert list(ours.state_dict()) == list(original.state_dict())
-
-    def run_original(m: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.cat([m(x[None, :n]) for x, n in zip(xs[0], [12, 7, 1], strict=True)])]
-
-    def run_ours(m: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [m(xs[0], context_mask=IMAGE_MASK)]
-
-    compare(ours, original, [torch.randn(B, LI, WIDTH)], run_ours, run_original)
+    compare_on_every_length(ours, original)
 
 
 @ABSORB
@@ -156,15 +161,7 @@ def test_siglip_pooler(absorb: Any) -> None:
     config = SiglipVisionConfig(hidden_size=WIDTH, num_attention_heads=HEADS, intermediate_size=48)
     original = _random_parameters(SiglipMultiheadAttentionPoolingHead(config))
     ours = SiglipPooler.from_hf(original, absorb)
-    assert list(ours.state_dict()) == list(original.state_dict())
-
-    def run_original(m: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.cat([m(x[None, :n]) for x, n in zip(xs[0], [12, 7, 1], strict=True)])]
-
-    def run_ours(m: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [m(xs[0], context_mask=IMAGE_MASK)]
-
-    compare(ours, original, [torch.randn(B, LI, WIDTH)], run_ours, run_original)
+    compare_on_every_length(ours, original)
 
 
 @ABSORB

@@ -4,15 +4,6 @@
 #include "attention/attention_cuda.h"
 #include "bindings/ort_attention.h"
 
-namespace fastxattn {
-
-// In the attention_sm80_<dtype>.cu files: launch on a cudaStream_t; the message of what went wrong, or null.
-const char* attention_forward_f32(const AttentionKernelParams& p, void* stream);
-const char* attention_forward_f16(const AttentionKernelParams& p, void* stream);
-const char* attention_forward_bf16(const AttentionKernelParams& p, void* stream);
-
-}  // namespace fastxattn
-
 namespace fastxattn::ort {
 namespace {
 
@@ -94,7 +85,7 @@ void compute(Call& call) {
   const auto launch = a.dtype == DType::f32   ? attention_forward_f32
                       : a.dtype == DType::f16 ? attention_forward_f16
                                               : attention_forward_bf16;
-  if (const char* fault = launch(p, stream)) throw std::runtime_error(fault);
+  if (const char* fault = launch(p, false, stream)) throw std::runtime_error(fault);
 }
 
 }  // namespace

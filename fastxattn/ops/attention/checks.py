@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastxattn.ops import offsets as offset_checks
 from fastxattn.ops.attention.problem import Problem
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -178,7 +179,8 @@ def check_contents(problem: Problem) -> None:
         used: Tensor | None = getattr(problem, f"seqused_{side}")
         index_name = "query_index" if side == "q" else "key_index"
         index: Tensor | None = getattr(problem, index_name)
-        check_offsets(offsets_name, offsets, tokens.shape[0] if index is None else index.shape[0], index_name, index)
+        slots, what = (tokens, "tokens") if index is None else (index, f"entries of {index_name}")
+        offset_checks.check_contents(offsets_name, offsets, slots.shape[0], what)
         lengths = offsets.diff()
         if used is not None and bool(((used < 0) | (used > lengths)).any()):
             at = int(((used < 0) | (used > lengths)).nonzero()[0])
@@ -187,8 +189,8 @@ def check_contents(problem: Problem) -> None:
                 f"got {int(used[at])} at sequence {at}"
             )
         in_use = lengths if used is None else used
-        slots = _slots_in_use(offsets, in_use)
-        rows = slots if index is None else index[slots].long()
+        used_slots = _slots_in_use(offsets, in_use)
+        rows = used_slots if index is None else index[used_slots].long()
         if side == "k" and problem.kv_range is not None:
             _check_ranges(problem.kv_range, *owners[0], in_use)
         owners.append((rows, torch.repeat_interleave(torch.arange(in_use.shape[0], device=rows.device), in_use)))
@@ -200,7 +202,7 @@ def check_contents(problem: Problem) -> None:
             if side == "q" and rows.unique().numel() < rows.numel():
                 raise ValueError("query_index must name each query token at most once; got one twice")
         if problem.bias is not None and problem.bias.shape[axis] > 1 and rows.numel():
-            place = rows - offsets[torch.searchsorted(offsets, slots, right=True, out_int32=True) - 1]
+            place = rows - offsets[torch.searchsorted(offsets, used_slots, right=True, out_int32=True) - 1]
             if int(place.min()) < 0 or int(place.max()) >= problem.bias.shape[axis]:
                 raise ValueError(
                     f"axis {axis} of bias must be 1 or hold every token of a sequence, up to {int(place.max()) + 1}; "
@@ -218,21 +220,6 @@ def _check_ranges(ranges: Tensor, rows: Tensor, sequences: Tensor, keys: Tensor)
             f"kv_range must satisfy 0 <= start <= end <= the keys of the sequence, {int(keys[sequences[at]])}; "
             f"got [{int(start[at])}, {int(end[at])}) at query row {int(rows[at])}"
         )
-
-
-def check_offsets(name: str, offsets: Tensor, slots: int, index_name: str, index: Tensor | None) -> None:
-    """That offsets start at 0, do not decrease and end within ``slots``."""
-    if (first := int(offsets[0])) != 0:
-        raise ValueError(f"{name} must start at 0; got {first}")
-    lengths = offsets.long().diff()
-    if lengths.numel() and int(lengths.min()) < 0:
-        at = int(lengths.argmin())
-        raise ValueError(
-            f"{name} must not decrease; got {int(offsets[at])} then {int(offsets[at + 1])} at sequence {at}"
-        )
-    if (last := int(offsets[-1])) > slots:
-        what = "tokens" if index is None else f"entries of {index_name}"
-        raise ValueError(f"{name} must end within the {slots} {what}; got {last}")
 
 
 def _slots_in_use(offsets: Tensor, used: Tensor) -> Tensor:

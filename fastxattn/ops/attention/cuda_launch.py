@@ -11,11 +11,9 @@ from torch import Tensor
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
 
-SPLIT_KEYS = 512
-"""Keys per chunk when a sequence's keys are cut; a sequence longer than MAX_SPLITS of them gets longer chunks."""
-MAX_SPLITS = 32
-SPLIT_QUERIES, SPLIT_LENGTH = 64, 1024
-"""Keys are cut where sequences have on average at most so many rows (queries x group) and at least so many keys."""
+CUT_ROWS, CUT_LENGTH, CHUNK_KEYS = 64, 1024, 512
+"""Of csrc/attention/attention_cuda.h: a sequence's keys are cut where it has at most so many rows (queries x group) and
+at least so many keys, into chunks of at least so many. The kernels decide; the host only knows whether one can."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +23,16 @@ class Plan:
     problem: Problem
     aligned: bool
     """Whether every row may be copied in pieces of 16 bytes."""
-    splits: int
-    """Chunks of keys per sequence; 1: not cut."""
+    chunks: int
+    """Places for the results of chunks of keys; 0: no sequence is long enough."""
 
     @staticmethod
     def of(problem: Problem, grad_out: Tensor | None = None) -> Plan:
         """``grad_out`` counts for the alignment of backward, which never cuts the keys."""
         p = problem
-        group = p.query.shape[1] // max(p.key.shape[1], 1)
-        rows, keys, batch = _slots(p.query, p.query_index) * group, slots_k(p), p.cu_seqlens_q.numel() - 1
-        splits = 1
-        if grad_out is None and rows <= SPLIT_QUERIES * batch and keys >= SPLIT_LENGTH * batch:
-            splits = min(MAX_SPLITS, -(-keys // SPLIT_KEYS))
+        chunks = slots_k(p) // CHUNK_KEYS if grad_out is None and slots_k(p) >= CUT_LENGTH else 0
         tensors = [t for t in (p.query, p.key, p.value, grad_out) if t is not None]
-        return Plan(problem, all(map(_in_pieces, tensors)), splits)
+        return Plan(problem, all(map(_in_pieces, tensors)), chunks)
 
     @property
     def empty(self) -> bool:
@@ -54,13 +48,14 @@ class Plan:
         return out, query.new_full((heads, rows), -torch.inf, dtype=torch.float32)
 
     def parts(self) -> tuple[Tensor | None, Tensor | None]:
-        """Room for the chunks' results, when keys are cut."""
-        if self.splits == 1:
+        """Room for the chunks' results."""
+        if self.chunks == 0:
             return None, None
-        query = self.problem.query
-        rows, heads = query.shape[:2]
-        out = query.new_empty(self.splits, rows, heads, self.problem.value.shape[2], dtype=torch.float32)
-        return out, query.new_empty(self.splits, heads, rows, dtype=torch.float32)
+        p = self.problem
+        kv_heads = p.key.shape[1]
+        shape = self.chunks, kv_heads, min(CUT_ROWS, _slots(p.query, p.query_index) * (p.query.shape[1] // kv_heads))
+        out = p.query.new_empty(*shape, p.value.shape[2], dtype=torch.float32)
+        return out, p.query.new_empty(shape, dtype=torch.float32)
 
     def gradients(self, wanted: set[str]) -> dict[str, Tensor | None]:
         """What backward writes, by its name in the kernels; those of keys are by slot (see :func:`sum_by_row`)."""
@@ -132,9 +127,7 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     out, lse = plan.results()
     if not plan.empty:
         with torch.cuda.device(problem.query.device):
-            torch.ops.fastxattn.attention_cuda_launch(
-                out, lse, *plan.parts(), *_fields(problem, plan), plan.splits, SPLIT_KEYS
-            )
+            torch.ops.fastxattn.attention_cuda_launch(out, lse, *plan.parts(), *_fields(problem, plan))
     return out, lse
 
 

@@ -76,7 +76,7 @@ def attend(
                 query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index,
                 kv_range, key_bias, bias, scale_, softcap, dropout_p, dropout_seed,
             )  # fmt: skip
-        except (RuntimeError, TypeError, AttributeError):
+        except (RuntimeError, TypeError, AttributeError, ZeroDivisionError):
             pass
     return _checked(
         query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index, kv_range,
@@ -142,7 +142,7 @@ def prepare(*arguments: Any) -> Problem:
     if isinstance(problem.key_bias, Tensor) and problem.key_bias.is_floating_point():
         changes["key_bias"] = problem.key_bias.to(wide)
     if problem.scale is None:
-        changes["scale"] = query.shape[2] ** -0.5
+        changes["scale"] = query.shape[2] ** -0.5 if query.shape[2] != 0 else 1.0  # 0 is refused by the checks
     changes["dropout_seed"] = seed_tensor(problem.dropout_seed, query.device) if problem.dropout_p else None
     return problem._replace(**changes)
 

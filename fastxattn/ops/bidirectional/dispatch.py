@@ -65,7 +65,7 @@ def _short(problem: BidirectionalProblem, scale: float | None, backend: str) -> 
     try:
         whole = problem._replace(scale=problem.query_a.shape[2] ** -0.5 if scale is None else scale)
         return one_pass("cpu", whole) if ONE_PASS["cpu"](whole) else None
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError, ZeroDivisionError):
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastxattn.runtime import env
+from fastxattn.ops.offsets import check_offsets, readable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -19,6 +19,9 @@ def check_arguments(
     key_index: torch.Tensor | None,
 ) -> None:
     """Refuse what does not fit together; offsets' and indices' contents are looked at where that costs no wait."""
+    for name, t in (("query", query), ("context", context)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
     if query.ndim != 3:
         raise ValueError(f"query must be (total_q, heads, width); got shape {tuple(query.shape)}")
     if context.ndim != 2:
@@ -33,11 +36,7 @@ def check_arguments(
         raise TypeError(f"context must have query's dtype {query.dtype}; got {context.dtype}")
     slots = context.shape[0] if key_index is None else key_index.shape[0]
     for name, offsets, rows in (("cu_seqlens_q", cu_seqlens_q, query.shape[0]), ("cu_seqlens_k", cu_seqlens_k, slots)):
-        if offsets.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32; got {offsets.dtype}")
-        if offsets.ndim != 1 or offsets.shape[0] < 1:
-            raise ValueError(f"{name} must have shape (batch + 1,); got {tuple(offsets.shape)}")
-        _check_contents(name, offsets, rows)
+        check_offsets(name, offsets, rows)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         wanted, got = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
         raise ValueError(f"cu_seqlens_k must have as many entries as cu_seqlens_q, {wanted}; got {got}")
@@ -52,7 +51,7 @@ def check_arguments(
     if key_index is not None:
         if key_index.dtype != torch.int32 or key_index.ndim != 1:
             raise TypeError(f"key_index must be int32 of shape (kept,); got {key_index.dtype} {tuple(key_index.shape)}")
-        if _readable(key_index) and key_index.numel():
+        if readable(key_index) and key_index.numel():
             low, high = int(key_index.min()), int(key_index.max())
             if low < 0 or high >= context.shape[0]:
                 raise ValueError(f"key_index must lie in [0, {context.shape[0]}); got {low if low < 0 else high}")
@@ -60,20 +59,3 @@ def check_arguments(
     for tensor in others:
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"all arguments must be on query's device {query.device}; got one on {tensor.device}")
-
-
-def _readable(tensor: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    return tensor.device.type == "cpu" or (tensor.is_cuda and env.validate_on_gpu)
-
-
-def _check_contents(name: str, offsets: torch.Tensor, rows: int) -> None:
-    if not _readable(offsets):
-        return
-    if int(offsets[0]) != 0:
-        raise ValueError(f"{name} must start at 0; got {int(offsets[0])}")
-    if bool((offsets.diff() < 0).any()):
-        raise ValueError(f"{name} must not decrease; got {offsets.tolist()[:16]}")
-    if int(offsets[-1]) > rows:
-        raise ValueError(f"{name} must end within the {rows} rows; got {int(offsets[-1])}")

@@ -15,9 +15,9 @@ from fastxattn.runtime.backend import Backend, Explanation
 BACKENDS = (
     Backend("cpu", cpu.supports),
     Backend("triton", triton.supports),
+    Backend("cuda", cuda.supports),
     Backend("reference", lambda problem: None),
 )
-INFONCE = (*BACKENDS[:-1], Backend("cuda", cuda.supports), BACKENDS[-1])
 REDUCTIONS = ("mean", "sum", "none")
 Ids = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -73,7 +73,7 @@ def infonce_loss(
         reduction: ``mean``, ``sum`` (half of both directions' sum when symmetric), or ``none``: the rows' losses (N,),
             and when symmetric a pair with the columns' (M,).
         return_metrics: also return one :class:`Metrics` per direction, from the same pass.
-        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
     Returns:
         The loss in float32 (float64 for float64); with ``return_metrics`` a pair (loss, [metrics, ...]).
@@ -112,7 +112,7 @@ def infonce_loss(
     if teacher is not None:
         _check_teacher(problem, teacher)
     weight = checks.row_weights(weights, (n, m) if symmetric else (n,))
-    name = choose.resolve("infonce_loss", INFONCE, problem, backend)
+    name = choose.resolve("infonce_loss", BACKENDS, problem, backend)
     losses, metrics = (
         reference.infonce_reference(problem) if name == "reference" else fused.infonce_fused(problem, name)
     )
@@ -152,7 +152,7 @@ def sigmoid_loss(
         weights: (N,) weights of the rows; the mean becomes the weighted mean.
         normalize: unit-length features inside the same pass.
         reduction: ``mean``, ``sum`` or ``none`` (N,).
-        backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
+        backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
     Returns:
         The loss in float32 (float64 for float64).
@@ -186,7 +186,7 @@ def explain(
 ) -> Explanation:
     """Every backend's verdict on a contrastive loss of these features, and the one that would run."""
     problem = _problem(a, b, logit_scale, None, None, None, False, False)
-    return choose.explain("contrastive", INFONCE, problem, backend)
+    return choose.explain("contrastive", BACKENDS, problem, backend)
 
 
 def _autocast(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

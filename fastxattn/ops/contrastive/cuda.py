@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels of the contrastive statistics: InfoNCE, forward and backward.
+"""The CUDA C++ kernels of the contrastive losses, forward and backward.
 
-The kernels make statistics and slopes; the products of a window of slopes with the features are torch's own.
+The kernels make statistics, losses and slopes; the products of a window of slopes with the features are torch's own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastxattn.ops.contrastive import schema  # noqa: F401  (defines the operators)
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.ops.contrastive.schema import WIDE
-from fastxattn.ops.contrastive.windows import STATES, Windows, slopes_of, statistics, up
+from fastxattn.ops.contrastive.windows import STATES, Windows, multiply, slopes_of, statistics, up
 from fastxattn.runtime import cuda
 
 TILE = 64
@@ -26,8 +26,6 @@ def supports(problem: Problem) -> str | None:
     """None when the kernels run this problem, else why not."""
     if torch.float64 in (problem.a.dtype, problem.scale.dtype):
         return "computes in float32; the features or the scale are float64"
-    if problem.metrics or problem.margin is not None:
-        return "has no ranks and no margin: they need a positive's logit rounded as the tiles round it"
     if torch.onnx.is_in_onnx_export():
         return "ONNX files hold losses as standard operators, which the reference is made of"
     return cuda.unavailable(problem.a.device)
@@ -37,10 +35,17 @@ def positive_logits(
     a: Tensor, b: Tensor, scale: Tensor, bias: Optional, norm_a: Optional, norm_b: Optional, id_a: Tensor,
     id_b: Optional, skip_a: Optional, skip_b: Optional, exact: Optional, exclude_self: bool, blocked: bool,
 ) -> Tensor:  # fmt: skip
-    """The logit of each row of ``a`` with its target ``id_a``, summed in float64; 0 without one."""
+    """The logit of each row of ``a`` with its target ``id_a``, summed in float64; 0 without one.
+
+    ``blocked``: as the statistics round it, infinity without one, which no negative reaches.
+    """
+    has, target = id_a >= 0, id_a.clamp(min=0)
     if blocked:
-        raise RuntimeError("blocked must be False for the cuda backend; got True")
-    has, target = id_a >= 0, id_a.clamp(min=0).long()
+        rounded = a.new_empty(a.shape[0], dtype=torch.float32)
+        if a.shape[0] and b.shape[0]:
+            cuda.launch("contrastive_positives", rounded, a, b, scale, bias, norm_a, norm_b, target, cuda.aligned(a, b))
+        return torch.where(has, rounded, torch.inf)
+    target = target.long()
     out = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
     for first in range(0, a.shape[0], 8192):
         rows = slice(first, first + 8192)
@@ -72,8 +77,8 @@ def contrastive_stats(
     return statistics(sides, rows, columns, running)
 
 
-def _multiply(dz: Tensor, y: Tensor, out: Tensor, rows: int, columns: int, transposed: bool) -> None:
-    out[:rows].addmm_(dz[:columns, :rows].T if transposed else dz[:rows, :columns], y[:columns].float())
+def _windows(a: Tensor, b: Tensor, norm_a: Optional, norm_b: Optional, needs: int, keep_float: bool) -> Windows:
+    return Windows(a, b, norm_a, norm_b, needs, keep_float, (TILE, TILE), multiply)
 
 
 def contrastive_backward(
@@ -85,19 +90,39 @@ def contrastive_backward(
     """Gradients of a and b, and per row the sum of dz * logit / scale."""
     slopes_a = slopes_of(row_stats, grad_row) if rows else None
     slopes_b = slopes_of(col_stats, grad_col) if columns else None
-    windows = Windows(a, b, norm_a, norm_b, needs, bool(needs & WIDE), (TILE, TILE), _multiply)
+    windows = _windows(a, b, norm_a, norm_b, needs, bool(needs & WIDE))
     dots = a.new_zeros(a.shape[0], dtype=torch.float32)
     for place, j, grid in windows:
-        part = dots.new_empty((grid[1], windows.sides[0]))
+        part = dots.new_empty((1, grid[1], windows.sides[0]))
         count = place.stop - place.start
         cuda.launch(
             "contrastive_slopes", windows.dz, part, a, b, scale, bias, norm_a, norm_b, id_a, id_b, skip_a, skip_b,
             exact, limit_row, limit_col, slopes_a, slopes_b, exclude_self, place.start, j, count,
             min(windows.sides[1], b.shape[0] - j), cuda.aligned(a, b),
         )  # fmt: skip
-        dots[place] += part[:, :count].sum(0)
+        dots[place] += part[0, :, :count].sum(0)
     return (*windows.finished(), dots)
 
 
-for _function in (positive_logits, contrastive_stats, contrastive_backward):
+def sigmoid(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Optional, norm_a: Optional, norm_b: Optional, id_a: Tensor,
+    id_b: Tensor, skip_a: Optional, skip_b: Optional, exact: Optional, exclude_self: bool, weight: Optional,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Each row's loss, and with ``needs`` the gradients of their sum weighted by ``weight``, in float32."""
+    windows = _windows(a, b, norm_a, norm_b, needs, True)
+    sums = a.new_zeros((3, a.shape[0]), dtype=torch.float32)
+    for place, j, grid in windows:
+        part = sums.new_empty((3, grid[1], windows.sides[0]))
+        count = place.stop - place.start
+        cuda.launch(
+            "sigmoid", windows.dz, part, a, b, scale, bias, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact, weight,
+            exclude_self, place.start, j, count, min(windows.sides[1], b.shape[0] - j), cuda.aligned(a, b),
+        )  # fmt: skip
+        sums[:, place] += part[:, :, :count].sum(1)
+    loss, dots, slopes = (s.clone() for s in sums) if needs else (sums[0].clone(), sums[1, :0], sums[2, :0])
+    return (loss, *windows.finished(), dots, slopes)
+
+
+for _function in (positive_logits, contrastive_stats, contrastive_backward, sigmoid):
     torch.library.impl(f"fastxattn::{_function.__name__}_cuda", "CUDA", _function)

@@ -90,14 +90,7 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         _sigmoid_fake,
     ),
 }
-BACKENDS = {
-    "cpu": tuple(OPERATORS),
-    "triton": tuple(OPERATORS),
-    "cuda": ("positive_logits", "contrastive_stats", "contrastive_backward"),
-}
-"""Which operators each compiled backend has."""
-for _backend, _names in BACKENDS.items():
-    for _name in _names:
-        _signature, _fake = OPERATORS[_name]
+for _backend in ("cpu", "triton", "cuda"):
+    for _name, (_signature, _fake) in OPERATORS.items():
         torch.library.define(f"fastxattn::{_name}_{_backend}", _signature, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"fastxattn::{_name}_{_backend}", _fake)

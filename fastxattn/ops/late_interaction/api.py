@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastxattn.ops.contrastive import checks
-from fastxattn.ops.late_interaction import cpu, cuda, triton
+from fastxattn.ops.contrastive.checks import one_element
+from fastxattn.ops.late_interaction import checks, cpu, cuda, triton
 from fastxattn.ops.late_interaction.autograd import BestMatches
-from fastxattn.ops.late_interaction.cpu import Problem
+from fastxattn.ops.late_interaction.problem import Problem
 from fastxattn.ops.late_interaction.reference import maxsim_reference
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.backend import Backend, Explanation
@@ -21,7 +21,6 @@ BACKENDS = (
     Backend("cuda", cuda.supports),
     Backend("reference", lambda problem: None),
 )
-DIRECTIONS = ("a", "b", "both")
 
 
 def maxsim(
@@ -60,14 +59,8 @@ def maxsim(
         TypeError, ValueError: an argument breaks a rule above.
         RuntimeError: the backend asked for cannot run this problem.
     """
-    a = checks.features("a", a).contiguous()
-    b = checks.features("b", b, a).contiguous()
-    checks.choice("direction", direction, DIRECTIONS)
-    checks.choice("reduction", reduction, ("sum", "mean"))
-    if smooth is not None and not smooth > 0:
-        raise ValueError(f"smooth must be positive; got {smooth}")
-    for name, cu, x in (("cu_seqlens_a", cu_seqlens_a, a), ("cu_seqlens_b", cu_seqlens_b, b)):
-        _check_offsets(name, cu, x)
+    checks.check_arguments(a, b, cu_seqlens_a, cu_seqlens_b, direction, reduction, smooth)
+    a, b, cu_seqlens_a, cu_seqlens_b = (t.contiguous() for t in (a, b, cu_seqlens_a, cu_seqlens_b))
     name = choose.resolve("maxsim", BACKENDS, Problem(a.device.type, a.dtype, smooth), backend)
     from_a, from_b = direction != "b", direction != "a"
     if name == "reference":
@@ -112,15 +105,11 @@ def late_interaction_loss(
     Raises:
         ValueError: the sides differ in sets, or an argument breaks a rule of :func:`maxsim`.
     """
-    if cu_seqlens_a.shape != cu_seqlens_b.shape:
-        raise ValueError(
-            f"cu_seqlens_b must have as many sets as cu_seqlens_a ({cu_seqlens_a.shape[0] - 1}); "
-            f"got {cu_seqlens_b.shape[0] - 1}"
-        )
+    checks.check_pairs(cu_seqlens_a, cu_seqlens_b)
     rows, columns = maxsim(
         a, b, cu_seqlens_a, cu_seqlens_b, direction="both", reduction=reduction, smooth=smooth, backend=backend
     )
-    scale = checks.one_element("logit_scale", logit_scale, a.device)
+    scale = one_element("logit_scale", logit_scale, a.device)
     labels = torch.arange(rows.shape[0], device=a.device)
     if labels.numel() == 0:
         return (rows.sum() + columns.sum()) * scale
@@ -130,16 +119,3 @@ def late_interaction_loss(
 def explain(a: torch.Tensor, smooth: float | None = None, backend: str = "auto") -> Explanation:
     """Every backend's verdict on late interaction over these tokens, and the one that would run."""
     return choose.explain("maxsim", BACKENDS, Problem(a.device.type, a.dtype, smooth), backend)
-
-
-def _check_offsets(name: str, cu: torch.Tensor, x: torch.Tensor) -> None:
-    if not isinstance(cu, torch.Tensor) or cu.dtype != torch.int32:
-        raise TypeError(f"{name} must be an int32 tensor; got {getattr(cu, 'dtype', type(cu).__name__)}")
-    if cu.dim() != 1 or cu.shape[0] < 1 or not cu.is_contiguous():
-        raise ValueError(f"{name} must be a contiguous vector of at least one entry; got shape {tuple(cu.shape)}")
-    if cu.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if cu[0] != 0 or (cu.diff() < 0).any() or cu[-1] > x.shape[0]:
-        raise ValueError(
-            f"{name} must start at 0, never decrease and end within {x.shape[0]} tokens; got {cu.tolist()}"
-        )

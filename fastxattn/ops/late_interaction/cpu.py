@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from fastxattn.ops.late_interaction import schema  # noqa: F401  (defines the operators)
+from fastxattn.ops.late_interaction.problem import Problem as Problem
 from fastxattn.runtime import native
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What decides which backend runs."""
-
-    device: str
-    dtype: torch.dtype
-    smooth: float | None
 
 
 def supports(problem: Problem) -> str | None:
@@ -26,7 +16,7 @@ def supports(problem: Problem) -> str | None:
     if problem.dtype == torch.float64:
         return "computes in float32; the tokens are float64"
     if problem.smooth is not None:
-        return "has no smooth maximum; triton and the reference have"
+        return "has no smooth maximum; triton, cuda and the reference have"
     if torch.compiler.is_compiling():
         return None  # a tracer cannot load a library; the operator's fake does
     return native.cpu_library().reason

@@ -63,11 +63,11 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "maxsim": (f"({_ARGUMENTS}) -> {_RESULTS}", _maxsim_fake),
     "maxsim_backward": (f"({_SAVED}) -> (Tensor, Tensor)", _backward_fake),
 }
-TRITON = OPERATORS | {
+SMOOTH = OPERATORS | {
     "smooth_maxsim": (f"({_ARGUMENTS}, float smooth) -> {_RESULTS}", _smooth_fake),
     "smooth_maxsim_backward": (f"({_SAVED}, float smooth) -> (Tensor, Tensor)", _smooth_backward_fake),
 }
-for _backend, _operators in (("cpu", OPERATORS), ("triton", TRITON), ("cuda", OPERATORS)):
+for _backend, _operators in (("cpu", OPERATORS), ("triton", SMOOTH), ("cuda", SMOOTH)):
     for _name, (_signature, _fake) in _operators.items():
         torch.library.define(f"fastxattn::{_name}_{_backend}", _signature, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"fastxattn::{_name}_{_backend}", _fake)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastxattn.ops.late_interaction import schema
-from fastxattn.ops.late_interaction.cpu import Problem
+from fastxattn.ops.late_interaction.problem import Problem
 from fastxattn.runtime import triton
 
 
@@ -32,5 +32,5 @@ def _register(name: str) -> None:
         torch.library.impl(f"fastxattn::{name}_triton", key, run)
 
 
-for _name in schema.TRITON:
+for _name in schema.SMOOTH:
     _register(_name)

@@ -18,6 +18,8 @@ from fastxattn.ops.contrastive.triton.kernels import LOWEST, products, round_tf3
 from fastxattn.ops.late_interaction.schema import NEEDS
 
 ROWS, FEATURES = 32, 64  # tokens and features of a program of the gradient
+SMOOTH_ROWS = 32
+"""Tokens of a set of a in a tile of 16-bit smooth MaxSim; 64 of them spill on sm_100."""
 MANY = tl.constexpr(0x7FFFFFFF)
 
 
@@ -181,9 +183,9 @@ def maxsim_gradient_kernel(
     tl.store(p_sums, b_sum, mask=(o_m < rows_x)[:, None] & (o_d < features)[None, :])
 
 
-def _block(tokens: int, sets: int) -> int:
-    """Tokens of a tile: what an average set needs, between 16 and 64."""
-    return max(16, min(64, triton.next_power_of_2(-(-tokens // max(sets, 1)))))
+def _block(tokens: int, sets: int, most: int) -> int:
+    """Tokens of a tile: what an average set needs, between 16 and ``most``."""
+    return max(16, min(most, triton.next_power_of_2(-(-tokens // max(sets, 1)))))
 
 
 def _forward(a: Tensor, b: Tensor, cu_a: Tensor, cu_b: Tensor, from_a: bool, from_b: bool, smooth: float | None):
@@ -197,15 +199,15 @@ def _forward(a: Tensor, b: Tensor, cu_a: Tensor, cu_b: Tensor, from_a: bool, fro
     sums = [made(n if wanted else 0, m, torch.float32, 0.0) for wanted in (from_a, from_b)]
     best = [made(a.shape[0] if from_a else 0, m, kept, none), made(b.shape[0] if from_b else 0, n, kept, none)]
     if n and m:
-        block_m = _block(a.shape[0], n)
+        single = a.dtype == torch.float32
+        block_m = _block(a.shape[0], n, SMOOTH_ROWS if smooth is not None and not single else 64)
         # Sets are ragged: whether one needs more than a block of rows is not known here.
         rows = b.shape[0] if from_b and a.shape[0] > block_m else 0
         value = torch.empty((rows, n), dtype=torch.float32, device=a.device)
         extra = torch.empty((rows, n), dtype=kept, device=a.device)
-        single = a.dtype == torch.float32
         maxsim_kernel[(n * m,)](
             a, b, cu_a, cu_b, *sums, *best, value, extra, n, m, a.shape[0], b.shape[0], a.shape[1], smooth or 1.0,
-            from_a, from_b, smooth is not None, block_m, _block(b.shape[0], m), 32 if single else 64,
+            from_a, from_b, smooth is not None, block_m, _block(b.shape[0], m, 64), 32 if single else 64,
             4 if single else 1, num_warps=8, num_stages=2,
         )  # fmt: skip
     return (*sums, *best)

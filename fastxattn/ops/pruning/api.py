@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastxattn.ops.offsets import readable
 from fastxattn.ops.pruning import checks
 from fastxattn.ops.pruning.budget import Budget
 from fastxattn.ops.pruning.ops import gather_rows, run
@@ -95,7 +96,7 @@ def _select(
     else:
         raise TypeError(f"budget must be a Budget or an int32 tensor of counts; got {type(budget).__name__}")
     longest = capacity if max_seqlen is None else min(capacity, max_seqlen)
-    if checks.look_inside(cu_seqlens):
+    if readable(cu_seqlens):
         offsets = kept_offsets(cu_seqlens, counts, capacity)
         capacity = int(offsets[-1])
         longest = int(offsets.diff().max()) if batch else 0

@@ -5,32 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastxattn.runtime import env
-
-
-def look_inside(t: Tensor) -> bool:
-    """Whether the contents of ``t`` may be read for checks here."""
-    if torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
-        return False
-    return t.device.type == "cpu" or env.validate_on_gpu
-
-
-def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
-    """``offsets`` (batch + 1,) int32: starts at 0, never decreases, ends within ``rows``."""
-    if not isinstance(offsets, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(offsets).__name__}")
-    if offsets.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32; got {offsets.dtype}")
-    if offsets.ndim != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"{name} must have shape (batch + 1,); got {tuple(offsets.shape)}")
-    if not look_inside(offsets):
-        return
-    if (first := int(offsets[0])) != 0:
-        raise ValueError(f"{name} must start at 0; got {first}")
-    if offsets.shape[0] > 1 and int(offsets.diff().min()) < 0:
-        raise ValueError(f"{name} must not decrease; got {offsets.tolist()[:32]}")
-    if (last := int(offsets[-1])) > rows:
-        raise ValueError(f"{name} must end within the {rows} rows of the tokens; got {last}")
+from fastxattn.ops.offsets import check_offsets, readable
 
 
 def check_scores(scores: Tensor, cu_seqlens: Tensor) -> None:
@@ -67,7 +42,7 @@ def check_index(name: str, index: Tensor, rows: int) -> None:
         raise TypeError(f"{name} must be an int32 tensor; got {getattr(index, 'dtype', type(index).__name__)}")
     if index.ndim != 1:
         raise ValueError(f"{name} must have one axis; got shape {tuple(index.shape)}")
-    if look_inside(index) and index.numel():
+    if readable(index) and index.numel():
         low, high = (int(v) for v in torch.aminmax(index))
         if low < -1 or high >= rows:
             raise ValueError(f"{name} must lie in [-1, {rows}); got values from {low} to {high}")

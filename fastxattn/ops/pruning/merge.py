@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastxattn.ops.offsets import check_offsets
 from fastxattn.ops.pruning import checks, segments
 from fastxattn.ops.pruning.api import select
 from fastxattn.ops.pruning.ops import run
@@ -46,7 +47,7 @@ def best_match(
         raise ValueError(f"features must have shape (total, channels); got {tuple(features.shape)}")
     for name, index, offsets in (("a", a_index, cu_a), ("b", b_index, cu_b)):
         checks.check_index(f"{name}_index", index, features.shape[0])
-        checks.check_offsets(f"cu_{name}", offsets, index.shape[0])
+        check_offsets(f"cu_{name}", offsets, index.shape[0])
     if cu_a.shape != cu_b.shape:
         raise ValueError(f"cu_b must have the shape of cu_a, {tuple(cu_a.shape)}; got {tuple(cu_b.shape)}")
     best, similarity = run("match", features, backend, features.detach().contiguous(), a_index, cu_a, b_index, cu_b)
@@ -77,7 +78,7 @@ def bipartite(
     """
     checks.check_rows("features", features)
     total = features.shape[0]
-    checks.check_offsets("cu_seqlens", cu_seqlens, total)
+    check_offsets("cu_seqlens", cu_seqlens, total)
     if isinstance(merges, int) and merges < 0:
         raise ValueError(f"merges must not be negative; got {merges}")
     free = segments.inside(cu_seqlens, total)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastxattn.ops.attention import varlen_cross_attention
 from fastxattn.ops.importance import key_importance
+from fastxattn.ops.offsets import check_offsets
 from fastxattn.ops.pruning import segments
-from fastxattn.ops.pruning.checks import check_offsets, check_rows
+from fastxattn.ops.pruning.checks import check_rows
 
 
 def probe_scores(query: Tensor, key: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastxattn.ops.offsets import check_offsets
 from fastxattn.ops.pruning import checks, merge, segments
 from fastxattn.ops.pruning.api import select
 from fastxattn.ops.pruning.budget import Budget
@@ -60,7 +61,7 @@ def _greedy(
     tokens: Tensor, quality: Tensor | None, cu_seqlens: Tensor, budget: Budget, mode: int, options: dict[str, Any]
 ) -> Selection:
     checks.check_rows("tokens", tokens)
-    checks.check_offsets("cu_seqlens", cu_seqlens, tokens.shape[0])
+    check_offsets("cu_seqlens", cu_seqlens, tokens.shape[0])
     if not budget.static:
         raise ValueError(f"budget must be static (count, ratio, total) for a greedy search; got {budget.kind}")
     backend, protected = options.get("backend", "auto"), options.get("protected")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastxattn.ops.contrastive import checks
-from fastxattn.ops.retrieval import cpu, triton
-from fastxattn.ops.retrieval.cpu import Problem
+from fastxattn.ops.contrastive.checks import features
+from fastxattn.ops.retrieval import checks, cpu, triton
+from fastxattn.ops.retrieval.problem import Problem
 from fastxattn.ops.retrieval.reference import topk_reference
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.backend import Backend, Explanation
@@ -22,7 +22,6 @@ BACKENDS = (
     Backend("triton", triton.supports),
     Backend("reference", lambda problem: None),
 )
-CORPUS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)
 CHUNK_BYTES = 1 << 28  # of a memory-mapped corpus held at once
 
 
@@ -54,20 +53,13 @@ def topk_similarity(
         TypeError, ValueError: an argument breaks a rule above.
         RuntimeError: the backend asked for cannot run this problem.
     """
-    queries = checks.features("queries", queries)
-    checks.choice("metric", metric, ("inner", "cosine"))
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be a whole number of at least 1; got {k!r}")
-    shape = tuple(corpus.shape)
-    if len(shape) != 2 or shape[1] != queries.shape[1] or shape[1] == 0:
-        raise ValueError(f"corpus must have shape (rows, {queries.shape[1]}) with at least 1 feature; got {shape}")
-    if corpus_scale is not None and corpus_scale.shape != (shape[0],):
-        raise ValueError(f"corpus_scale must have shape ({shape[0]},); got {tuple(corpus_scale.shape)}")
+    checks.check_arguments(queries, corpus, k, metric, corpus_scale)
     if isinstance(corpus, torch.Tensor):
         return _search(queries, corpus, k, metric, corpus_scale, 0, backend)
-    rows = max(1, CHUNK_BYTES // max(1, shape[1] * corpus.dtype.itemsize))
+    total, width = corpus.shape
+    rows = max(1, CHUNK_BYTES // (width * corpus.dtype.itemsize))
     best: tuple[torch.Tensor, torch.Tensor] | None = None
-    for first in range(0, max(shape[0], 1), rows):
+    for first in range(0, max(total, 1), rows):
         chunk = _as_tensor(corpus[first : first + rows])
         scale = None if corpus_scale is None else corpus_scale[first : first + rows]
         found = _search(queries, chunk, k, metric, scale, first, backend)
@@ -104,10 +96,7 @@ def _search(
     first: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if corpus.dtype not in CORPUS_DTYPES:
-        raise TypeError(f"corpus must be float32, bfloat16, float16, int8 or float64; got {corpus.dtype}")
-    if corpus.device != queries.device:
-        raise ValueError(f"corpus must be on {queries.device} as the queries; got {corpus.device}")
+    checks.check_rows(corpus, queries)
     name = choose.resolve("topk_similarity", BACKENDS, Problem(corpus.device.type, corpus.dtype, k), backend)
     query = queries.detach() if name == "reference" and queries.dtype == torch.float64 else queries.detach().float()
     factor = None if scale is None else scale.detach().float()
@@ -133,7 +122,7 @@ def _lengths(corpus: torch.Tensor) -> torch.Tensor:
 
 def quantize_int8(corpus: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``corpus`` (R, D) as int8 rows and their float32 scales (R,): ``row ~ int8 * scale``, a quarter of the memory."""
-    corpus = checks.features("corpus", corpus)
+    features("corpus", corpus)
     scale = corpus.float().abs().amax(1).clamp(min=1e-12) / 127
     return (corpus.float() / scale[:, None]).round().to(torch.int8), scale
 
@@ -156,10 +145,7 @@ def recall_at_k(
     Raises:
         ValueError: the sides differ in rows, or ``ks`` is empty.
     """
-    if a.shape[0] != b.shape[0]:
-        raise ValueError(f"b must have as many rows as a ({a.shape[0]}); got {b.shape[0]}")
-    if not ks:
-        raise ValueError("ks must name at least one k; got none")
+    checks.check_pairs(a, b, ks)
     own = torch.arange(a.shape[0], device=a.device)[:, None]
     result: dict[str, float] = {}
     for name, x, y in (("a->b", a, b), ("b->a", b, a)):

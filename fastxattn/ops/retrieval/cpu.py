@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from fastxattn.ops.retrieval import schema  # noqa: F401  (defines the operator)
+from fastxattn.ops.retrieval.problem import Problem
 from fastxattn.runtime import native
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What decides which backend runs."""
-
-    device: str
-    dtype: torch.dtype
-    k: int = 1
 
 
 def supports(problem: Problem) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastxattn.ops.retrieval import schema  # noqa: F401  (defines the operator)
-from fastxattn.ops.retrieval.cpu import Problem
+from fastxattn.ops.retrieval.problem import Problem
 from fastxattn.runtime import triton
 
 MOST = 128  # a query's list lives in registers

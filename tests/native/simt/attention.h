@@ -33,7 +33,6 @@ AttentionKernelParams attention_params(const Arguments& a, Memory& memory) {
   }
   p.scale = static_cast<float>(a.number("scale"));
   p.softcap = static_cast<float>(a.number("softcap"));
-  p.splits = a.integer("splits", 1), p.split_keys = a.integer("split_keys", 0);
   return p;
 }
 
@@ -62,14 +61,19 @@ struct OnRunner {
   }
 };
 
+inline void set_parts(AttentionKernelParams& p, const Arguments& a, Memory& memory) {
+  p.part_out = a.output<float>(memory, "part_out"), p.part_lse = a.output<float>(memory, "part_lse");
+  if (p.part_out != nullptr) p.chunks = a.size("part_out"), p.part_rows = a.size("part_out", 2);
+}
+
 template <class T>
 Statistics attention_forward(const Arguments& a) {
   Memory memory;
   AttentionKernelParams p = attention_params<T>(a, memory);
   p.out = a.output<T>(memory, "out"), p.lse = a.output<float>(memory, "lse");
-  p.part_out = a.output<float>(memory, "part_out"), p.part_lse = a.output<float>(memory, "part_lse");
+  set_parts(p, a, memory);
   Runner runner(memory);
-  attention::run_forward<T>(p, OnRunner{runner, static_cast<uint64_t>(a.integer("order", 0))});
+  attention::run_forward<T>(p, false, OnRunner{runner, static_cast<uint64_t>(a.integer("order", 0))});
   return runner.statistics();
 }
 
@@ -79,8 +83,11 @@ Statistics attention_forward_wgmma(const Arguments& a) {
   AttentionKernelParams p = attention_params<T>(a, memory);
   p.out = a.output<T>(memory, "out"), p.lse = a.output<float>(memory, "lse");
   if (!attention::fits_wgmma<T>(p)) throw SimtFault("the kernel for compute capability 9.0 does not take this problem");
+  set_parts(p, a, memory);
   Runner runner(memory);
-  attention::run_forward_wgmma<T>(p, OnRunner{runner, static_cast<uint64_t>(a.integer("order", 0))});
+  const OnRunner launch{runner, static_cast<uint64_t>(a.integer("order", 0))};
+  attention::run_forward_wgmma<T>(p, launch);
+  attention::run_forward<T>(p, true, launch);
   return runner.statistics();
 }
 

@@ -9,7 +9,7 @@ import torch
 from simt.build import Simt
 from torch import Tensor
 
-from fastxattn.ops.attention.cuda_launch import SPLIT_KEYS, Plan, sum_by_row
+from fastxattn.ops.attention.cuda_launch import Plan, sum_by_row
 from fastxattn.ops.attention.problem import Problem
 
 TENSORS = (
@@ -29,8 +29,7 @@ def arguments(problem: Problem, plan: Plan, order: int) -> dict[str, Any]:
     """The keywords common to forward and backward."""
     given = {name: as_array(getattr(problem, name)) for name in ("query", "key", "value", *TENSORS)}
     return given | {
-        "scale": problem.scale, "softcap": problem.softcap, "aligned": plan.aligned, "splits": plan.splits,
-        "split_keys": SPLIT_KEYS, "order": order,
+        "scale": problem.scale, "softcap": problem.softcap, "aligned": plan.aligned, "order": order,
     }  # fmt: skip
 
 

@@ -18,8 +18,10 @@ static ContrastiveCudaSide side(const Arguments& a, Memory& memory, const std::s
           floats("slopes_")};
 }
 
+using Kernel = void (*)(ContrastiveCuda);
+
 template <class T>
-static Statistics run_contrastive(const Arguments& a, bool slopes) {
+static Statistics run_contrastive(const Arguments& a, Kernel kernel, bool window) {
   Memory memory;
   ContrastiveCuda p{};
   p.x = side<T>(a, memory, "x");
@@ -37,29 +39,35 @@ static Statistics run_contrastive(const Arguments& a, bool slopes) {
   p.state = a.output<float>(memory, "state");
   p.first_x = a.integer("first_x", 0);
   p.first_y = a.integer("first_y", 0);
+  p.target = a.input<int32_t>(memory, "target");
+  p.logits = a.output<float>(memory, "logits");
+  p.weight = a.input<float>(memory, "weight");
   p.dz = a.output<float>(memory, "dz");
-  p.dot = a.output<float>(memory, "dot");
+  p.sums = a.output<float>(memory, "sums");
   const auto tiles = [](int64_t rows) { return static_cast<int>((rows + gpu::kTileRows - 1) / gpu::kTileRows); };
-  Launch launch{.threads = gpu::kTileThreads,
+  Launch launch{.grid_x = tiles(p.x.rows),
+                .grid_y = p.splits,
+                .threads = gpu::kTileThreads,
                 .shared_bytes = gpu::kTileShared<T>,
                 .order = static_cast<uint64_t>(a.integer("order", 0))};
-  Runner runner(memory);
-  if (slopes) {
-    p.stride_dz = a.get("dz").strides[0];
-    p.stride_dot = a.get("dot").strides[0];
-    launch.grid_x = tiles(p.x.rows - p.first_x), launch.grid_y = tiles(p.y.rows - p.first_y);
-    runner.run("slopes", launch, [&] { gpu::contrastive_slopes_kernel<T>(p); });
-  } else {
-    launch.grid_x = tiles(p.x.rows), launch.grid_y = p.splits;
-    runner.run("stats", launch, [&] { gpu::contrastive_stats_kernel<T>(p); });
+  if (window) {
+    if (p.dz != nullptr) p.stride_dz = a.get("dz").strides[0];
+    p.stride_sums = a.get("sums").strides[1];
+    launch.grid_x = tiles(a.integer("rows", p.x.rows - p.first_x));
+    launch.grid_y = tiles(a.integer("columns", p.y.rows - p.first_y));
   }
+  Runner runner(memory);
+  runner.run("contrastive", launch, [&] { kernel(p); });
   return runner.statistics();
 }
-FXA_SIMT_BIND(contrastive_stats_float32) { return run_contrastive<float>(a, false); }
-FXA_SIMT_BIND(contrastive_stats_bfloat16) { return run_contrastive<bf16_t>(a, false); }
-FXA_SIMT_BIND(contrastive_stats_float16) { return run_contrastive<f16_t>(a, false); }
-FXA_SIMT_BIND(contrastive_slopes_float32) { return run_contrastive<float>(a, true); }
-FXA_SIMT_BIND(contrastive_slopes_bfloat16) { return run_contrastive<bf16_t>(a, true); }
-FXA_SIMT_BIND(contrastive_slopes_float16) { return run_contrastive<f16_t>(a, true); }
+#define FXA_CONTRASTIVE(name, kernel, window)                                                        \
+  FXA_SIMT_BIND(name##_float32) { return run_contrastive<float>(a, gpu::kernel<float>, window); }    \
+  FXA_SIMT_BIND(name##_bfloat16) { return run_contrastive<bf16_t>(a, gpu::kernel<bf16_t>, window); } \
+  FXA_SIMT_BIND(name##_float16) { return run_contrastive<f16_t>(a, gpu::kernel<f16_t>, window); }
+FXA_CONTRASTIVE(contrastive_stats, contrastive_stats_kernel, false)
+FXA_CONTRASTIVE(contrastive_positives, contrastive_positives_kernel, false)
+FXA_CONTRASTIVE(contrastive_slopes, contrastive_slopes_kernel, true)
+FXA_CONTRASTIVE(sigmoid, sigmoid_kernel, true)
+#undef FXA_CONTRASTIVE
 
 }  // namespace fastxattn::simt

@@ -13,19 +13,27 @@ from simt.build import Simt
 from fastxattn.runtime import cuda
 
 SIDES = "x y scale bias norm_x norm_y id_x id_y skip_x skip_y exact"
+GRADIENT = "x y cu_x cu_y set_x set_y best_x best_y grad_x grad_y stride_x stride_y"
 # By name: arguments of the operator (csrc/<op>/<op>_cuda_torch.cpp) under the names of tests/native/simt/bind_<op>.cpp.
 ARGUMENTS = {
     "pruning_select": ("select", "keep_index assignment gathered scores cu cu_keep protected x aligned shares"),
     "pruning_match": ("match", "best similarity x inverse_norm a_index cu_a b_index cu_b aligned shares"),
     "pruning_merge": ("merge", "out x members first coefficient"),
-    "maxsim": ("maxsim", "sum_a sum_b best_a best_b a b cu_a cu_b aligned"),
+    "maxsim": ("maxsim", "sum_a sum_b best_a best_b a b cu_a cu_b smooth aligned"),
+    "maxsim_gradient": ("maxsim_gradient", f"out {GRADIENT} aligned"),
+    "smooth_weights": ("smooth_weights", f"weights {GRADIENT} smooth first_x first_y rows columns aligned"),
     "contrastive_stats": (
         "contrastive_stats",
         f"state {SIDES} limit_x rank exact_by_row exclude_self means aligned",
     ),
+    "contrastive_positives": ("contrastive_positives", "logits x y scale bias norm_x norm_y target aligned"),
     "contrastive_slopes": (
         "contrastive_slopes",
-        f"dz dot {SIDES} limit_x limit_y slopes_x slopes_y exclude_self first_x first_y rows columns aligned",
+        f"dz sums {SIDES} limit_x limit_y slopes_x slopes_y exclude_self first_x first_y rows columns aligned",
+    ),
+    "sigmoid": (
+        "sigmoid",
+        f"dz sums {SIDES} weight exclude_self first_x first_y rows columns aligned",
     ),
 }
 

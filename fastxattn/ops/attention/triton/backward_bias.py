@@ -63,9 +63,9 @@ def attention_backward_bias(
     i_batch = i_program // blocks_k // blocks_q // bias_heads
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i_b in range(i_batch, batch if BATCH_SHARED else i_batch + 1):
-        i_b64 = tl.to_tensor(i_b).to(tl.int64)
+        i_b64 = tl.cast(i_b, tl.int64)
         for i_h in range(i_head, heads if HEADS_SHARED else i_head + 1):
-            i_h64 = tl.to_tensor(i_h).to(tl.int64)
+            i_h64 = tl.cast(i_h, tl.int64)
             for i_m in range(i_block_q, tl.cdiv(places_q, BLOCK_M) if ROWS_SHARED else i_block_q + 1):
                 o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
                 o_row, _slot, m_m = find_places(p_cu_q, p_used_q, p_slot_q, slots_q, rows_q, i_b, o_m)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 KERNELS = ("forward", "split", "backward_query", "backward_key", "backward_bias")
 
 
@@ -44,7 +46,7 @@ _RICH: Table = {
 # Exact float32 runs on the ordinary arithmetic units, whose operands live in registers.
 _SINGLE: Table = {
     "forward": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "split": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "split": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 2)},
     "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_key": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
@@ -101,9 +103,12 @@ def shipped() -> list[tuple[str, str, int, Tile]]:
 def splits_for(slots_q: int, slots_k: int, batch: int, group: int) -> int:
     """Chunks of keys per sequence: 1, or what the longest possible sequence may need.
 
-    Decided by shapes alone. A chunk's size depends on its own sequence only, so within the split schedule a sequence's
-    result does not depend on its neighbours.
+    Decided by shapes alone. A chunk's size depends on its own sequence only, so within a schedule a sequence's result
+    does not depend on its neighbours; which of the two schedules runs depends on the averages of the batch. Under
+    ``torch.use_deterministic_algorithms(True)`` keys are never cut, and a sequence has the same bits in every batch.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        return 1
     if slots_q * group > SPLIT_QUERIES * batch or slots_k < SPLIT_LENGTH * batch:
         return 1
     return min(MAX_SPLITS, -(-slots_k // SPLIT_KEYS))

@@ -154,7 +154,7 @@ def attention_merge(
     b_max = tl.full((BLOCK_M,), float("-inf"), p_part_lse.dtype.element_ty)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     for i_split in range(0, tl.maximum(tl.cdiv(length_k, chunk_of(length_k, SPLITS, SPLIT_KEYS, BLOCK_N)), 1)):
-        i_plane = tl.to_tensor(i_split).to(tl.int64)
+        i_plane = tl.cast(i_split, tl.int64)
         b_lse = tl.load(p_part_lse + (i_plane * heads + o_head) * rows_q + o_row, mask=m_m, other=float("-inf"))
         b_part = tl.load(p_part + i_plane * rows_q * heads * VALUE_DIM + o_out, mask=m_out, other=0.0)
         b_new_max = tl.maximum(b_max, b_lse, propagate_nan=tl.PropagateNan.ALL)

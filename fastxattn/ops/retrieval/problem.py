@@ -1,0 +1,16 @@
+"""What a backend is told of a problem before it says whether it supports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One search."""
+
+    device: str
+    dtype: torch.dtype
+    k: int = 1

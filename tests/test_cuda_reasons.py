@@ -1,0 +1,109 @@
+"""What the CUDA kernels of losses, late interaction and pruning refuse, and how they say so; no device needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastxattn
+from fastxattn.ops.contrastive import cuda as contrastive
+from fastxattn.ops.contrastive.problem import Problem
+from fastxattn.ops.late_interaction import cuda as late_interaction
+from fastxattn.ops.late_interaction.cpu import Problem as Tokens
+from fastxattn.ops.pruning import cuda as pruning
+from fastxattn.runtime import cuda, native
+
+
+def problem(dtype: torch.dtype, scale: torch.dtype = torch.float32, **options: object) -> Problem:
+    a, b = torch.empty(5, 8, dtype=dtype, device="cuda"), torch.empty(6, 8, dtype=dtype, device="cuda")
+    made = Problem(a, b, torch.empty((), dtype=scale, device="cuda"))
+    for name, value in options.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA library that is there, and a device that is asked nothing."""
+    monkeypatch.setattr(native, "cuda_library", lambda: native.Loaded(None, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_each_room_takes_its_dtypes_and_says_what_it_does_not() -> None:
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for options in ({}, {"metrics": True, "margin": 0.1}, {"normalize": True, "bias": torch.zeros(())}):
+                assert contrastive.supports(problem(dtype, **options)) is None
+            assert pruning.supports(torch.empty(5, 8, dtype=dtype, device="cuda")) is None
+            for smooth in (None, 0.5):
+                assert late_interaction.supports(Tokens("cuda", dtype, smooth)) is None
+        for wide in (problem(torch.float64), problem(torch.float32, torch.float64)):
+            assert contrastive.supports(wide) == "computes in float32; the features or the scale are float64"
+        assert "got torch.float64" in str(pruning.supports(torch.empty(5, 8, dtype=torch.float64, device="cuda")))
+    assert late_interaction.supports(Tokens("cuda", torch.float64, None)) == (
+        "computes in float32; the tokens are float64"
+    )
+
+
+def test_where_nothing_of_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cuda_library", lambda: native.Loaded(None, "the CUDA kernels were not built"))
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.unavailable(device) == "the CUDA kernels were not built"
+    assert cuda.unavailable(torch.device("cpu")) == "the tensors are on cpu"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert cuda.unavailable(device) == "it is written for NVIDIA devices"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert cuda.unavailable(device) == "it needs compute capability 8.0, and the device has 7.5"
+    with FakeTensorMode():
+        for reason in (
+            contrastive.supports(problem(torch.float16)),
+            late_interaction.supports(Tokens("cuda", torch.float16, None)),
+            pruning.supports(torch.empty(5, 8, device="cuda")),
+        ):
+            assert reason == "it needs compute capability 8.0, and the device has 7.5"
+
+
+@pytest.mark.usefixtures("loaded")
+def test_onnx_files_hold_standard_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with FakeTensorMode():
+        assert "ONNX files" in str(contrastive.supports(problem(torch.float32)))
+    assert "ONNX files" in str(late_interaction.supports(Tokens("cuda", torch.float32, None)))
+
+
+def test_every_loss_names_the_backend() -> None:
+    a, b, cu = torch.zeros(5, 8), torch.zeros(6, 8), torch.tensor([0, 5], dtype=torch.int32)
+    for call, arguments in (
+        (fastxattn.infonce_loss, (a, b, 1.0)),
+        (fastxattn.sigmoid_loss, (a, b, 1.0, 0.0)),
+        (fastxattn.maxsim, (a, b, cu, cu)),
+    ):
+        reasons = {v.backend: v.reason for v in fastxattn.explain(call, *arguments).verdicts}
+        assert reasons["cuda"] == "the tensors are on cpu"
+        with pytest.raises(RuntimeError, match="cannot run this problem: the tensors are on cpu"):
+            call(*arguments, backend="cuda")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_fake_tensors_go_through_the_operators() -> None:
+    """Shapes and dtypes, as torch.compile and torch.export see them; autograd itself wants a device."""
+    ops = torch.ops.fastxattn
+    with FakeTensorMode():
+        a, b = (torch.empty(n, 8, device="cuda", dtype=torch.float16) for n in (5, 6))
+        cu, scale = torch.empty(3, dtype=torch.int32, device="cuda"), torch.empty((), device="cuda")
+        for result in (
+            fastxattn.sigmoid_loss(a, b, scale, backend="cuda"),
+            fastxattn.maxsim(a, b, cu, cu, backend="cuda"),
+            fastxattn.maxsim(a, b, cu, cu, smooth=0.1, backend="cuda"),
+        ):
+            assert result.dtype == torch.float32 and result.device.type == "cuda"
+        grads = ops.sigmoid_cuda(a, b, scale, scale, *[None] * 7, False, None, 7)[1:3]
+        scores, best = torch.empty(2, 2, device="cuda"), torch.empty(5, 2, device="cuda")
+        saved = (scores, scores, best, best, a, b, cu, cu, True, True, 3)
+        for found in (grads, ops.maxsim_backward_cuda(*saved), ops.smooth_maxsim_backward_cuda(*saved, 0.1)):
+            assert [g.shape for g in found] == [(5, 8), (6, 8)] and {g.dtype for g in found} == {torch.float32}
