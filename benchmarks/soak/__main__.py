@@ -105,9 +105,7 @@ def table(outcomes: dict[str, Outcome], minutes: float, seed: int) -> str:
             lines.append(f"| {op} | {' | '.join(cells)} |")
         for title, outcome in random.items():
             said = ", ".join(f"{what} {count}" for what, count in sorted(outcome.spread.items()))
-            small = (
-                f" {outcome.small} outside their budget by less than a factor of {LIMIT:.0f}: counted, not failures."
-            )
+            small = f" {outcome.small} outside their budget by less than {LIMIT:.0f} times: counted, not failures."
             not_run = f"not run, {outcome.skipped}."
             lines += ["", f"{title}: {not_run if outcome.skipped else f'{said}.{small if outcome.small else str()}'}"]
         lines.append("")

@@ -115,6 +115,11 @@ def results(trial: Trial, backend: str, dtype: torch.dtype | None) -> dict[str, 
     return found
 
 
+def computed_in(name: str, value: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose rounding a result shows: its own, and of gradients the problem's."""
+    return dtype if name.startswith("grad") else value.dtype
+
+
 def judge(trial: Trial, backend: str) -> Judgement:
     """The result with the largest error beside its budget."""
     ours = results(trial, backend, None)
@@ -128,8 +133,9 @@ def judge(trial: Trial, backend: str) -> Judgement:
         report = measure_error(name, value, truth[name], yard[name], backward=name.startswith("grad"))
         if not report.same_nonfinite:
             return Judgement(name, report.max_error, report.max_budget, "NaN or infinity in other places")
-        rounding = torch.finfo(trial.dtype).eps * largest(truth[name])
-        budget = SLACK * max(report.max_budget + rounding, of_few(name, truth, trial.dtype))
+        dtype = computed_in(name, value, trial.dtype)
+        rounding = torch.finfo(dtype).eps * largest(truth[name])
+        budget = SLACK * max(report.max_budget + rounding, of_few(name, truth, dtype))
         found = Judgement(name, report.max_error, budget)
         if found.error * worst.budget > worst.error * found.budget:
             worst = found
@@ -159,8 +165,8 @@ def judge_attention(draw: Draw, backend: str) -> tuple[str, Judgement]:
         report = measure_error(name, value, truth[name], eager[name], backward=name.startswith("grad"))
         if not report.same_nonfinite:
             return repr(case), Judgement(name, report.max_error, report.max_budget, "NaN or infinity in other places")
-        dtype = torch.float32 if name == "lse" else draw.dtype
-        found = Judgement(name, report.max_error, max(report.max_budget, of_few(name, truth, dtype)))
+        few = of_few(name, truth, computed_in(name, value, draw.dtype))
+        found = Judgement(name, report.max_error, max(report.max_budget, few))
         if found.error * worst.budget > worst.error * found.budget:
             worst = found
     return repr(case), worst

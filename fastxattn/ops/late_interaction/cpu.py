@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastxattn.ops.late_interaction import schema  # noqa: F401  (defines the operators)
-from fastxattn.ops.late_interaction.problem import Problem as Problem
+from fastxattn.ops.late_interaction.problem import Problem
 from fastxattn.runtime import native
 
 

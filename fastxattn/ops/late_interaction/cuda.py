@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastxattn.ops.contrastive.windows import Windows, multiply, up
 from fastxattn.ops.late_interaction import schema
-from fastxattn.ops.late_interaction.cpu import Problem
+from fastxattn.ops.late_interaction.problem import Problem
 from fastxattn.ops.late_interaction.schema import NEEDS
 from fastxattn.runtime import cuda
 
