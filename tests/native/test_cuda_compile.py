@@ -102,9 +102,20 @@ def table(offline: ModuleType) -> list[Any]:
         return [offline.Row(**{k: int(v) if k in numbers else v for k, v in r.items()}) for r in csv.DictReader(file)]
 
 
+SPILLS = {
+    ("attention_backward_key", dtype, 128, "rich", arch): 16
+    for dtype in ("f16_t", "bf16_t")
+    for arch in ("sm_80", "sm_90a")
+}
+"""The known misses, in bytes; see docs/performance/cuda.md."""
+
+
 def test_every_row_of_the_table_passes_the_gates(offline: ModuleType) -> None:
-    bad = [f"{row}: {row.faults()}" for row in table(offline) if row.faults()]
+    rows = table(offline)
+    known = {r: SPILLS.get((r.kernel, r.dtype, r.dim, r.variant, r.arch), 0) for r in rows}
+    bad = [f"{r}: {r.faults()}" for r in rows if dataclasses.replace(r, spills=max(r.spills - known[r], 0)).faults()]
     assert not bad, "\n".join(bad)
+    assert all(r.spills for r, spills in known.items() if spills), "a known spill is gone"
 
 
 def test_the_table_has_every_attention_kernel(offline: ModuleType) -> None:

@@ -39,8 +39,9 @@ def score_of(problem: ImportanceProblem, scale: float | None, backend: str) -> T
     ):
         # As attention's short way: the operator checks everything it relies on, and Python looks only when it refused.
         try:
-            given = problem.query.size(-1) ** -0.5 if scale is None else scale
-            return _run("cpu", problem._replace(scale=given))
+            if problem.query.is_cpu and problem.query.dtype != torch.float64:
+                given = problem.query.size(-1) ** -0.5 if scale is None else scale
+                return _run("cpu", problem._replace(scale=given))
         except (RuntimeError, TypeError, AttributeError):
             pass
     problem = _prepare(problem, scale)
