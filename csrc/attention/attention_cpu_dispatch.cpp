@@ -1,4 +1,3 @@
-#include <cstring>
 #include <memory>
 
 #include "attention/attention.h"
@@ -53,7 +52,7 @@ std::unique_ptr<float[]> floats(int64_t n) {
 
 void attention_forward(const AttentionParams& p, const AttentionContent& content, const Parallel& parallel, Isa isa) {
   if (!content.every_query_row) {
-    std::memset(p.out, 0, static_cast<size_t>(p.rows_q * p.heads * p.value_dim * dtype_size(p.dtype)));
+    zero_bytes(p.out, p.rows_q * p.heads * p.value_dim * dtype_size(p.dtype));
     for (int64_t i = 0; i < p.rows_q * p.heads; ++i) write_lse(p, 0, i, -__builtin_inf());
   }
   const ForwardPlan plan = plan_forward(p);
@@ -74,9 +73,9 @@ void attention_forward(const AttentionParams& p, const AttentionContent& content
 void attention_backward(const AttentionParams& p, const AttentionGradients& g, const AttentionContent& content,
                         const Parallel& parallel, Isa isa) {
   const BackwardPlan plan = plan_backward(p, g, content);
-  const size_t size = static_cast<size_t>(dtype_size(p.dtype));
+  const int64_t size = dtype_size(p.dtype);
   auto clear = [&](void* data, int64_t n, bool wanted) {
-    if (data != nullptr && wanted) std::memset(data, 0, static_cast<size_t>(n) * size);
+    if (wanted) zero_bytes(data, n * size);
   };
   clear(g.grad_query, p.rows_q * p.heads * p.head_dim, !content.every_query_row || plan.queries_left_out);
   clear(g.grad_key, p.rows_k * p.kv_heads * p.head_dim, !content.every_key_row || plan.keys_left_out);
@@ -105,7 +104,7 @@ void attention_backward(const AttentionParams& p, const AttentionGradients& g, c
     // Sums are kept in float32; a narrower bias gets them rounded once at the end.
     const auto wide = floats(p.bias_dtype == DType::f32 ? 0 : n);
     float* sums = wide ? wide.get() : static_cast<float*>(g.grad_bias);
-    std::memset(sums, 0, static_cast<size_t>(n) * sizeof(float));
+    zero_bytes(sums, n * 4);
     const std::vector<BiasItem> items = plan_bias(p);
     const auto run_item = select_bias_item(isa);
     const size_t most = bytes(p, nullptr);

@@ -80,7 +80,7 @@ void merge_key_bias(const AttentionParams& p, const AttentionGradients& g, const
                     const float* workspace) {
   const int64_t parts_per_slot = g.key_bias_has_heads ? p.heads : p.kv_heads;
   const int64_t heads = g.key_bias_has_heads ? p.heads : 1;
-  std::memset(g.grad_key_bias, 0, static_cast<size_t>(p.rows_k * heads) * sizeof(float));
+  zero_bytes(g.grad_key_bias, p.rows_k * heads * 4);
   for (const BackwardMerge& m : plan.merges) {
     const Sequence s = sequence_of(p, m.sequence);
     for (int64_t j = 0; j < s.keys; ++j) {

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 #include <memory>
 
 #include "attention/attention_plan.h"
@@ -107,7 +106,7 @@ void bidirectional_forward(const Params& p, const Parallel& parallel, Isa isa) {
     const BidirectionalSide& s = p.side[side];
     if (plan.every_row[side]) continue;
     const int64_t n = s.rows * p.heads * p.side[1 - side].value_dim;
-    std::memset(s.out, 0, static_cast<size_t>(n * dtype_size(p.dtype)));
+    zero_bytes(s.out, n * dtype_size(p.dtype));
     std::fill_n(s.lse, s.rows * p.heads, -__builtin_inff());
   }
   const auto run = select_forward(isa);
@@ -136,8 +135,7 @@ void bidirectional_backward(const Params& given, const Parallel& parallel, Isa i
     for_each_task(parallel, (s.rows + kRows - 1) / kRows,
                   [&](int64_t i, int64_t) { center(p, side, i * kRows, std::min(s.rows, (i + 1) * kRows)); });
     const auto clear = [&](void* grad, int64_t dim) {
-      if (grad == nullptr || plan.every_row[side]) return;
-      std::memset(grad, 0, static_cast<size_t>(s.rows * p.heads * dim * dtype_size(p.dtype)));
+      if (!plan.every_row[side]) zero_bytes(grad, s.rows * p.heads * dim * dtype_size(p.dtype));
     };
     clear(s.grad_query, p.head_dim);
     clear(s.grad_value, s.value_dim);

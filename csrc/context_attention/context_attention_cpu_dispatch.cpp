@@ -1,5 +1,4 @@
 // Plans the tasks, hands out scratch memory, and calls the kernels of the active instruction set.
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -67,7 +66,7 @@ std::vector<ContextPanel> panels_of(const ContextAttentionParams& p, std::vector
 void clear_unused_rows(const ContextAttentionParams& p) {
   const int64_t used = p.cu_seqlens_q[p.batch];
   const int64_t row_bytes = p.heads * p.width * dtype_size(p.dtype);
-  std::memset(static_cast<char*>(p.out) + used * row_bytes, 0, static_cast<size_t>((p.rows_q - used) * row_bytes));
+  zero_bytes(p.out, (p.rows_q - used) * row_bytes, used * row_bytes);
   for (int64_t h = 0; h < p.heads; ++h)
     for (int64_t q = used; q < p.rows_q; ++q) {
       p.lse[h * p.rows_q + q] = -__builtin_inff();
@@ -134,13 +133,9 @@ void context_attention_backward(const ContextAttentionParams& p, const ContextAt
   const int64_t padded = context_padded(p.width), row_bytes = p.width * dtype_size(p.dtype);
   const int64_t used_rows = p.cu_seqlens_q[p.batch] * p.heads, used_keys = p.cu_seqlens_k[p.batch];
   const bool by_key = g.grad_context != nullptr;
-  if (g.grad_query != nullptr) {
-    std::memset(static_cast<char*>(g.grad_query) + used_rows * row_bytes, 0,
-                static_cast<size_t>((p.rows_q * p.heads - used_rows) * row_bytes));
-  }
+  zero_bytes(g.grad_query, (p.rows_q * p.heads - used_rows) * row_bytes, used_rows * row_bytes);
   if (by_key) {
-    std::memset(static_cast<char*>(g.grad_context) + used_keys * row_bytes, 0,
-                static_cast<size_t>((p.rows_k - used_keys) * row_bytes));
+    zero_bytes(g.grad_context, (p.rows_k - used_keys) * row_bytes, used_keys * row_bytes);
     if (g.grad_key_bias != nullptr)
       for (int64_t k = used_keys; k < p.rows_k; ++k) g.grad_key_bias[k] = 0.0f;
   }

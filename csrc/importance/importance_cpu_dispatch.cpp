@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "attention/attention_plan.h"
@@ -53,7 +52,7 @@ std::vector<ImportanceItem> plan(const AttentionParams& p, int64_t most_keys) {
 
 void key_importance(const ImportanceParams& params, const Parallel& parallel, Isa isa) {
   const AttentionParams& p = params.attention;
-  std::memset(params.score, 0, static_cast<size_t>(p.heads * p.slots_k) * sizeof(float));
+  zero_bytes(params.score, p.heads * p.slots_k * 4);
   const int64_t most_keys = kPanelBytes / (p.head_dim * 4) / 48 * 48 + 48;
   const std::vector<ImportanceItem> items = plan(p, most_keys);
   const size_t bytes = select_scratch(isa)(p, most_keys);

@@ -172,7 +172,8 @@ def match_kernel(
                 if UPCAST:
                     b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
                 products = tl.dot(b_a, b_b, products, input_precision="ieee")
-            value = products * a_scale[:, None] * b_scale[None, :]
+            # The scales first: a pair has the same similarity from both sides, and mutual neighbours tie exactly.
+            value = products * (a_scale[:, None] * b_scale[None, :])
             usable = (value == value) & (o_n < b_end)[None, :]
             if EXCLUDE_SELF:
                 usable = usable & (a_row[:, None] != b_row[None, :])
