@@ -5,7 +5,7 @@ import torch
 
 from fastxattn.ops.importance import dispatch
 from fastxattn.runtime import native
-from tests.test_importance import check, make
+from tests.importance_problems import check, make
 
 SHAPES = {
     "one_row": {"lengths_q": (1, 1, 1, 0, 1), "lengths_k": (1, 0, 31, 9, 300), "heads": 12, "kv_heads": 12},
