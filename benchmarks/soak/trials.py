@@ -116,8 +116,12 @@ def results(trial: Trial, backend: str, dtype: torch.dtype | None) -> dict[str, 
 
 
 def computed_in(name: str, value: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose rounding a result shows: its own, and of gradients the problem's."""
-    return dtype if name.startswith("grad") else value.dtype
+    """The dtype whose rounding a result shows: its own, and of gradients the problem's.
+
+    Nothing is computed in float64: attention hands its lse on in it, so as not to round it once more.
+    """
+    own = dtype if name.startswith("grad") else value.dtype
+    return torch.float32 if own == torch.float64 else own
 
 
 def judge(trial: Trial, backend: str) -> Judgement:
