@@ -39,9 +39,10 @@ def demo(
             "speed-up",
             "useful GFLOP/s",
             "peak MiB",
-            "max error vs float64",
+            "max error",
         ):
-            table.add_column(column, justify="left" if column in ("dtype", "provider") else "right")
+            named = column in ("dtype", "provider")
+            table.add_column(column, justify="left" if named else "right", no_wrap=named)
         for r in result.rows:
             peak = "unknown" if r.peak_mib is None else f"{r.peak_mib:.0f}"
             numbers = (f"{r.milliseconds:.0f}", f"{r.speedup:.2f}x", f"{r.gflops:.0f}", peak, f"{r.error:.2e}")
