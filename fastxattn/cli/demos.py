@@ -45,7 +45,7 @@ def demo(
             table.add_column(column, justify="left" if named else "right", no_wrap=named)
         for r in result.rows:
             peak = "unknown" if r.peak_mib is None else f"{r.peak_mib:.0f}"
-            numbers = (f"{r.milliseconds:.0f}", f"{r.speedup:.2f}x", f"{r.gflops:.0f}", peak, f"{r.error:.2e}")
+            numbers = (f"{r.milliseconds:.0f}", f"{r.speedup:.2f}x", f"{r.gflops:.0f}", peak, f"{r.error:.1e}")
             table.add_row(r.dtype, r.provider, *numbers)
         console = Console()
         console.print(table)
