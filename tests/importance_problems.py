@@ -6,7 +6,7 @@ from fastxattn.ops.attention.reference import attention_reference
 from fastxattn.ops.importance import dispatch
 from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.ops.importance.reference import importance_reference
-from fastxattn.testing import measure_error
+from fastxattn.testing import measure_error, offsets
 
 LEAVES = ("query", "key", "lse", "key_bias", "row_weight")
 
@@ -15,8 +15,7 @@ def make(dtype, lengths_q=(5, 0, 37, 1), lengths_k=(40, 33, 70, 7), heads=4, kv_
 row_weight=0,
          kv_range=False, softcap=0.0, probe=False, key_index=False, lse_shift=0.0, device="cpu", seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
-    offsets_q = torch.tensor([0, *torch.tensor(lengths_q).cumsum(0)], dtype=torch.int32)
-    offsets_k = torch.tensor([0, *torch.tensor(lengths_k).cumsum(0)], dtype=torch.int32)
+    offsets_q, offsets_k = offsets(lengths_q), offsets(lengths_k)
     rows_q, rows_k = sum(lengths_q) + 2, sum(lengths_k) + 3
     extra = {}
     if key_bias:

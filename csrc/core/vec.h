@@ -111,29 +111,55 @@ FXA_INLINE void store_first(float* p, vf x, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// (2^f - 1) / f for |f| <= 0.5; 1 + f times it has a relative error of 2e-8 before rounding.
-FXA_INLINE vf exp2_slope(vf f) {
-  vf y = splat(0x1.41fbba0000000p-13f);
-  y = fma(y, f, splat(0x1.5f3e540000000p-10f));
-  y = fma(y, f, splat(0x1.3b2d4c0000000p-7f));
-  y = fma(y, f, splat(0x1.c6aee80000000p-5f));
-  y = fma(y, f, splat(0x1.ebfbdc0000000p-3f));
-  y = fma(y, f, splat(0x1.62e4300000000p-1f));
-  return y;
+// Functions of N vectors go through them step by step: a processor does not look far enough ahead to overlap one long
+// chain of dependent instructions with the next.
+
+// slope[i] = (2^f - 1) / f for |f| <= 0.5; 1 + f times it has a relative error of 2e-8 before rounding.
+template <int N>
+FXA_INLINE void exp2_slope_each(const vf (&f)[N], vf (&slope)[N]) {
+  static constexpr float kTerms[] = {0x1.5f3e540000000p-10f, 0x1.3b2d4c0000000p-7f, 0x1.c6aee80000000p-5f,
+                                     0x1.ebfbdc0000000p-3f, 0x1.62e4300000000p-1f};
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) slope[i] = splat(0x1.41fbba0000000p-13f);
+#pragma GCC unroll 5
+  for (const float term : kTerms) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) slope[i] = fma(slope[i], f[i], splat(term));
+  }
 }
-FXA_INLINE vf exp2_fraction(vf f) { return fma(exp2_slope(f), f, splat(1.0f)); }
+FXA_INLINE vf exp2_slope(vf x) {
+  const vf f[1] = {x};
+  vf slope[1];
+  exp2_slope_each(f, slope);
+  return slope[0];
+}
 
 // 2^x: |relative error| <= 1e-7 where the result is normal; 0 below -150; NaN stays NaN; -inf gives 0.
-FXA_INLINE vf exp2(vf x) {
+template <int N>
+FXA_INLINE void exp2_each(vf (&x)[N]) {
+  vf n[N], slope[N];
 #if defined(FXA_VEC512)
   // The fraction of an infinity is 0 here, and scalef saturates both ways: no clamping needed.
-  return scale_by_pow2(exp2_fraction(_mm512_reduce_ps(x, 0)), round_even(x));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) n[i] = round_even(x[i]), x[i] = _mm512_reduce_ps(x[i], 0);
 #else
-  x = max(splat(-150.0f), x);  // operand order keeps NaN
-  x = min(splat(128.0f), x);
-  const vf n = round_even(x);
-  return scale_by_pow2(exp2_fraction(x - n), n);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = min(splat(128.0f), max(splat(-150.0f), x[i]));  // operand order keeps NaN
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) n[i] = round_even(x[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = x[i] - n[i];
 #endif
+  exp2_slope_each(x, slope);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = fma(slope[i], x[i], splat(1.0f));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = scale_by_pow2(x[i], n[i]);
+}
+FXA_INLINE vf exp2(vf x) {
+  vf each[1] = {x};
+  exp2_each(each);
+  return each[0];
 }
 
 inline constexpr float kLog2e = 1.4426950408889634f;
@@ -141,23 +167,6 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 
 // e^x: |relative error| <= 8e-8 (x is reduced by ln 2 in two parts, not multiplied by a rounded log2 e); the same
 // edges as exp2: NaN stays NaN, -inf gives 0.
-FXA_INLINE vf exp(vf x) {
-  x = max(splat(-105.0f), x);
-  x = min(splat(89.0f), x);
-  const vf n = round_even(x * splat(kLog2e));
-  vf r = fma(n, splat(-0x1.62e4p-1f), x);
-  r = fma(n, splat(-0x1.7f7d1c0p-20f), r);
-  vf y = splat(0x1.6d4926p-10f);
-  y = fma(y, r, splat(0x1.121072p-7f));
-  y = fma(y, r, splat(0x1.5554e4p-5f));
-  y = fma(y, r, splat(0x1.5554d8p-3f));
-  y = fma(y, r, splat(0.5f));
-  y = fma(r * r, y, r) + splat(1.0f);
-  return scale_by_pow2(y, n);
-}
-
-// The same of N vectors, step by step: a processor does not look far enough ahead to overlap one long chain of
-// dependent instructions with the next.
 template <int N>
 FXA_INLINE void exp_each(vf (&x)[N]) {
   static constexpr float kSlopes[] = {0x1.121072p-7f, 0x1.5554e4p-5f, 0x1.5554d8p-3f, 0.5f};
@@ -180,29 +189,10 @@ FXA_INLINE void exp_each(vf (&x)[N]) {
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) x[i] = scale_by_pow2(y[i], n[i]);
 }
-template <int N>
-FXA_INLINE void exp2_each(vf (&x)[N]) {
-#if defined(FXA_VEC512)
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) x[i] = exp2(x[i]);
-#else
-  static constexpr float kSlopes[] = {0x1.5f3e540000000p-10f, 0x1.3b2d4c0000000p-7f, 0x1.c6aee80000000p-5f,
-                                      0x1.ebfbdc0000000p-3f,  0x1.62e4300000000p-1f, 1.0f};
-  vf n[N], y[N];
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) x[i] = min(splat(128.0f), max(splat(-150.0f), x[i]));
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) n[i] = round_even(x[i]);
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) x[i] = x[i] - n[i], y[i] = splat(0x1.41fbba0000000p-13f);
-#pragma GCC unroll 6
-  for (const float slope : kSlopes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) y[i] = fma(y[i], x[i], splat(slope));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) x[i] = scale_by_pow2(y[i], n[i]);
-#endif
+FXA_INLINE vf exp(vf x) {
+  vf each[1] = {x};
+  exp_each(each);
+  return each[0];
 }
 
 // tanh(x) = e / (e + 2) with e = exp(2x) - 1, formed without cancellation: relative error <= 5e-7.

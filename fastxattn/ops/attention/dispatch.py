@@ -28,6 +28,18 @@ BACKENDS = (
 )
 
 
+def short_way(backend: str) -> bool:
+    """Whether a call may go to the CPU operator at once, which checks everything it relies on."""
+    return (
+        not is_compiling()  # first: a trace must not depend on the state below
+        and cpu.ready
+        and backend in _CPU
+        and env.default_backend in _CPU
+        and explaining.explaining_in is None
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -48,14 +60,7 @@ def attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of a problem; arguments as in the operator schema, ``scale`` None for 1 / sqrt(head_dim)."""
-    if (
-        not is_compiling()  # first: a trace must not depend on the state below
-        and cpu.ready
-        and backend in _CPU
-        and env.default_backend in _CPU
-        and explaining.explaining_in is None
-        and not torch.is_autocast_enabled("cpu")
-    ):
+    if short_way(backend):
         # The short way: the operator checks everything it relies on, and Python looks only when it has refused.
         try:
             scale_ = query.size(-1) ** -0.5 if scale is None else scale

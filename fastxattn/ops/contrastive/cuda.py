@@ -13,7 +13,7 @@ from torch import Tensor
 from fastxattn.ops.contrastive import schema  # noqa: F401  (defines the operators)
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.ops.contrastive.schema import WIDE
-from fastxattn.ops.contrastive.windows import STATES, Windows, multiply, slopes_of, statistics, up
+from fastxattn.ops.contrastive.windows import STATES, Windows, multiply, sigmoid_results, slopes_of, statistics, up
 from fastxattn.runtime import cuda
 
 TILE = 64
@@ -91,16 +91,15 @@ def contrastive_backward(
     slopes_a = slopes_of(row_stats, grad_row) if rows else None
     slopes_b = slopes_of(col_stats, grad_col) if columns else None
     windows = _windows(a, b, norm_a, norm_b, needs, bool(needs & WIDE))
-    dots = a.new_zeros(a.shape[0], dtype=torch.float32)
-    for place, j, grid in windows:
-        part = dots.new_empty((1, grid[1], windows.sides[0]))
-        count = place.stop - place.start
+
+    def launch(place: slice, j: int, _: tuple[int, int], part: Tensor) -> None:
         cuda.launch(
             "contrastive_slopes", windows.dz, part, a, b, scale, bias, norm_a, norm_b, id_a, id_b, skip_a, skip_b,
-            exact, limit_row, limit_col, slopes_a, slopes_b, exclude_self, place.start, j, count,
+            exact, limit_row, limit_col, slopes_a, slopes_b, exclude_self, place.start, j, place.stop - place.start,
             min(windows.sides[1], b.shape[0] - j), cuda.aligned(a, b),
         )  # fmt: skip
-        dots[place] += part[0, :, :count].sum(0)
+
+    (dots,) = windows.summed(1, launch)
     return (*windows.finished(), dots)
 
 
@@ -111,17 +110,15 @@ def sigmoid(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Each row's loss, and with ``needs`` the gradients of their sum weighted by ``weight``, in float32."""
     windows = _windows(a, b, norm_a, norm_b, needs, True)
-    sums = a.new_zeros((3, a.shape[0]), dtype=torch.float32)
-    for place, j, grid in windows:
-        part = sums.new_empty((3, grid[1], windows.sides[0]))
-        count = place.stop - place.start
+
+    def launch(place: slice, j: int, _: tuple[int, int], part: Tensor) -> None:
         cuda.launch(
             "sigmoid", windows.dz, part, a, b, scale, bias, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact, weight,
-            exclude_self, place.start, j, count, min(windows.sides[1], b.shape[0] - j), cuda.aligned(a, b),
+            exclude_self, place.start, j, place.stop - place.start, min(windows.sides[1], b.shape[0] - j),
+            cuda.aligned(a, b),
         )  # fmt: skip
-        sums[:, place] += part[:, :, :count].sum(1)
-    loss, dots, slopes = (s.clone() for s in sums) if needs else (sums[0].clone(), sums[1, :0], sums[2, :0])
-    return (loss, *windows.finished(), dots, slopes)
+
+    return sigmoid_results(windows, windows.summed(3, launch), needs)
 
 
 for _function in (positive_logits, contrastive_stats, contrastive_backward, sigmoid):

@@ -120,6 +120,18 @@ class Windows:
                 self.grad_a[i : i + rows] = _project(self.part_a[:rows], self.a[i : i + rows], self.norms[0], i)
                 self.part_a.zero_()
 
+    def summed(self, values: int, launch: Callable[[slice, int, tuple[int, int], Tensor], None]) -> Tensor:
+        """(values, rows of a) float32: what ``launch`` leaves of each row in every window, added up.
+
+        ``launch(place, j, grid, part)`` fills ``dz`` and ``part``, (values, tiles of columns, stride).
+        """
+        sums = self.a.new_zeros((values, self.a.shape[0]), dtype=torch.float32)
+        for place, j, grid in self:
+            part = sums.new_empty((values, grid[1], self.stride))
+            launch(place, j, grid, part)
+            sums[:, place] += part[:, :, : place.stop - place.start].sum(1)
+        return sums
+
     def finished(self) -> tuple[Tensor, Tensor]:
         """Both gradients."""
         if not self.wanted[1]:
@@ -128,6 +140,12 @@ class Windows:
             rows = slice(j, j + WINDOW)
             self.grad_b[rows] = _project(self.grad_b[rows], self.b[rows], self.norms[1], j)
         return self.grad_a, self.grad_b if self.keep_float else self.grad_b.to(self.b.dtype)
+
+
+def sigmoid_results(windows: Windows, sums: Tensor, needs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the sigmoid operator returns, from each row's loss, sum of slope * logit / scale and sum of slopes."""
+    loss, dots, slopes = (s.clone() for s in sums) if needs else (sums[0].clone(), sums[1, :0], sums[2, :0])
+    return (loss, *windows.finished(), dots, slopes)
 
 
 def _project(grad: Tensor, x: Tensor, norm: Optional, first: int) -> Tensor:

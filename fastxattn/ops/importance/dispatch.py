@@ -9,17 +9,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastxattn.ops.attention import checks as attention_checks
-from fastxattn.ops.attention import cpu as attention_cpu
-from fastxattn.ops.attention.dispatch import prepare
+from fastxattn.ops.attention.dispatch import prepare, short_way
 from fastxattn.ops.importance import checks, cpu, triton
 from fastxattn.ops.importance.autograd import FORWARD, Importance
 from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.ops.importance.reference import importance_reference
-from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env
 from fastxattn.runtime.backend import Backend, resolve
 
-_CPU = ("auto", "cpu")
 BACKENDS = (
     Backend("cpu", cpu.supports),
     Backend("triton", triton.supports),
@@ -29,14 +26,7 @@ BACKENDS = (
 
 def score_of(problem: ImportanceProblem, scale: float | None, backend: str) -> Tensor:
     """Score (heads, slots_k) of a problem whose ``scale`` is yet to be filled in."""
-    if (
-        not is_compiling()  # first: a trace must not depend on the state below
-        and attention_cpu.ready
-        and backend in _CPU
-        and env.default_backend in _CPU
-        and explaining.explaining_in is None
-        and not torch.is_autocast_enabled("cpu")
-    ):
+    if short_way(backend):
         # As attention's short way: the operator checks everything it relies on, and Python looks only when it refused.
         try:
             if problem.query.is_cpu and problem.query.dtype != torch.float64:

@@ -21,7 +21,7 @@ from fastxattn.ops.contrastive.triton.kernels import (
     slope_kernel,
     stats_kernel,
 )
-from fastxattn.ops.contrastive.windows import STATES, Windows, slopes_of, statistics
+from fastxattn.ops.contrastive.windows import STATES, Windows, sigmoid_results, slopes_of, statistics
 
 Optional = Tensor | None
 
@@ -100,15 +100,15 @@ def contrastive_backward(
     """Gradients of a and b, and per row the sum of dz * logit / scale."""
     slopes, slopes_col = slopes_of(row_stats, grad_row), slopes_of(col_stats, grad_col)
     windows = _windows(a, b, norm_a, norm_b, needs, bool(needs & WIDE))
-    dots = a.new_zeros(a.shape[0], dtype=torch.float32)
-    for place, j, grid in windows:
-        part = dots.new_empty((grid[1], windows.stride))
+
+    def launch(place: slice, j: int, grid: tuple[int, int], part: Tensor) -> None:
         slope_kernel[grid](
             a, b, scale, bias, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact, limit_row, limit_col, slopes,
             slopes_col, windows.dz, part, place.start, j, a.shape[0], b.shape[0], a.shape[1], _stride(a), _stride(b),
             windows.stride, exclude_self, rows, columns, **_tiles(config.pick("slope", a.dtype)),
         )  # fmt: skip
-        dots[place] += part[:, : place.stop - place.start].sum(0)
+
+    (dots,) = windows.summed(1, launch)
     return (*windows.finished(), dots)
 
 
@@ -119,14 +119,12 @@ def sigmoid(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Each row's loss, and with ``needs`` the gradients of their sum weighted by ``weight``, in float32."""
     windows = _windows(a, b, norm_a, norm_b, needs, True)
-    sums = a.new_zeros((3, a.shape[0]), dtype=torch.float32)
-    for place, j, grid in windows:
-        part = sums.new_empty((3, grid[1], windows.stride))
+
+    def launch(place: slice, j: int, grid: tuple[int, int], part: Tensor) -> None:
         sigmoid_kernel[grid](
             a, b, scale, bias, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact, weight, windows.dz, part,
             place.start, j, a.shape[0], b.shape[0], a.shape[1], _stride(a), _stride(b), windows.stride, exclude_self,
             **_tiles(config.pick("slope", a.dtype)),
         )  # fmt: skip
-        sums[:, place] += part[:, :, : place.stop - place.start].sum(1)
-    loss, dots, slopes = (s.clone() for s in sums) if needs else (sums[0].clone(), sums[1, :0], sums[2, :0])
-    return (loss, *windows.finished(), dots, slopes)
+
+    return sigmoid_results(windows, windows.summed(3, launch), needs)
