@@ -8,7 +8,7 @@ from typing import Any
 OPS = ("contrastive", "late_interaction", "retrieval")
 POINTERS = {
     "p_id": "*i32", "p_skip": "*i32", "p_exact": "*fp32", "p_limit": "*fp32", "p_rank": "*fp32", "p_state": "*fp32",
-    "p_slopes": "*fp32", "p_dz": "*fp32", "p_dot": "*fp32", "p_weight": "*fp32", "p_target": "*i32",
+    "p_slopes": "*fp32", "p_dot": "*fp32", "p_weight": "*fp32", "p_target": "*i32",
     "p_sum": "*fp32", "p_best": "*i32", "p_value": "*fp32", "p_extra": "*i32", "p_set": "*i32", "p_query": "*fp32",
     "p_factor": "*fp32", "p_lists": "*i64",
 }  # fmt: skip
@@ -52,7 +52,7 @@ def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
     tile = config.pick(config.LIKE.get(name, "stats"), torch.float32 if single else torch.float16)
     constants = {
         "EXACT_BY_ROW": True, "EXCLUDE_SELF": True, "MEANS": True, "SPLITS": 2, "ROWS": True, "COLUMNS": True,
-        "BLOCK_K": tile.block_k, "STEPS": tile.steps, "BLOCKED": name == "blocked", "TRANSPOSED": name == "gradient_t",
+        "BLOCK_K": tile.block_k, "STEPS": tile.steps, "BLOCKED": name == "blocked",
         "PRECISION": "ieee" if single else "tf32", "FROM_A": True, "FROM_B": True, "OWN": True, "MET": True,
         "SMOOTH": name.endswith("smooth"), "BLOCK_D": 64, "WIDTH": 16,
     }  # fmt: skip
@@ -63,6 +63,5 @@ def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
         return (late.maxsim_gradient_kernel if "gradient" in name else late.maxsim_kernel), constants
     return {
         "stats": kernels.stats_kernel, "slope": kernels.slope_kernel, "sigmoid": kernels.sigmoid_kernel,
-        "gradient": kernels.gradient_kernel, "gradient_t": kernels.gradient_kernel,
         "blocked": kernels.positive_kernel, "positive": kernels.positive_kernel,
     }[name], constants  # fmt: skip

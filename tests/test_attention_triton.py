@@ -162,7 +162,7 @@ def test_accesses_outside_a_tensor_are_found():
 
 
 def test_refusals():
-    problem = BY_NAME["dense"].problem(torch.float64)
+    problem = BY_NAME["dense"].problem(torch.float64, DEVICE)
     with pytest.raises(RuntimeError, match="float64"):
         resolve("attention", dispatch.BACKENDS, problem, "triton")
 

@@ -15,6 +15,7 @@ from fastxattn.ops.bidirectional.reference import bidirectional_reference
 from fastxattn.runtime import native
 from fastxattn.testing import measure_error
 from fastxattn.testing.bounds import checked_accesses
+from fastxattn.testing.budget import of_few
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("query_a", "query_b", "value_a", "value_b", "bias_a", "bias_b")
@@ -83,7 +84,8 @@ def check(fn, dtype, device="cpu", softcap=0.0, scale=0.125, dropout_p=0.0, **sh
     eager = results(bidirectional_reference, given, offsets, dtype, **options)
     for name, value in ours.items():
         report = measure_error(name, value.cpu(), oracle[name], eager[name], backward=not name.startswith("out"))
-        assert report.ok, str(report)
+        few = report.same_nonfinite and report.max_error <= of_few(name, oracle, value.dtype)
+        assert report.ok or few, str(report)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

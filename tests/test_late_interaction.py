@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
+from fastxattn.ops import late_interaction
+from fastxattn.ops.late_interaction import late_interaction_loss
 from fastxattn.runtime import native
 from fastxattn.testing import offsets
+from tests.device import there
 
+maxsim = there(late_interaction.maxsim)
 pytestmark = pytest.mark.skipif(native.cpu_library().library is None, reason="needs the CPU kernels")
 
 

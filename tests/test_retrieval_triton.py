@@ -1,4 +1,4 @@
-"""The Triton kernel of retrieval in Triton's interpreter, against sorting every score."""
+"""The Triton kernel of retrieval, in its interpreter or on a GPU, against sorting every score."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastxattn.ops.retrieval import quantize_int8, recall_at_k, topk_similarity, triton_kernel
-from fastxattn.runtime import triton
+from fastxattn.ops import retrieval
+from fastxattn.ops.retrieval import quantize_int8, triton_kernel
+from tests.device import PRESENT, RUNS, WHY_NOT, there
 
-pytestmark = pytest.mark.skipif(not triton.interpreted(), reason="set TRITON_INTERPRET=1 (make test-interpreted)")
+pytestmark = pytest.mark.skipif(not RUNS, reason=WHY_NOT)
+topk_similarity, recall_at_k = there(retrieval.topk_similarity), there(retrieval.recall_at_k)
 
 
 @pytest.fixture(autouse=True)
 def _few_rows_a_chunk(monkeypatch):
-    monkeypatch.setattr(triton_kernel, "BLOCK_N", 16)
+    if not PRESENT:
+        monkeypatch.setattr(triton_kernel, "BLOCK_N", 16)
 
 
 @pytest.mark.parametrize("metric", ["inner", "cosine"])
@@ -65,6 +68,7 @@ def test_recall_and_refusals():
 
 
 def test_operator_keeps_its_schema():
-    arguments = (torch.randn(3, 8), torch.randn(9, 8), None, 4, 0)
+    a, b = torch.randn(12, 8, device="cuda" if PRESENT else "cpu").split((3, 9))
+    arguments = (a, b, None, 4, 0)
     checked = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fastxattn.topk_similarity_triton, arguments, test_utils=checked)

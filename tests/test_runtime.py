@@ -104,5 +104,5 @@ def test_measured_peak_is_positive() -> None:
 def test_an_old_triton_is_named(monkeypatch, version, said) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    found = triton._missing.__wrapped__()
+    found = triton.missing.__wrapped__()
     assert found is None if said is None else said in found

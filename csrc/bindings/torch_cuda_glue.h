@@ -1,12 +1,11 @@
 // What every <op>_cuda_torch.cpp needs beside torch_glue.h: the current stream, and checked pointers on one device.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <climits>
 
 #include "bindings/torch_glue.h"
-
-// Lives in libtorch_cuda; absent where torch was built without CUDA, which can load this library all the same.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace fastxattn {
 
@@ -15,11 +14,18 @@ inline int32_t narrow(int64_t n, const char* name) {
   return static_cast<int32_t>(n);
 }
 
+// Asks libtorch_cuda, which is looked up by name: linked to it, this library could not be built or loaded where torch
+// has no CUDA, and torch does not load it into the global scope that a weak symbol is looked for in.
 inline void* stream_of(const Tensor& t) {
-  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "fastxattn: this torch has no CUDA");
+  using Current = int32_t(int32_t device, void** stream);
+  static Current* const current = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<Current*>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(current != nullptr, "fastxattn: this torch has no CUDA");
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream) == 0,
-                  "fastxattn: no current CUDA stream");
+  STD_TORCH_CHECK(current(t.get_device(), &stream) == 0, "fastxattn: no current CUDA stream");
   return stream;
 }
 

@@ -15,9 +15,13 @@ import torch
 
 
 @functools.cache
-def device_name() -> str:
-    """The processor (and instruction set in use) or GPU that results were measured on."""
-    if torch.cuda.is_available():
+def device_name(kind: str | None = None) -> str:
+    """The processor (and instruction set in use) or GPU that results were measured on.
+
+    Args:
+        kind: ``cpu`` or ``cuda``; by default the GPU where there is one.
+    """
+    if kind == "cuda" or (kind is None and torch.cuda.is_available()):
         return torch.cuda.get_device_name()
     from fastxattn.runtime import native
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from fastxattn.bench.records import Record
+from fastxattn.bench.records import Record, device_name
 from fastxattn.bench.roofline import measure_peak
-from fastxattn.bench.timing import OutOfTime, interleaved
+from fastxattn.bench.timing import OutOfTime, interleaved, on_device
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Case:
     direction: str  # forward | forward+backward
     dtype: torch.dtype
     build: Callable[[], Workload]
+    device: str = "cpu"
+    """Where its work is done, ``cpu`` or ``cuda``."""
 
     @property
     def title(self) -> str:
@@ -67,10 +69,13 @@ def run_case(
     """
     workload = case.build()
     gate = workload.check()
-    peak = measure_peak(case.dtype)
-    timings = interleaved(
-        workload.providers, rounds=rounds, max_seconds=max_seconds, deadline=deadline, clock=clock
-    )  # fmt: skip
+    peak = measure_peak(case.dtype, case.device)
+    on_gpu = case.device == "cuda"
+    timings = (
+        on_device(workload.providers, rounds=rounds)
+        if on_gpu
+        else interleaved(workload.providers, rounds=rounds, max_seconds=max_seconds, deadline=deadline, clock=clock)
+    )
     rival = timings[workload.rival]
     records = []
     for name, timing in timings.items():
@@ -85,11 +90,12 @@ def run_case(
                 provider=name,
                 rival=workload.rival,
                 dtype=str(case.dtype).removeprefix("torch."),
-                threads=torch.get_num_threads(),
+                threads=0 if on_gpu else torch.get_num_threads(),
                 median_ms=float("nan") if failed else timing.median * 1e3,
                 ratio=float("nan") if failed else timing.ratio_to(rival),
                 gflops=float("nan") if failed else workload.flops / timing.median / 1e9,
                 gate=gate if ours else "rival",
+                device=device_name(case.device),
                 roofline=math.nan if failed else share,
                 bound=bound,
                 peak_gflops=peak.gflops,

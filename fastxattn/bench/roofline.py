@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastxattn.bench.timing import on_device
 from fastxattn.runtime import native
 
 _COPY = 1 << 25  # float32 numbers: 128 MiB read and as much written, beyond any cache
@@ -42,15 +44,24 @@ class Peak:
         return longest / seconds, bound
 
 
-def measure_peak(dtype: torch.dtype) -> Peak:
-    """Measure both (about a fifth of a second); on a machine with a GPU in use, NaN.
+def measure_peak(dtype: torch.dtype, device: str = "cpu") -> Peak:
+    """Measure both (about a fifth of a second): of a CPU, or of the GPU that ``device="cuda"`` means.
 
     bfloat16 on a processor without a bfloat16 dot product computes in float32, and float16 always does: their peak is
-    float32's there.
+    float32's there. A GPU's are those of a large product and a large copy.
     """
-    if torch.cuda.is_available():
-        return Peak(math.nan, math.nan)
+    if device == "cuda":
+        return _gpu_peak(dtype)
     return Peak(native.peak_gflops(dtype) * torch.get_num_threads() or math.nan, memory_gbytes())
+
+
+@functools.cache
+def _gpu_peak(dtype: torch.dtype) -> Peak:
+    side = 8192 if dtype.itemsize < 4 else 4096
+    a, b = torch.randn(2, side, side, device="cuda").to(dtype)
+    source, target = torch.ones(2, 1 << 28, device="cuda")
+    found = on_device({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds=7)
+    return Peak(2e-9 * side**3 / found["product"].median, 2e-9 * source.nbytes / found["copy"].median)
 
 
 def memory_gbytes() -> float:

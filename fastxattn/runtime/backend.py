@@ -58,6 +58,11 @@ _explain_lock = threading.Lock()
 _notes: list[str] = []
 
 
+def preferring(backends: tuple[Backend, ...], name: str | None) -> tuple[Backend, ...]:
+    """The backends with the one of this name first, the others as they are."""
+    return tuple(sorted(backends, key=lambda backend: backend.name != name))
+
+
 class _Explained(Exception):
     """Carries the explanation out of a call that is only being asked about."""
 

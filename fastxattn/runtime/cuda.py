@@ -17,11 +17,21 @@ def unavailable(device: torch.device) -> str | None:
         return f"the tensors are on {device.type}"
     if torch.version.hip is not None:
         return "it is written for NVIDIA devices"
-    if torch.cuda.is_available():  # fake tensors have no device to ask
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _OLDEST:
-            return f"it needs compute capability 8.0, and the device has {capability[0]}.{capability[1]}"
-    return None if torch.compiler.is_compiling() else native.cuda_library().reason
+    if torch.compiler.is_compiling():  # neither a device nor a library is something to trace
+        return None
+    return too_old(device) or native.cuda_library().reason
+
+
+def too_old(device: torch.device) -> str | None:
+    """Why a device is too old for our GPU kernels; None when it is not, or where it cannot be asked."""
+    if not torch.cuda.is_available():  # fake tensors have no device
+        return None
+    if torch.version.hip is not None:  # ROCm numbers its devices differently
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _OLDEST:
+        return None
+    return f"it needs compute capability 8.0, and the device has {capability[0]}.{capability[1]}"
 
 
 def launch(name: str, *arguments: Any) -> None:

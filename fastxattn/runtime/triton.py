@@ -9,7 +9,8 @@ import os
 
 import torch
 
-_OLDEST = (8, 0)
+from fastxattn.runtime.cuda import too_old
+
 OLDEST_VERSION = (3, 5)
 """Of Triton: older ones lack what the kernels are written with (``constexpr_function``)."""
 
@@ -21,7 +22,7 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _missing() -> str | None:
+def missing() -> str | None:
     """What is wrong with the installation; None when nothing is."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install it with `pip install fastxattn[triton]`"
@@ -40,11 +41,6 @@ def unavailable(device: torch.device) -> str | None:
         return "the tensors are on cpu, and TRITON_INTERPRET=1 is not set"
     if device.type not in ("cpu", "cuda"):
         return f"the tensors are on {device.type}"
-    if (reason := _missing()) is not None:
-        return reason
-    # Fake tensors have no device to ask, and ROCm numbers its devices differently.
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _OLDEST:
-            return f"it needs compute capability 8.0, and the device has {capability[0]}.{capability[1]}"
-    return None
+    if torch.compiler.is_compiling():  # neither an installation nor a device is something to trace
+        return None
+    return missing() or (too_old(device) if device.type == "cuda" else None)

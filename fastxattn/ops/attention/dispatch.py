@@ -15,7 +15,7 @@ from fastxattn.ops.attention.reference import attention_reference
 from fastxattn.ops.attention.triton.config import kind_of, padded_dim
 from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env, tuning
-from fastxattn.runtime.backend import Backend, resolve
+from fastxattn.runtime.backend import Backend, preferring, resolve
 
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
 _CPU = ("auto", "cpu")
@@ -102,7 +102,8 @@ def _checked(*arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
 def in_order(problem: Problem) -> tuple[Backend, ...]:
     """The table of backends, with the one first that was measured to be the fastest on this device, if any was.
 
-    A traced program takes the table as it is.
+    Where nobody measured, float32 goes to the CUDA kernels, which were 2 to 5 times as fast as Triton's on an H200; in 16
+    bits Triton's were. A traced program takes the table as it is.
     """
     if torch.compiler.is_compiling() or not problem.query.is_cuda:
         return BACKENDS
@@ -110,7 +111,7 @@ def in_order(problem: Problem) -> tuple[Backend, ...]:
     dim = padded_dim(max(problem.query.shape[2], problem.value.shape[2]))
     kind = kind_of(problem.query.element_size(), rich)
     best = tuning.preferred("attention", kind, dim, problem.query.device)
-    return tuple(sorted(BACKENDS, key=lambda backend: backend.name != best))
+    return preferring(BACKENDS, best or ("cuda" if problem.query.dtype == torch.float32 else None))
 
 
 def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:

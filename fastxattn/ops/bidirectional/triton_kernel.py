@@ -48,8 +48,11 @@ from fastxattn.runtime import tuning
 def load_bias(p_bias, o_row, i_head, m_row, stride_row, stride_head, UNIT: tl.constexpr):
     """The bias of rows in score units; 0 without one."""
     if p_bias is None:
-        return o_row * 0.0
-    return UNIT * tl.load(p_bias + o_row.to(tl.int64) * stride_row + i_head * stride_head, mask=m_row, other=0.0)
+        b_bias = o_row * 0.0
+    else:
+        p_bias += o_row.to(tl.int64) * stride_row + i_head * stride_head
+        b_bias = UNIT * tl.load(p_bias, mask=m_row, other=0.0)
+    return b_bias
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastxattn.ops.contrastive import schema  # noqa: F401  (defines the operators)
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.ops.contrastive.schema import WIDE
-from fastxattn.ops.contrastive.windows import STATES, Windows, multiply, sigmoid_results, slopes_of, statistics, up
+from fastxattn.ops.contrastive.windows import STATES, Windows, sigmoid_results, slopes_of, statistics, up
 from fastxattn.runtime import cuda
 
 TILE = 64
@@ -78,7 +78,7 @@ def contrastive_stats(
 
 
 def _windows(a: Tensor, b: Tensor, norm_a: Optional, norm_b: Optional, needs: int, keep_float: bool) -> Windows:
-    return Windows(a, b, norm_a, norm_b, needs, keep_float, (TILE, TILE), multiply)
+    return Windows(a, b, norm_a, norm_b, needs, keep_float, (TILE, TILE))
 
 
 def contrastive_backward(

@@ -6,7 +6,7 @@ gradients are made before the next: the same sums in the same order every time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,9 +71,23 @@ def _finish(state: Tensor) -> Tensor:
     ])  # fmt: skip
 
 
-def multiply(dz: Tensor, y: Tensor, out: Tensor, rows: int, columns: int, transposed: bool) -> None:
-    """What :class:`Windows` wants, by torch's own product in float32."""
-    out[:rows].addmm_(dz[:columns, :rows].T if transposed else dz[:rows, :columns], y[:columns].float())
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` as a sum of two bfloat16 tensors: to 2^-17 of each number, and all of a float16."""
+    high = x.bfloat16()
+    return high, (x.float() - high.float()).bfloat16()
+
+
+def add_product(out: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """``out += sum(left) @ sum(right)`` in float32, less the products of rests; by torch's own product.
+
+    In bfloat16 with float32 sums it runs on the matrix units at their full rate, as a float32 product would not.
+    """
+    for i, x in enumerate(left):
+        for y in right[: len(left) - i]:
+            if x.dtype == torch.float32 or not x.is_cuda or torch.version.hip is not None:
+                out.addmm_(x.float(), y.float())
+            else:
+                out += torch.mm(x, y, out_dtype=torch.float32)
 
 
 class Windows:
@@ -81,20 +95,24 @@ class Windows:
 
     def __init__(
         self, a: Tensor, b: Tensor, norm_a: Optional, norm_b: Optional, needs: int, keep_float: bool,
-        blocks: tuple[int, int], multiply: Callable[[Tensor, Tensor, Tensor, int, int, bool], None],
+        blocks: tuple[int, int], split_dz: bool = False,
     ) -> None:  # fmt: skip
         """How it is made.
 
-        ``blocks``: rows and columns of the slope kernel's tiles. ``multiply(dz, y, out, rows, columns, transposed)``:
-        ``out[:rows] += dz @ y[:columns]`` of the upper left part of dz, or of its transpose.
+        Args:
+            blocks: rows and columns of the slope kernel's tiles.
+            split_dz: whether that kernel writes ``dz`` as :func:`split` would, (2, rows, columns), or in float32.
         """
-        self.multiply = multiply
         self.a, self.b, self.norms, self.blocks = a, b, (norm_a, norm_b), blocks
         self.sides = [min(WINDOW, up(max(x.shape[0], 1), s) * s) for x, s in ((a, blocks[0]), (b, blocks[1]))]
         self.stride = max(self.sides)
+        self.plane = self.sides[0] * self.stride
         self.wanted = bool(needs & NEEDS["a"]), bool(needs & NEEDS["b"])
         self.keep_float = keep_float
-        self.dz = a.new_empty((self.sides[0], self.stride), dtype=torch.float32) if any(self.wanted) else None
+        self.dz = None
+        if any(self.wanted):
+            shape, kept = (self.sides[0], self.stride), torch.bfloat16 if split_dz else torch.float32
+            self.dz = a.new_empty((2, *shape) if split_dz else shape, dtype=kept)
         dtype = torch.float32 if keep_float else a.dtype
         self.grad_a = a.new_zeros(a.shape, dtype=dtype) if self.wanted[0] else a.new_empty((0,), dtype=torch.float32)
         self.part_a = a.new_zeros((self.sides[0], a.shape[1]), dtype=torch.float32) if self.wanted[0] else None
@@ -112,13 +130,20 @@ class Windows:
                 yield slice(i, i + rows), j, grid
                 if self.dz is None:
                     continue
+                dz = [t[:rows, :columns] for t in self._terms(self.dz)]
                 if self.part_a is not None:
-                    self.multiply(self.dz, self.b[j:], self.part_a, rows, columns, False)
+                    add_product(self.part_a[:rows], dz, self._terms(self.b[j : j + columns]))
                 if self.wanted[1]:
-                    self.multiply(self.dz, self.a[i:], self.grad_b[j:], columns, rows, True)
+                    add_product(self.grad_b[j : j + columns], [t.T for t in dz], self._terms(self.a[i : i + rows]))
             if self.part_a is not None:
                 self.grad_a[i : i + rows] = _project(self.part_a[:rows], self.a[i : i + rows], self.norms[0], i)
                 self.part_a.zero_()
+
+    def _terms(self, x: Tensor) -> Sequence[Tensor]:
+        """Slopes or features as terms for :func:`add_product`: one where the features are float32 or bfloat16."""
+        if x.dim() == 3:
+            return x.unbind()
+        return (x,) if self.a.dtype == torch.float32 or x.dtype == torch.bfloat16 else split(x)
 
     def summed(self, values: int, launch: Callable[[slice, int, tuple[int, int], Tensor], None]) -> Tensor:
         """(values, rows of a) float32: what ``launch`` leaves of each row in every window, added up.

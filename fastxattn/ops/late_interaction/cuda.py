@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxattn.ops.contrastive.windows import Windows, multiply, up
+from fastxattn.ops.contrastive.windows import Windows, up
 from fastxattn.ops.late_interaction import schema
 from fastxattn.ops.late_interaction.problem import Problem
 from fastxattn.ops.late_interaction.schema import NEEDS
@@ -108,7 +108,7 @@ def smooth_maxsim_backward(
     sets = _set_of(a, cu_a), _set_of(b, cu_b)
     # Tokens of nobody have weight 0, and 0 times what lies there must be 0.
     known = [torch.where((s < k)[:, None], x, 0) for x, s, k in ((a, sets[0], n), (b, sets[1], m))]
-    windows = Windows(known[0], known[1], None, None, needs, True, (TILE, TILE), multiply)
+    windows = Windows(known[0], known[1], None, None, needs, True, (TILE, TILE))
     sides = (best_a if from_a else None, best_b.T.contiguous() if from_b else None,
              grad_a if from_a else None, grad_b if from_b else None)  # fmt: skip
     for place, j, _ in windows if n and m else ():

@@ -14,13 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from fastxattn.ops.attention.triton.common import dot_seen
-from fastxattn.ops.contrastive.triton.kernels import LOWEST, products, round_tf32
+from fastxattn.ops.contrastive.triton.kernels import LOWEST, products
 from fastxattn.ops.late_interaction.schema import NEEDS
 
 ROWS, FEATURES = 32, 64  # tokens and features of a program of the gradient
 SMOOTH_ROWS = 32
 """Tokens of a set of a in a tile of 16-bit smooth MaxSim; 64 of them spill on sm_100."""
 MANY = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def round_tf32(b_x):
+    """Float32 to the 11 bits that TF32 products keep, to nearest even; the hardware alone would cut."""
+    b_bits = b_x.to(tl.uint32, bitcast=True)
+    b_bits = (b_bits + 0xFFF + ((b_bits >> 13) & 1)) & 0xFFFFE000
+    return tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
 
 
 @triton.jit

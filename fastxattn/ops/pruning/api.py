@@ -68,7 +68,9 @@ def prune_tokens(
     checks.check_device("x", x, "scores", scores)
     fused = x.ndim == 2 and x.is_contiguous() and not (x.requires_grad and torch.is_grad_enabled())
     selection, rows = _select(scores, cu_seqlens, budget, protected, max_seqlen, backend, x if fused else None)
-    return (rows if fused else gather_rows(x, selection.keep_index, backend=backend)), selection
+    if not fused:  # the CUDA library gathers only in the launch that selects
+        rows = gather_rows(x, selection.keep_index, backend="auto" if backend == "cuda" else backend)
+    return rows, selection
 
 
 def _select(

@@ -33,8 +33,8 @@ Table = dict[str, dict[int, Tile]]  # kernel -> widest padded head dim -> tile
 _PLAIN: Table = {
     "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
     "split": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
-    "backward_query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "backward_key": {64: Tile(32, 64, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
+    "backward_query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(16, 16, 8, 1)},
+    "backward_key": {64: Tile(64, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(16, 32, 8, 1)},
 }
 _RICH: Table = {
     "forward": {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 8, 1)},

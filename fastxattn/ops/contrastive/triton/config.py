@@ -16,7 +16,7 @@ class Tile:
     block_n: int
     """Columns of the tile."""
     block_k: int
-    """Features (columns of the slopes) of one step of a product."""
+    """Features of one step of a product."""
     steps: int
     """Steps after which a product is put away: more than one keeps the error of long float32 sums down."""
     warps: int
@@ -25,14 +25,11 @@ class Tile:
     """Software pipeline depth (num_stages)."""
 
 
-_HALF = {"stats": Tile(64, 64, 64, 1, 8, 2), "slope": Tile(64, 64, 64, 1, 8, 2),
-         "gradient": Tile(128, 64, 32, 1, 8, 2)}  # fmt: skip
-_SINGLE = {"stats": Tile(32, 32, 32, 4, 8, 1), "slope": Tile(32, 32, 32, 4, 8, 1),
-           "gradient": Tile(32, 64, 32, 1, 8, 2)}  # fmt: skip
+_HALF = {"stats": Tile(64, 64, 64, 1, 8, 2), "slope": Tile(64, 64, 64, 1, 8, 2)}
+_SINGLE = {"stats": Tile(32, 32, 32, 4, 8, 1), "slope": Tile(32, 32, 32, 4, 8, 1)}
 _POSITIVE = Tile(32, 32, 64, 1, 4, 1)
 LIKE = {
-    "stats": "stats", "blocked": "stats", "slope": "slope", "sigmoid": "slope", "gradient": "gradient",
-    "gradient_t": "gradient", "positive": "positive",
+    "stats": "stats", "blocked": "stats", "slope": "slope", "sigmoid": "slope", "positive": "positive",
 }  # fmt: skip
 """Which tile each kernel launches with."""
 

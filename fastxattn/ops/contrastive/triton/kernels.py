@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastxattn.ops.attention.triton.common import dot
+from fastxattn.ops.attention.triton.common import dot, narrow
 
 LOWEST = tl.constexpr(float("-inf"))
 
@@ -157,16 +157,17 @@ def stats_kernel(
             b_top_pos, b_exp_pos = add_exponentials(b_top_pos, b_exp_pos, b_pos, m_pos)
             b_sum_pos += tl.sum(tl.where(m_pos, b_pos, 0.0), 1)
             b_count_pos += tl.sum(m_pos.to(tl.float32), 1)
+    plane = tl.cast(rows_x, tl.int64)  # an argument of 1 is a constant to the compiler, and has no methods
     p_state += i_split.to(tl.int64) * 9 * rows_x + o_x
     tl.store(p_state, b_top, mask=m_x)
-    tl.store(p_state + rows_x.to(tl.int64), b_exp, mask=m_x)
-    tl.store(p_state + rows_x.to(tl.int64) * 2, b_sum, mask=m_x)
-    tl.store(p_state + rows_x.to(tl.int64) * 3, b_count, mask=m_x)
-    tl.store(p_state + rows_x.to(tl.int64) * 4, b_ahead, mask=m_x)
-    tl.store(p_state + rows_x.to(tl.int64) * 5, b_top_pos, mask=m_x)
-    tl.store(p_state + rows_x.to(tl.int64) * 6, b_exp_pos, mask=m_x)
-    tl.store(p_state + rows_x.to(tl.int64) * 7, b_sum_pos, mask=m_x)
-    tl.store(p_state + rows_x.to(tl.int64) * 8, b_count_pos, mask=m_x)
+    tl.store(p_state + plane, b_exp, mask=m_x)
+    tl.store(p_state + plane * 2, b_sum, mask=m_x)
+    tl.store(p_state + plane * 3, b_count, mask=m_x)
+    tl.store(p_state + plane * 4, b_ahead, mask=m_x)
+    tl.store(p_state + plane * 5, b_top_pos, mask=m_x)
+    tl.store(p_state + plane * 6, b_exp_pos, mask=m_x)
+    tl.store(p_state + plane * 7, b_sum_pos, mask=m_x)
+    tl.store(p_state + plane * 8, b_count_pos, mask=m_x)
 
 
 @triton.jit
@@ -211,28 +212,40 @@ def positive_kernel(
 @triton.jit
 def negative_slope(p_slopes, o, rows, m_in, b_z, AXIS: tl.constexpr):
     """What one direction adds to the slope of its negatives; o are that direction's rows, along b_z's other axis."""
-    m = o < rows
+    m, plane = o < rows, tl.cast(rows, tl.int64)
     b_lse = tl.expand_dims(tl.load(p_slopes + o, mask=m, other=0.0), AXIS)
-    b_grad = tl.expand_dims(tl.load(p_slopes + rows.to(tl.int64) + o, mask=m, other=0.0), AXIS)
-    b_mean = tl.expand_dims(tl.load(p_slopes + rows.to(tl.int64) * 2 + o, mask=m, other=0.0), AXIS)
+    b_grad = tl.expand_dims(tl.load(p_slopes + plane + o, mask=m, other=0.0), AXIS)
+    b_mean = tl.expand_dims(tl.load(p_slopes + plane * 2 + o, mask=m, other=0.0), AXIS)
     return tl.where(m_in, b_grad * tl.exp(b_z - b_lse) + b_mean, 0.0)
 
 
 @triton.jit
 def positive_slope(p_slopes, o, rows, b_z, AXIS: tl.constexpr):
     """The same of its positives: their share of the mean and of the excess, which is exactly 0 for a single one."""
-    m = o < rows
-    b_lse = tl.expand_dims(tl.load(p_slopes + rows.to(tl.int64) * 3 + o, mask=m, other=0.0), AXIS)
-    b_share = tl.expand_dims(tl.load(p_slopes + rows.to(tl.int64) * 4 + o, mask=m, other=0.0), AXIS)
-    b_mean = tl.expand_dims(tl.load(p_slopes + rows.to(tl.int64) * 5 + o, mask=m, other=0.0), AXIS)
-    b_excess = tl.expand_dims(tl.load(p_slopes + rows.to(tl.int64) * 6 + o, mask=m, other=0.0), AXIS)
+    m, plane = o < rows, tl.cast(rows, tl.int64)
+    b_lse = tl.expand_dims(tl.load(p_slopes + plane * 3 + o, mask=m, other=0.0), AXIS)
+    b_share = tl.expand_dims(tl.load(p_slopes + plane * 4 + o, mask=m, other=0.0), AXIS)
+    b_mean = tl.expand_dims(tl.load(p_slopes + plane * 5 + o, mask=m, other=0.0), AXIS)
+    b_excess = tl.expand_dims(tl.load(p_slopes + plane * 6 + o, mask=m, other=0.0), AXIS)
     return b_excess * (tl.exp(b_z - b_lse) - b_share) + b_mean * b_share
+
+
+@triton.jit
+def store_dz(p_dz, plane, b_dz):
+    """Slopes in float32, or as a sum of two bfloat16 numbers, a plane each."""
+    if p_dz.dtype.element_ty == tl.float32:
+        tl.store(p_dz, b_dz)
+    else:
+        b_high = narrow(b_dz, tl.bfloat16)
+        tl.store(p_dz, b_high)
+        tl.store(p_dz + plane, narrow(b_dz - b_high.to(tl.float32), tl.bfloat16))
 
 
 @triton.jit
 def slope_kernel(
     p_x, p_y, p_scale, p_bias, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, p_exact, p_limit, p_limit_y,
     p_slopes, p_slopes_y, p_dz, p_dot, i_x, i_y, rows_x, rows_y, features, stride_x, stride_y, stride_dz,
+    plane_dz,
     EXCLUDE_SELF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -271,8 +284,8 @@ def slope_kernel(
     b_dot = tl.sum(tl.where(m_pos | m_neg, b_dz * b_cosine, 0.0), 1)
     tl.store(p_dot + tl.program_id(1) * stride_dz + o_m, b_dot)
     if p_dz is not None:
-        o_dz = o_m.to(tl.int64)[:, None] * stride_dz + o_n[None, :]
-        tl.store(p_dz + o_dz, b_dz * (b_factor * scale))
+        p_dz += o_m.to(tl.int64)[:, None] * stride_dz + o_n[None, :]
+        store_dz(p_dz, plane_dz, b_dz * (b_factor * scale))
 
 
 @triton.jit
@@ -294,6 +307,7 @@ def log1p_unit(b_e):
 def sigmoid_kernel(
     p_x, p_y, p_scale, p_bias, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, p_exact, p_weight,
     p_dz, p_part, i_x, i_y, rows_x, rows_y, features, stride_x, stride_y, stride_dz,
+    plane_dz,
     EXCLUDE_SELF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -322,45 +336,5 @@ def sigmoid_kernel(
     tl.store(p_part + plane, tl.sum(tl.where(m_live, b_dz * b_cosine, 0.0), 1))
     tl.store(p_part + plane * 2, tl.sum(b_dz, 1))
     if p_dz is not None:
-        o_dz = o_m.to(tl.int64)[:, None] * stride_dz + o_n[None, :]
-        tl.store(p_dz + o_dz, b_dz * (b_factor * scale))
-
-
-@triton.jit
-def round_tf32(b_x):
-    """Float32 to the 11 bits that TF32 products keep, to nearest even; the hardware alone would cut."""
-    b_bits = b_x.to(tl.uint32, bitcast=True)
-    b_bits = (b_bits + 0xFFF + ((b_bits >> 13) & 1)) & 0xFFFFE000
-    return tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
-
-
-@triton.jit
-def gradient_kernel(
-    p_dz, p_y, p_sums, rows, columns, features, stride_dz, stride_y,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out (rows, features) float32 += dz @ y, dz (rows, columns) or TRANSPOSED; program = (rows, features).
-
-    Features of 16 bits are exact in TF32 and dz is rounded to 2^-12 of itself, an eighth of what bfloat16 would do.
-    """
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, m_n = o_m < rows, o_n < features
-    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i_k in range(0, columns, BLOCK_K):
-        o_k = i_k + tl.arange(0, BLOCK_K)
-        m_k = o_k < columns
-        if TRANSPOSED:
-            o_dz = o_k.to(tl.int64)[None, :] * stride_dz + o_m[:, None]
-        else:
-            o_dz = o_m.to(tl.int64)[:, None] * stride_dz + o_k[None, :]
-        b_dz = tl.load(p_dz + o_dz, mask=m_m[:, None] & m_k[None, :], other=0.0)
-        o_y = o_k.to(tl.int64)[:, None] * stride_y + o_n[None, :]
-        b_y = tl.load(p_y + o_y, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-        if PRECISION == "tf32":
-            b_dz = round_tf32(b_dz)
-        b_sum = dot(b_dz, b_y, b_sum, PRECISION)
-    p_sums += o_m.to(tl.int64)[:, None] * features + o_n[None, :]
-    m_out = m_m[:, None] & m_n[None, :]
-    tl.store(p_sums, tl.load(p_sums, mask=m_out, other=0.0) + b_sum, mask=m_out)
+        p_dz += o_m.to(tl.int64)[:, None] * stride_dz + o_n[None, :]
+        store_dz(p_dz, plane_dz, b_dz * (b_factor * scale))

@@ -15,7 +15,6 @@ from fastxattn.ops.contrastive.schema import WIDE
 from fastxattn.ops.contrastive.triton import config
 from fastxattn.ops.contrastive.triton.config import Tile
 from fastxattn.ops.contrastive.triton.kernels import (
-    gradient_kernel,
     positive_kernel,
     sigmoid_kernel,
     slope_kernel,
@@ -78,17 +77,7 @@ def contrastive_stats(
 
 def _windows(a: Tensor, b: Tensor, norm_a: Optional, norm_b: Optional, needs: int, keep_float: bool) -> Windows:
     tile = config.pick("slope", a.dtype)
-    return Windows(a, b, norm_a, norm_b, needs, keep_float, (tile.block_m, tile.block_n), _multiply)
-
-
-def _multiply(dz: Tensor, y: Tensor, out: Tensor, rows: int, columns: int, transposed: bool) -> None:
-    tile = config.pick("gradient", y.dtype)
-    precision = "ieee" if y.dtype == torch.float32 else "tf32"
-    features = y.shape[1]
-    gradient_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(features, tile.block_n))](
-        dz, y, out, rows, columns, features, dz.stride(0), _stride(y), transposed, precision,
-        tile.block_m, tile.block_n, tile.block_k, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    return Windows(a, b, norm_a, norm_b, needs, keep_float, (tile.block_m, tile.block_n), a.dtype != torch.float32)
 
 
 def contrastive_backward(
@@ -105,7 +94,7 @@ def contrastive_backward(
         slope_kernel[grid](
             a, b, scale, bias, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact, limit_row, limit_col, slopes,
             slopes_col, windows.dz, part, place.start, j, a.shape[0], b.shape[0], a.shape[1], _stride(a), _stride(b),
-            windows.stride, exclude_self, rows, columns, **_tiles(config.pick("slope", a.dtype)),
+            windows.stride, windows.plane, exclude_self, rows, columns, **_tiles(config.pick("slope", a.dtype)),
         )  # fmt: skip
 
     (dots,) = windows.summed(1, launch)
@@ -123,8 +112,8 @@ def sigmoid(
     def launch(place: slice, j: int, grid: tuple[int, int], part: Tensor) -> None:
         sigmoid_kernel[grid](
             a, b, scale, bias, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact, weight, windows.dz, part,
-            place.start, j, a.shape[0], b.shape[0], a.shape[1], _stride(a), _stride(b), windows.stride, exclude_self,
-            **_tiles(config.pick("slope", a.dtype)),
+            place.start, j, a.shape[0], b.shape[0], a.shape[1], _stride(a), _stride(b), windows.stride,
+            windows.plane, exclude_self, **_tiles(config.pick("slope", a.dtype)),
         )  # fmt: skip
 
     return sigmoid_results(windows, windows.summed(3, launch), needs)
