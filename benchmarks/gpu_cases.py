@@ -6,6 +6,7 @@ that does not take a case, is left out and named.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -308,6 +309,38 @@ def pruning(batch: int, length: int, width: int, keep: int, dtype: torch.dtype) 
     return workload(ways | {"topk + gather": eager}, lambda: [eager()], 0.0, moved=moved)
 
 
+def q_former(batch: int, dtype: torch.dtype, backward: bool) -> Workload:
+    """BLIP-2's Q-Former on image features of 64 to 1024 tokens, padded, as Transformers runs it and accelerated."""
+    import transformers as hf
+
+    config = hf.Blip2QFormerConfig(encoder_hidden_size=1408)
+    torch.manual_seed(0)
+    original = hf.Blip2QFormerModel(config).eval().to("cuda", dtype)
+    swapped = copy.deepcopy(original)
+    fastxattn.accelerate(swapped)
+    lengths = ragged(64, 1024, batch, 1)
+    mask = torch.arange(1024, device="cuda") < torch.tensor(lengths, device="cuda")[:, None]
+    queries = torch.randn(1, 32, 768, device="cuda").to(dtype).expand(batch, -1, -1).requires_grad_(backward)
+    states = torch.randn(batch, 1024, 1408, device="cuda").to(dtype).requires_grad_(backward)
+
+    grad = torch.randn(batch, 32, 768, device="cuda")
+
+    def run(model: torch.nn.Module, queries: Tensor = queries, states: Tensor = states) -> Callable[[], object]:
+        def call() -> object:
+            with torch.set_grad_enabled(backward):
+                out = model(query_embeds=queries, encoder_hidden_states=states, encoder_attention_mask=mask.long())[0]
+                return torch.autograd.grad(out, (queries, states), grad.to(out)) if backward else out
+
+        return call
+
+    def exact() -> Sequence[Tensor]:
+        wide = [t.detach().double().requires_grad_(backward) for t in (queries, states)]
+        return tensors(run(copy.deepcopy(original).double(), *wide)())
+
+    limit = {torch.float32: 1e-4}.get(dtype, 3e-2)
+    return workload({"fastxattn": run(swapped), "transformers": run(original)}, exact, limit)
+
+
 def cases() -> Iterator[Case]:
     """Every case. Those of attention come first: what they say decides which backend ``auto`` tries first."""
 
@@ -330,6 +363,10 @@ def cases() -> Iterator[Case]:
                    lambda t=dtype: late_interaction(128, 32, 196, 128, t), True)  # fmt: skip
         yield case("pruning", "select and gather 144 of 576, 64 x 4096", dtype,
                    lambda t=dtype: pruning(64, 576, 4096, 144, t))  # fmt: skip
+    for backward in (False, True):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield case("model", "BLIP-2 Q-Former, 64 images of 64 to 1024 tokens", dtype,
+                       lambda t=dtype, b=backward: q_former(64, t, b), backward)  # fmt: skip
     for queries in (1, 64):
         yield case("retrieval", f"top-10 of 1000000 x 256, {queries} queries", torch.float32,
                    lambda n=queries: retrieval(1_000_000, 256, n, 10, torch.float32))  # fmt: skip

@@ -27,6 +27,7 @@ def cases() -> Iterator[tuple[str, str, str, int, str, str]]:
 
     from fastxattn.ops.contrastive.triton import config
     from fastxattn.ops.late_interaction import triton_kernel as late
+    from fastxattn.ops.retrieval import triton_kernel as retrieval
 
     for dtype, real in (("fp16", torch.float16), ("fp32", torch.float32)):
         for kernel, like in config.LIKE.items():
@@ -37,7 +38,8 @@ def cases() -> Iterator[tuple[str, str, str, int, str, str]]:
             yield "late_interaction", kernel, dtype, 0, "plain", f"{rows}x64 w8 s2"
         for kernel in ("maxsim_gradient", "maxsim_gradient_smooth"):
             yield "late_interaction", kernel, dtype, 0, "plain", "32x32 w8 s1"
-    yield "retrieval", "topk", "fp32", 0, "plain", "16x64 w8 s1"
+    for rows, (columns, _, _, warps, stages) in retrieval.TILES.items():
+        yield "retrieval", "topk", "fp32", 0, "plain", f"{rows}x{columns} w{warps} s{stages}"
 
 
 def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
@@ -57,7 +59,8 @@ def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
         "SMOOTH": name.endswith("smooth"), "BLOCK_D": 64, "WIDTH": 16,
     }  # fmt: skip
     if op == "retrieval":
-        return retrieval.topk_kernel, constants | {"BLOCK_K": retrieval.BLOCK_K, "STEPS": retrieval.STEPS}
+        _, block_k, steps, _, _ = retrieval.TILES[16]
+        return retrieval.topk_kernel, constants | {"BLOCK_K": block_k, "STEPS": steps}
     if op == "late_interaction":
         constants |= {"BLOCK_K": 32 if single else 64, "STEPS": 4 if single else 1}
         return (late.maxsim_gradient_kernel if "gradient" in name else late.maxsim_kernel), constants

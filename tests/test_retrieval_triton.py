@@ -17,7 +17,7 @@ topk_similarity, recall_at_k = there(retrieval.topk_similarity), there(retrieval
 @pytest.fixture(autouse=True)
 def _few_rows_a_chunk(monkeypatch):
     if not PRESENT:
-        monkeypatch.setattr(triton_kernel, "BLOCK_N", 16)
+        monkeypatch.setattr(triton_kernel, "TILES", {16: (16, 32, 2, 8, 1)})
 
 
 @pytest.mark.parametrize("metric", ["inner", "cosine"])

@@ -10,7 +10,7 @@ A backend is given as ``run``, which takes a :class:`Problem` and returns differ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from fastxattn.ops.attention.dropout import keep_mask
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
 from fastxattn.testing import inputs
-from fastxattn.testing.budget import measure_error
+from fastxattn.testing.budget import ErrorReport, measure_error
 
 Run = Callable[[Problem], tuple[Tensor, Tensor]]
 Expected = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -244,15 +244,40 @@ def check_budget(run: Run, problem: Problem, *, backward: bool = True, expected:
 
     ``expected`` saves computing the expectations again for another backend or instruction set.
     """
+    for report in reports(run, problem, backward=backward, expected=expected):
+        if not report.ok:
+            raise AssertionError(str(report))
+
+
+def reports(
+    run: Run, problem: Problem, *, backward: bool = True, expected: Expected | None = None
+) -> list[ErrorReport]:  # fmt: skip
+    """The error of every result, for :func:`check_budget`."""
     ours = results(run, problem, backward=backward)
     oracle, eager = expected or expectations(problem, backward=backward)
     assert ours["out"].dtype == problem.query.dtype
+    found = []
     for name, actual in ours.items():
         if name.startswith("grad_"):
             assert actual.dtype == getattr(problem, name[5:]).dtype, f"{name} is {actual.dtype}"
-        report = measure_error(name, actual, oracle[name], eager[name], backward=name.startswith("grad_"))
-        if not report.ok:
-            raise AssertionError(str(report))
+        found.append(measure_error(name, actual, oracle[name], eager[name], backward=name.startswith("grad_")))
+    return found
+
+
+def check_budget_of_several(run: Run, problems: Iterable[Problem]) -> None:
+    """As :func:`check_budget`, with mean errors and their budgets added up over problems of one kind.
+
+    The numbers of a row err together, so that of a handful of rows the ratio of two mean errors is luck.
+    """
+    mean: dict[str, float] = {}
+    budget: dict[str, float] = {}
+    for problem in problems:
+        for report in reports(run, problem):
+            assert report.same_nonfinite and report.max_error <= report.max_budget, str(report)
+            mean[report.name] = mean.get(report.name, 0.0) + report.mean_error
+            budget[report.name] = budget.get(report.name, 0.0) + report.mean_budget
+    outside = {name: (mean[name], budget[name]) for name in mean if mean[name] > budget[name]}
+    assert not outside, f"mean errors and their budgets: {outside}"
 
 
 def rows_in_use(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fastxattn.ops.attention.triton.common import dot
 
-BLOCK_M, BLOCK_N, BLOCK_K, STEPS = 16, 64, 32, 2
+TILES = {16: (64, 32, 2, 8, 1), 64: (64, 32, 2, 8, 1)}
+"""By queries of a block: rows of the corpus, features of a step, steps after which a product is put away, warps and
+pipeline stages."""
 PROGRAMS, MOST_CHUNKS = 512, 1024
 NOTHING = tl.constexpr(-(1 << 63))
 
@@ -75,15 +77,17 @@ def topk_similarity(
     if number == 0 or rows == 0:
         scores = queries.new_full((number, k), float("-inf"), dtype=torch.float32)
         return scores, queries.new_full((number, k), -1, dtype=torch.int64)
-    blocks = triton.cdiv(number, BLOCK_M)
-    chunks = max(1, min(MOST_CHUNKS, PROGRAMS // blocks, triton.cdiv(rows, 16 * BLOCK_N)))
-    chunk = triton.cdiv(triton.cdiv(rows, chunks), BLOCK_N) * BLOCK_N
+    block_m = 16 if number <= 16 else 64
+    block_n, block_k, steps, warps, stages = TILES[block_m]
+    blocks = triton.cdiv(number, block_m)
+    chunks = max(1, min(MOST_CHUNKS, PROGRAMS // blocks, triton.cdiv(rows, 16 * block_n)))
+    chunk = triton.cdiv(triton.cdiv(rows, chunks), block_n) * block_n
     chunks = triton.cdiv(rows, chunk)
     best = queries.new_empty((chunks, number, width), dtype=torch.int64)
     stride = corpus.stride(0) if rows > 1 else corpus.shape[1]
     topk_kernel[(chunks, blocks)](
-        queries, corpus, factor, best, number, rows, corpus.shape[1], stride, chunk, BLOCK_M, BLOCK_N, BLOCK_K, STEPS,
-        width, num_warps=8, num_stages=1,
+        queries, corpus, factor, best, number, rows, corpus.shape[1], stride, chunk, block_m, block_n, block_k, steps,
+        width, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return _merged(best, chunk, k, first)
 
