@@ -104,13 +104,13 @@ OPTIONAL = {
 ALWAYS_OPTIONAL = {*OPTIONAL["rich"], "p_slot_q", "p_slot_k"}
 
 
-def cases() -> Iterator[Case]:
-    """Every shipped configuration, with every argument its class of problems may have."""
+def cases(arch: str) -> Iterator[Case]:
+    """Every configuration shipped for an architecture, with every argument its class of problems may have."""
     from fastxattn.ops.attention.triton import config
     from fastxattn.ops.bidirectional import config as bidirectional
     from fastxattn.ops.importance import config as importance
 
-    for kernel, kind, dim, tile in config.shipped():
+    for kernel, kind, dim, tile in config.shipped(arch == "sm_80"):
         dtype = "fp32" if kind.startswith("single") else "fp16"
         variant = "rich" if kind in ("rich", "single_rich") else "plain"
         yield Case("attention", kernel, dtype, dim, variant, _named(tile))
@@ -270,8 +270,12 @@ def run(
     """
     known = list(known)
     done_before = {(row.case(), row.arch) for row in known}
-    chosen = [c for c in cases() if match in f"{c.op}.{c.kernel}.{c.dtype}.{c.variant}.{c.dim}."]
-    todo = [(case, arch) for arch in archs for case in chosen if (case, arch) not in done_before]
+    todo = [
+        (c, arch)
+        for arch in archs
+        for c in cases(arch)
+        if match in f"{c.op}.{c.kernel}.{c.dtype}.{c.variant}.{c.dim}." and (c, arch) not in done_before
+    ]
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         rows: list[Row] = []
         errors: list[str] = []
@@ -294,13 +298,13 @@ def read(path: Path) -> list[Row]:
 
 def write(path: Path, rows: list[Row]) -> None:
     """A table of what is shipped, by architecture and in the order of the cases."""
-    order = {case: i for i, case in enumerate(cases())}
-    shipped = [row for row in rows if row.case() in order]
+    order = {(case, arch): i for arch in TARGETS for i, case in enumerate(cases(arch))}
+    shipped = [row for row in rows if (row.case(), row.arch) in order]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        shipped.sort(key=lambda row: (TARGETS.index(row.arch), order[row.case()]))
+        shipped.sort(key=lambda row: (TARGETS.index(row.arch), order[row.case(), row.arch]))
         writer.writerows(asdict(row) for row in shipped)
 
 

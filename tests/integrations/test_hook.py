@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import TEXT, VISION, lengths_mask
 
 from fastxattn.integrations import core, masks
-from fastxattn.integrations.masks import recognise
+from fastxattn.integrations.masks import Visible, recognise
 from fastxattn.integrations.transformers import attention, register
 from fastxattn.integrations.transformers.attention import fastxattn_attention
 
@@ -302,3 +302,18 @@ def test_the_memo_forgets_dead_masks() -> None:
     assert len(masks._memo) == before + 1
     del mask
     assert len(masks._memo) == before
+
+
+def test_torch_takes_a_dense_bias_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as our kernel's, and zeros with finite gradients where a row sees nothing."""
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
+    mask = torch.zeros(2, 1, 5, 7)
+    mask[0, 0, :, 4:], mask[1, 0, 2] = -torch.inf, -torch.inf
+    found = {}
+    for taken in (False, True):
+        monkeypatch.setattr(core, "torch_takes_bias", lambda *_, taken=taken: taken)
+        out = core.attend_padded(q, k, v, Visible(bias=mask), scale=0.3)
+        found[taken] = (out, *torch.autograd.grad(out.square().sum(), (q, k, v)))
+    assert not found[True][0][1, 2].any()
+    for one, other in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)

@@ -51,7 +51,7 @@ SPILLS = {
 
 def test_every_row_of_the_table_passes_the_gates(offline):
     rows = offline.read(TABLE)
-    shipped = {(case, arch) for case in offline.cases() for arch in offline.TARGETS}
+    shipped = {(case, arch) for arch in offline.TARGETS for case in offline.cases(arch)}
     assert {(row.case(), row.arch) for row in rows} == shipped, "rows are missing, or of tiles that are not shipped"
     bad = {(r.op, r.kernel, r.dtype, r.dim, r.variant, r.arch): r for r in rows if r.faults()}
     assert {name: row.spills for name, row in bad.items()} == SPILLS

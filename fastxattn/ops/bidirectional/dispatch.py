@@ -14,7 +14,7 @@ from fastxattn.ops.bidirectional.autograd import FORWARD, Bidirectional
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
 from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env
-from fastxattn.runtime.backend import Backend, resolve
+from fastxattn.runtime.backend import Backend, preferring, resolve
 
 _CPU = ("auto", "cpu")
 Both = tuple[Problem, Problem]
@@ -43,7 +43,9 @@ def attend(problem: BidirectionalProblem, scale: float | None, backend: str) -> 
             attention_checks.check_shapes(direction)
             if direction.query.is_cpu or env.validate_on_gpu:
                 attention_checks.check_contents(direction)
-    name = resolve("bidirectional", BACKENDS, directions, backend)
+    query = directions[0].query
+    order = preferring(BACKENDS, "cuda" if query.is_cuda and query.dtype == torch.float32 else None)
+    name = resolve("bidirectional", order, directions, backend)
     prepared = _joined(problem, *directions)
     # An exported graph keeps to attention, which other runtimes know.
     if name in ONE_PASS and not torch.compiler.is_exporting() and ONE_PASS[name](prepared):

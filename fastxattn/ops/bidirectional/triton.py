@@ -19,8 +19,12 @@ from fastxattn.ops.bidirectional.problem import BidirectionalProblem
 
 
 def pays(problem: BidirectionalProblem) -> bool:
-    """Whether the kernel of this room is used rather than two calls of attention: wherever it runs."""
-    return True
+    """Whether the kernel of this room is used rather than two calls of attention.
+
+    Not yet: on an H200 two calls took 0.57 to 0.77 of its time at every size (docs/performance/gpu.md). It remains for
+    devices where products cost more, and for tiles that nobody has tried.
+    """
+    return False
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastxattn.ops.attention.triton.common import dot
 
-TILES = {16: (64, 32, 2, 8, 1), 64: (64, 32, 2, 8, 1)}
+TILES = {16: (64, 32, 2, 4, 3), 64: (64, 32, 2, 8, 1)}
 """By queries of a block: rows of the corpus, features of a step, steps after which a product is put away, warps and
 pipeline stages."""
 PROGRAMS, MOST_CHUNKS = 512, 1024

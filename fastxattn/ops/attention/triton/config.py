@@ -31,10 +31,10 @@ class Tile:
 Table = dict[str, dict[int, Tile]]  # kernel -> widest padded head dim -> tile
 
 _PLAIN: Table = {
-    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 2)},
     "split": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
-    "backward_query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(16, 16, 8, 1)},
-    "backward_key": {64: Tile(64, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(16, 32, 8, 1)},
+    "backward_query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 16, 4, 1)},
+    "backward_key": {64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
 }
 _RICH: Table = {
     "forward": {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
@@ -56,6 +56,11 @@ _SINGLE_RICH: Table = {
     "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_key": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_bias": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+# What would spill on compute capability 8.
+_AMPERE: Table = {
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
+    "backward_query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(16, 16, 8, 1)},
 }
 _TABLES = {"plain": _PLAIN, "rich": _RICH, "single": _SINGLE, "single_rich": _SINGLE_RICH}
 
@@ -82,9 +87,14 @@ def kind_of(itemsize: int, rich: bool) -> str:
     return "rich" if rich else "plain"
 
 
-def pick(kernel: str, kind: str, dim: int) -> Tile:
-    """The shipped tile of ``kernel`` for padded head dims up to ``dim``."""
-    return _TABLES[kind][kernel][max(64, dim)]
+def pick(kernel: str, kind: str, dim: int, ampere: bool = False) -> Tile:
+    """The shipped tile of ``kernel`` for padded head dims up to ``dim``; ``ampere``: on compute capability 8."""
+    return tables(ampere)[kind][kernel][max(64, dim)]
+
+
+def tables(ampere: bool) -> dict[str, Table]:
+    """The tiles of every kind of problem."""
+    return _TABLES | {"plain": _PLAIN | _AMPERE} if ampere else _TABLES
 
 
 def warps_on(tile: Tile, itemsize: int, rocm: bool) -> int:
@@ -95,9 +105,10 @@ def warps_on(tile: Tile, itemsize: int, rocm: bool) -> int:
     return min(tile.warps, 4) if rocm and (itemsize == 4 or tile.block_m * tile.block_n <= 256) else tile.warps
 
 
-def shipped() -> list[tuple[str, str, int, Tile]]:
+def shipped(ampere: bool = False) -> list[tuple[str, str, int, Tile]]:
     """Every (kernel, kind, widest head dim, tile), for the offline gates and the tuner."""
-    return [(k, kind, dim, tile) for kind, t in _TABLES.items() for k, row in t.items() for dim, tile in row.items()]
+    every = tables(ampere).items()
+    return [(k, kind, dim, tile) for kind, t in every for k, row in t.items() for dim, tile in row.items()]
 
 
 def splits_for(slots_q: int, slots_k: int, batch: int, group: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ class Launch:
         rich = any(t is not None for t in (p.kv_range, p.key_bias, p.bias, p.dropout_seed))
         kind, dim = config.kind_of(p.query.element_size(), rich), max(*self.dims)
         return tuning.tuned("attention", kernel, kind, dim, p.query.device, config.Tile) or config.pick(
-            kernel, kind, dim
+            kernel, kind, dim, ampere(p.query.device)
         )
 
     @property
@@ -118,6 +119,13 @@ class Launch:
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PRECISION": precision(),
             "num_warps": warps_of(tile, p.query), "num_stages": tile.stages,
         }  # fmt: skip
+
+
+@functools.cache
+def ampere(device: torch.device) -> bool:
+    """Whether a device is of compute capability 8, whose register files and matrix units want smaller tiles."""
+    real = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()  # fake tensors have none
+    return real and torch.cuda.get_device_capability(device)[0] == 8
 
 
 def warps_of(tile: Tile, query: Tensor) -> int:

@@ -25,7 +25,7 @@ class Tile:
     """Software pipeline depth (num_stages)."""
 
 
-_HALF = {"stats": Tile(64, 64, 64, 1, 8, 2), "slope": Tile(64, 64, 64, 1, 8, 2)}
+_HALF = {"stats": Tile(64, 64, 64, 1, 8, 4), "slope": Tile(64, 64, 64, 1, 8, 4)}
 _SINGLE = {"stats": Tile(32, 32, 32, 4, 8, 1), "slope": Tile(32, 32, 32, 4, 8, 1)}
 _POSITIVE = Tile(32, 32, 64, 1, 4, 1)
 LIKE = {
