@@ -46,7 +46,7 @@ def work(kernel: str, lengths_q: list[int], lengths_k: list[int]) -> Work:
 
 def roofline_table() -> str:
     """Estimated least times of the GPU benchmark's shapes."""
-    from benchmarks.gpu import SHAPES
+    from benchmarks.gpu_cases import SHAPES
 
     lines = [f"| shape ({HEADS} heads of {DIM}, 16-bit) | kernel | " + " | ".join(CARDS) + " |"]
     lines.append("|---|---|" + "---|" * len(CARDS))

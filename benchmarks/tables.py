@@ -2,8 +2,8 @@
 
 A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``, where NAME is a file of benchmarks/results,
 ``highlights`` for a few rows of every file (drawn as a chart, too), ``roofline`` for what every CPU kernel reaches of
-what the machine does at most, or ``backends`` for what runs where, which is asked of the code. No number in a table is
-typed by hand.
+what the machine does at most, ``gpu`` for every provider's time there, or ``backends`` for what runs where, which is
+asked of the code. No number in a table is typed by hand.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def updated(text: str) -> str:
             return match[1] + roofline() + match[3]
         if match[2] == "highlights":
             return match[1] + highlights() + match[3]
+        if match[2] == "gpu":
+            return match[1] + gpu() + match[3]
         records = read_csv(RESULTS / f"{match[2]}.csv")
         places = dict.fromkeys(f"{r.device}, {r.threads} threads; {r.versions}" for r in records)
         measured = f"\nMeasured on {'. And on '.join(places)}.\n"
@@ -88,7 +90,7 @@ def draw() -> None:
     for path in sorted(RESULTS.glob("*.csv")):
         image = IMAGES / f"{path.stem}.png"
         if image.exists() and path.read_text().startswith("op,case,direction,provider,rival,"):
-            records = read_csv(path)
+            records = fastest(read_csv(path)) if path.stem == "gpu" else read_csv(path)
             ours = Counter(r.provider for r in records if r.provider.startswith("fastxattn")).most_common(1)[0][0]
             devices = ", ".join(dict.fromkeys(r.device for r in records))
             plot_ratios(records, ours, image, f"{path.stem}: {devices}")
@@ -99,9 +101,39 @@ def draw() -> None:
 def roofline() -> str:
     """Shares of the roofline from every file of results, and where they were measured."""
     names = [table.name for table in sections.read_tables(RESULTS) if sections.kind(table) == "speed"]
-    records = [r for name in names for r in read_csv(RESULTS / f"{name}.csv")]
+    records = [r for name in names for r in read_csv(RESULTS / f"{name}.csv") if r.threads]  # a GPU's have none
     places = dict.fromkeys(f"{r.device}, {r.threads} threads" for r in records if math.isfinite(r.roofline))
     return roofline_table(records) + (f"\nMeasured on {'; '.join(places)}.\n" if places else "")
+
+
+def fastest(records: list[Record]) -> list[Record]:
+    """Of each case the faster one of our backends, as ``fastxattn``."""
+    best: dict[tuple[str, str, str, str], Record] = {}
+    for r in records:
+        key = r.op, r.case, r.direction, r.dtype
+        if r.provider.startswith("fastxattn") and (key not in best or r.median_ms < best[key].median_ms):
+            best[key] = replace(r, provider="fastxattn")
+    return list(best.values())
+
+
+def gpu() -> str:
+    """A row for each case of gpu.csv: our backends' times, and each rival's with how many times longer it took."""
+    records = read_csv(RESULTS / "gpu.csv")
+    cases: dict[tuple[str, str, str, str], list[Record]] = {}
+    for r in records:
+        cases.setdefault((r.op, r.case, r.direction, r.dtype), []).append(r)
+    lines = [
+        "| what | pass | dtype | ours, ms | others, ms (our fastest is so many times as fast) |",
+        "|---|---|---|---|---|",
+    ]
+    for (op, case, direction, dtype), rows in cases.items():
+        ours = [r for r in rows if r.provider.startswith("fastxattn")]
+        best = min(r.median_ms for r in ours)
+        own = ", ".join(f"{r.provider.removeprefix('fastxattn ')} {r.median_ms:.3g}" for r in ours)
+        others = ", ".join(f"{r.provider} {r.median_ms:.3g} ({r.median_ms / best:.2f}x)" for r in rows if r not in ours)
+        lines.append(f"| {op}: {case} | {direction} | {dtype} | {own} | {others} |")
+    places = dict.fromkeys(f"{r.device}; {r.versions}" for r in records)
+    return "\n".join(lines) + f"\n\nMeasured on {'. And on '.join(places)}.\n"
 
 
 OPERATIONS = {
