@@ -19,7 +19,7 @@ help:
 	@echo "make report       one HTML page of every result (build/report.html)"
 	@echo "make soak         random problems, sanitizers, killed processes, broken files; SOAK_MINUTES=20"
 	@echo "make wheels       sdist and wheel in dist/; make check-wheels installs them into clean environments"
-	@echo "make gpu          everything a GPU proves, on a machine that has one"
+	@echo "make gpu          everything a GPU proves, on a machine that has one; CUDA kernels too where nvcc is"
 	@echo "make clean        remove build products and the virtual environment"
 
 $(VENV)/.demo: requirements/build.txt requirements/demo.txt pyproject.toml setup.py
@@ -101,6 +101,7 @@ check-version:
 	$(PYTHON) .ci/check_wheels.py --tag $(TAG)
 
 gpu: $(VENV)/.test native
+	command -v nvcc > /dev/null && FASTXATTN_CUDA_ARCHS=native $(PY) build_native.py --cuda || echo "gpu: no CUDA kernels"
 	$(PY) -m benchmarks.gpu
 
 clean:

@@ -6,8 +6,8 @@ compiles what changed. New kernels need no entry here: every csrc/<op>/*.cpp is 
 FASTXATTN_BUILD_ISAS=avx2 builds that instruction set and the generic one alone: quicker while working on a kernel.
 
 ``--cuda``, or FASTXATTN_BUILD_CUDA=1 in an installation, builds the CUDA kernels (csrc/<op>/*.cu) with the nvcc in
-$NVCC or on PATH; torch may be a CPU build. FASTXATTN_CUDA_ARCHS names the architectures, all of CUDA_ARCHS by default;
-csrc/<op>/*_sm90_*.cu are compiled for 90a alone.
+$NVCC or on PATH; torch may be a CPU build. FASTXATTN_CUDA_ARCHS names the architectures, all of CUDA_ARCHS by default,
+``native`` means those of this machine's GPUs; csrc/<op>/*_sm90_*.cu are compiled for 90a alone.
 """
 
 from __future__ import annotations
@@ -218,8 +218,13 @@ def _compile_cuda(nvcc: str, source: Path, objects: Path, flags: list[str], thre
 
 
 def cuda_archs() -> tuple[str, ...]:
-    """FASTXATTN_CUDA_ARCHS, by default all of CUDA_ARCHS."""
-    return tuple(os.environ.get("FASTXATTN_CUDA_ARCHS", "").replace(",", " ").split()) or CUDA_ARCHS
+    """FASTXATTN_CUDA_ARCHS, by default all of CUDA_ARCHS; ``native`` for what this machine's GPUs are."""
+    asked = os.environ.get("FASTXATTN_CUDA_ARCHS", "")
+    if asked == "native":
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        asked = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        asked = " ".join(sorted(set(asked.replace(".", "").split()))).replace("90", "90a")
+    return tuple(asked.replace(",", " ").split()) or CUDA_ARCHS
 
 
 def compile_kernels(nvcc: str, sources: list[Path], objects: Path) -> list[Path]:

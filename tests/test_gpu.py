@@ -66,15 +66,9 @@ def search(backend):
     return [], lambda *_: topk_similarity(a, b, 7, backend=backend)
 
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA library is not built"))
-BOTH = [(f, b) for f in (attention, clip, siglip, filip, prune) for b in ("triton", "cuda")]
-OPERATIONS = [(f, b if b == "triton" else CUDA.values[0]) for f, b in BOTH]
+OPERATIONS = [(f, b) for f in (attention, clip, siglip, filip, prune) for b in BACKENDS]
 OPERATIONS += [(f, "triton") for f in (co_attention, importance, search)]
-each = pytest.mark.parametrize(
-    ("operation", "backend"),
-    [pytest.param(f, b, marks=CUDA.marks if b == "cuda" else ()) for f, b in OPERATIONS],
-    ids=lambda x: getattr(x, "__name__", x),
-)
+each = pytest.mark.parametrize(("operation", "backend"), OPERATIONS, ids=lambda x: getattr(x, "__name__", x))
 
 
 def step(leaves, function):
