@@ -191,7 +191,7 @@ def files(seconds: float, seed: int) -> Outcome:
             code, said, error = run([sys.executable, "-c", FEED], LONGEST, given="\n".join(paths) + "\n")
             last = ""
             for line in said.splitlines():
-                if not line.startswith(("begin ", "end ")):  # the runtime and the operating system's libraries write too
+                if not line.startswith(("begin ", "end ")):  # libraries write there too
                     continue
                 word, job, rest = line.split(" ", 2)
                 last = line if word == "begin" else ""
