@@ -46,7 +46,7 @@ def updated(text: str) -> str:
 
 HIGHLIGHTS = {
     "models": ("BLIP-2 Q-Former.* forward ", "BLIP ITM.* forward ", "CLIP text tower.*captions", "LXMERT base"),
-    "attention": ("attention text to image, 16 ragged ", "attention image to text, 16 ragged ", "dense 8x32x257 ", "dense 8x77x577 "),
+    "attention": ("attention (text to image|image to text), 16 ragged ", "dense 8x32x257 ", "dense 8x77x577 "),
     "importance": ("text to image",), "bidirectional": (r"2 x \(1024 patches.* forward ",),
     "pruning": ("select .* gather.*50 %", "encoder .*keep 50%"), "contrastive": ("infonce N=8192", "sigmoid N=8192"),
     "late_interaction": ("256 x 256",), "retrieval": ("1000000 x 256",), "export": ("node, text to image",),
