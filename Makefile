@@ -68,7 +68,7 @@ pages: $(VENV)/.test native
 
 # Every room and as many whole models as ten minutes have time for; what was left out is said.
 bench: $(VENV)/.test native
-	$(PY) -m fastxattn bench
+	$(PY) -m fastxattn bench --minutes 9.5
 	$(PY) -m benchmarks.tables
 
 bench-full: $(VENV)/.test native
