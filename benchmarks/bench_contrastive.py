@@ -29,7 +29,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def eager_clip(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    labels = torch.arange(a.shape[0])
+    labels = torch.arange(a.shape[0], device=a.device)
     return (F.cross_entropy(scale * a @ b.T, labels) + F.cross_entropy(scale * b @ a.T, labels)) / 2
 
 
@@ -40,7 +40,7 @@ def eager_clip_one_product(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) ->
 
 def eager_siglip(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     logits = scale * a @ b.T + bias
-    signs = 2 * torch.eye(a.shape[0], dtype=logits.dtype) - torch.ones(a.shape[0], dtype=logits.dtype)
+    signs = 2 * torch.eye(a.shape[0], dtype=logits.dtype, device=a.device) - 1
     return -F.logsigmoid(signs * logits).sum() / a.shape[0]
 
 

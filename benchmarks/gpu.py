@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 
@@ -69,9 +69,9 @@ def prefer(records: list[Record], device: str) -> None:
     spent: dict[str, list[float]] = {}
     for r in records:
         if r.op == "attention" and r.dtype != "float32" and r.provider.startswith("fastxattn"):
-            spent.setdefault(r.provider.removeprefix("fastxattn "), []).append(math.log(r.median_ms))
+            spent.setdefault(r.provider.removeprefix("fastxattn "), []).append(r.median_ms)
     if spent:
-        tuning.prefer("attention", "plain", 64, {n: math.exp(sum(t) / len(t)) for n, t in spent.items()}, device)
+        tuning.prefer("attention", "plain", 64, {n: geometric_mean(times) for n, times in spent.items()}, device)
 
 
 PARTS = {"tests": run_tests, "sanitizer": run_sanitizer, "bench": bench}

@@ -47,6 +47,22 @@ def test_each_room_takes_its_dtypes_and_says_what_it_does_not() -> None:
     )
 
 
+@pytest.mark.usefixtures("loaded")
+def test_first_where_it_was_faster_and_never_in_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace cannot look whether the library is there, so it takes what needs none."""
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        tokens = torch.empty(5, 8, dtype=torch.bfloat16, device="cuda")
+        features = {d: torch.empty(5, 8, dtype=d, device="cuda") for d in (torch.float32, torch.bfloat16)}
+        for traced in (False, True):
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda traced=traced: traced)
+            first = "triton" if traced else "cuda"
+            assert fastxattn.ops.late_interaction.explain(tokens).chosen == first
+            for dtype, x in features.items():
+                wanted = first if dtype == torch.float32 else "triton"
+                assert fastxattn.ops.contrastive.explain(x, x).chosen == wanted
+
+
 def test_where_nothing_of_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cuda_library", lambda: native.Loaded(None, "the CUDA kernels were not built"))
     device = torch.device("cuda")

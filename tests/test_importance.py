@@ -15,6 +15,7 @@ from fastxattn.ops.importance import dispatch
 from fastxattn.ops.importance.reference import importance_reference
 from fastxattn.runtime import native
 from fastxattn.testing.bounds import checked_accesses
+from fastxattn.testing.budget import assert_together
 from tests.importance_problems import LEAVES, check, make, reports
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,14 +58,10 @@ def test_triton(feature, dtype, small_tiles):
 @pytest.mark.parametrize("feature", ["gqa_bias", "range_softcap", "probe", "wide"])
 def test_triton_on_longer_rows(feature, small_tiles):
     """Mean errors over several problems together: of the six rows of one probe their ratio is luck."""
-    mean, budget = {}, {}
-    for seed in range(1, 4):
-        problem = interpretable(feature, torch.float32, (5, 0, 61, 3), (20, 9, 70, 7), seed=seed)
-        for report in reports("triton", problem):
-            assert report.same_nonfinite and report.max_error <= report.max_budget, str(report)
-            mean[report.name] = mean.get(report.name, 0.0) + report.mean_error
-            budget[report.name] = budget.get(report.name, 0.0) + report.mean_budget
-    assert all(mean[name] <= budget[name] for name in mean), (mean, budget)
+    sides = (5, 0, 61, 3), (20, 9, 70, 7)
+    assert_together(
+        reports("triton", interpretable(feature, torch.float32, *sides, seed=seed)) for seed in range(1, 4)
+    )  # fmt: skip
 
 
 def interpretable(feature, dtype, lengths_q, lengths_k, seed=0):

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fastxattn.runtime import env
 
 
@@ -59,7 +61,13 @@ _notes: list[str] = []
 
 
 def preferring(backends: tuple[Backend, ...], name: str | None) -> tuple[Backend, ...]:
-    """The backends with the one of this name first, the others as they are."""
+    """The backends with the one of this name first, the others as they are.
+
+    A traced program takes them as they are: whether a library is there is nothing to trace, and what may be missing is
+    not first in a table.
+    """
+    if name is None or torch.compiler.is_compiling():
+        return backends
     return tuple(sorted(backends, key=lambda backend: backend.name != name))
 
 

@@ -22,16 +22,22 @@ def unavailable(device: torch.device) -> str | None:
     return too_old(device) or native.cuda_library().reason
 
 
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a device; None where there is none to ask (fake tensors), or where it means another thing.
+
+    ROCm numbers its devices differently.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 def too_old(device: torch.device) -> str | None:
     """Why a device is too old for our GPU kernels; None when it is not, or where it cannot be asked."""
-    if not torch.cuda.is_available():  # fake tensors have no device
+    found = capability(device)
+    if found is None or found >= _OLDEST:
         return None
-    if torch.version.hip is not None:  # ROCm numbers its devices differently
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= _OLDEST:
-        return None
-    return f"it needs compute capability 8.0, and the device has {capability[0]}.{capability[1]}"
+    return f"it needs compute capability 8.0, and the device has {found[0]}.{found[1]}"
 
 
 def launch(name: str, *arguments: Any) -> None:

@@ -43,4 +43,4 @@ def unavailable(device: torch.device) -> str | None:
         return f"the tensors are on {device.type}"
     if torch.compiler.is_compiling():  # neither an installation nor a device is something to trace
         return None
-    return missing() or (too_old(device) if device.type == "cuda" else None)
+    return missing() or too_old(device)

@@ -20,7 +20,7 @@ from fastxattn.ops.attention.dropout import keep_mask
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
 from fastxattn.testing import inputs
-from fastxattn.testing.budget import ErrorReport, measure_error
+from fastxattn.testing.budget import ErrorReport, assert_together, measure_error
 
 Run = Callable[[Problem], tuple[Tensor, Tensor]]
 Expected = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -265,19 +265,8 @@ def reports(
 
 
 def check_budget_of_several(run: Run, problems: Iterable[Problem]) -> None:
-    """As :func:`check_budget`, with mean errors and their budgets added up over problems of one kind.
-
-    The numbers of a row err together, so that of a handful of rows the ratio of two mean errors is luck.
-    """
-    mean: dict[str, float] = {}
-    budget: dict[str, float] = {}
-    for problem in problems:
-        for report in reports(run, problem):
-            assert report.same_nonfinite and report.max_error <= report.max_budget, str(report)
-            mean[report.name] = mean.get(report.name, 0.0) + report.mean_error
-            budget[report.name] = budget.get(report.name, 0.0) + report.mean_budget
-    outside = {name: (mean[name], budget[name]) for name in mean if mean[name] > budget[name]}
-    assert not outside, f"mean errors and their budgets: {outside}"
+    """As :func:`check_budget`, over problems of one kind; see :func:`fastxattn.testing.budget.assert_together`."""
+    assert_together(reports(run, problem) for problem in problems)
 
 
 def rows_in_use(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ to be exact (one key, all zeros) would ask for bitwise equality.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -113,3 +113,18 @@ def assert_within_budget(
     report = measure_error(name, actual, reference, eager, backward=backward)
     if not report.ok:
         raise AssertionError(str(report))
+
+
+def assert_together(problems: Iterable[Iterable[ErrorReport]]) -> None:
+    """Every largest error inside its budget, and mean errors with their budgets added up over problems of one kind.
+
+    The numbers of a row err together, so that of a handful of rows the ratio of two mean errors is luck.
+    """
+    mean: dict[str, float] = {}
+    budget: dict[str, float] = {}
+    for report in (report for reports in problems for report in reports):
+        assert report.same_nonfinite and report.max_error <= report.max_budget, str(report)
+        mean[report.name] = mean.get(report.name, 0.0) + report.mean_error
+        budget[report.name] = budget.get(report.name, 0.0) + report.mean_budget
+    outside = {name: (mean[name], budget[name]) for name in mean if mean[name] > budget[name]}
+    assert not outside, f"mean errors and their budgets: {outside}"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler, no interpreter")
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler, not the interpreter")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_offline(capability: int) -> None:
     import triton as compiler
@@ -74,7 +74,5 @@ def test_kernels_compile_offline(capability: int) -> None:
 def test_not_on_the_cpu_by_name() -> None:
     from fastxattn.ops.pruning import Budget, select
 
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the interpreter takes CPU tensors")
     with pytest.raises(RuntimeError, match="needs tensors on a GPU; got cpu"):
         select(torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32), Budget.count(1), backend="triton")

@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.attention import checks as attention_checks
-from fastxattn.ops.attention import cpu as attention_cpu
 from fastxattn.ops.attention import dispatch as attention
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.bidirectional import cpu, triton
 from fastxattn.ops.bidirectional.autograd import FORWARD, Bidirectional
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
-from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env
 from fastxattn.runtime.backend import Backend, preferring, resolve
 
-_CPU = ("auto", "cpu")
 Both = tuple[Problem, Problem]
 
 
@@ -55,14 +52,7 @@ def attend(problem: BidirectionalProblem, scale: float | None, backend: str) -> 
 
 def _short(problem: BidirectionalProblem, scale: float | None, backend: str) -> tuple[Tensor, Tensor] | None:
     """The short way for plain CPU calls: the operator checks all it relies on; None sends the call the checked way."""
-    if (
-        torch.compiler.is_compiling()
-        or not attention_cpu.ready
-        or backend not in _CPU
-        or env.default_backend not in _CPU
-        or explaining.explaining_in is not None
-        or torch.is_autocast_enabled("cpu")
-    ):
+    if not attention.short_way(backend):
         return None
     try:
         whole = problem._replace(scale=problem.query_a.shape[2] ** -0.5 if scale is None else scale)

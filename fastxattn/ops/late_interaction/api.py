@@ -13,14 +13,15 @@ from fastxattn.ops.late_interaction.autograd import BestMatches
 from fastxattn.ops.late_interaction.problem import Problem
 from fastxattn.ops.late_interaction.reference import maxsim_reference
 from fastxattn.runtime import backend as choose
-from fastxattn.runtime.backend import Backend, Explanation
+from fastxattn.runtime.backend import Backend, Explanation, preferring
 
 BACKENDS = (
     Backend("cpu", cpu.supports),
-    Backend("cuda", cuda.supports),  # before Triton's, which took 1.7 to 2.7 times as long on an H200
     Backend("triton", triton.supports),
+    Backend("cuda", cuda.supports),
     Backend("reference", lambda problem: None),
 )
+"""In the order in which ``auto`` tries them, see :func:`_in_order`."""
 
 
 def maxsim(
@@ -61,7 +62,7 @@ def maxsim(
     """
     checks.check_arguments(a, b, cu_seqlens_a, cu_seqlens_b, direction, reduction, smooth)
     a, b, cu_seqlens_a, cu_seqlens_b = (t.contiguous() for t in (a, b, cu_seqlens_a, cu_seqlens_b))
-    name = choose.resolve("maxsim", BACKENDS, Problem(a.device.type, a.dtype, smooth), backend)
+    name = choose.resolve("maxsim", _in_order(a), Problem(a.device.type, a.dtype, smooth), backend)
     from_a, from_b = direction != "b", direction != "a"
     if name == "reference":
         sums = maxsim_reference(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
@@ -118,4 +119,9 @@ def late_interaction_loss(
 
 def explain(a: torch.Tensor, smooth: float | None = None, backend: str = "auto") -> Explanation:
     """Every backend's verdict on late interaction over these tokens, and the one that would run."""
-    return choose.explain("maxsim", BACKENDS, Problem(a.device.type, a.dtype, smooth), backend)
+    return choose.explain("maxsim", _in_order(a), Problem(a.device.type, a.dtype, smooth), backend)
+
+
+def _in_order(a: torch.Tensor) -> tuple[Backend, ...]:
+    """On an H200 the CUDA kernels were measured to take 0.37 to 0.54 of the time of Triton's."""
+    return preferring(BACKENDS, "cuda" if a.is_cuda else None)

@@ -14,6 +14,7 @@ from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.ops.attention.triton import backward, backward_bias, config, forward
 from fastxattn.ops.attention.triton.config import Tile, padded_dim
 from fastxattn.runtime import tuning
+from fastxattn.runtime.cuda import capability
 
 allow_tf32 = False
 """True lets float32 products run on the tensor cores in TF32 (10 bits of mantissa)."""
@@ -124,8 +125,8 @@ class Launch:
 @functools.cache
 def ampere(device: torch.device) -> bool:
     """Whether a device is of compute capability 8, whose register files and matrix units want smaller tiles."""
-    real = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()  # fake tensors have none
-    return real and torch.cuda.get_device_capability(device)[0] == 8
+    found = capability(device)
+    return found is not None and found[0] == 8
 
 
 def warps_of(tile: Tile, query: Tensor) -> int:
