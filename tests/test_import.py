@@ -114,7 +114,8 @@ WITHOUT = {
     "bidirectional": {"onnx"},  # a file holds the two attentions that it is made of
     "context_attention": {"triton"},  # on a GPU the projections are made, for attention
     "contrastive": {"onnx"},  # a loss is for training
-    "pruning": {"problem"},  # its operations have no options in common; a tensor is all that a backend asks about
+    # Its operations have no options in common: a tensor is all that a backend asks about. Those with a gradient are rows.py.
+    "pruning": {"problem", "autograd"},
     "retrieval": {"autograd"},  # indices have no gradient
 }
 

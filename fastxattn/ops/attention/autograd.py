@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
+from fastxattn.runtime.operators import differentiable, first_order, needs_function, run
 
 FORWARD = {name: getattr(torch.ops.fastxattn, f"attention_{name}").default for name in ("cpu", "triton", "cuda")}
 BACKWARD = {
@@ -20,10 +22,12 @@ _TENSORS = Problem._fields.index("scale")  # the tensors before the numbers; the
 class Attention(torch.autograd.Function):
     """out, lse = Attention.apply(backend, *problem); saves the tensors of the problem and both results."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(backend: str, *problem: Any) -> tuple[Tensor, Tensor]:
         """Run the backend's forward operator."""
-        out, lse = FORWARD[backend](*problem)
+        out, lse = run(FORWARD[backend], *problem)
         return out, lse
 
     @staticmethod
@@ -37,10 +41,12 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(*problem[:_TENSORS], problem.dropout_seed, *output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    @first_order("attention")
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value, key_bias and bias; None for everything else."""
-        *tensors, seed, out, lse = ctx.saved_tensors
+        *tensors, seed, out, lse = saved
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         elif grad_out.stride(2) != 1:  # the expanded scalar that sum() sends
@@ -55,7 +61,8 @@ class Attention(torch.autograd.Function):
 
 def wants_gradient(problem: Problem) -> bool:
     """Whether autograd has to see this call."""
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad
-        for t in (problem.query, problem.key, problem.value, problem.key_bias, problem.bias)
-    )
+    return needs_function(problem.query, problem.key, problem.value, problem.key_bias, problem.bias)
+
+
+for _backend in FORWARD:
+    differentiable(f"attention_{_backend}", functools.partial(Attention.apply, _backend))

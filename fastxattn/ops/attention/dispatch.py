@@ -16,7 +16,10 @@ from fastxattn.ops.attention.triton.config import kind_of, padded_dim
 from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env, tuning
 from fastxattn.runtime.backend import Backend, preferring, resolve
+from fastxattn.runtime.operators import plain, transforming
+from fastxattn.runtime.operators import run as run_operator
 
+_INF = float("inf")
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
 _CPU = ("auto", "cpu")
 BACKENDS = (
@@ -37,6 +40,19 @@ def short_way(backend: str) -> bool:
         and env.default_backend in _CPU
         and explaining.explaining_in is None
         and not torch.is_autocast_enabled("cpu")
+        and not transforming()
+    )
+
+
+def sound_numbers(scale: object, softcap: object, dropout_p: object = 0.0) -> bool:
+    """Whether these are plain floats in their ranges; anything else is for the validated path to name or convert."""
+    return (
+        type(scale) is float
+        and type(softcap) is float
+        and type(dropout_p) is float
+        and -_INF < scale < _INF
+        and 0.0 <= softcap < _INF
+        and 0.0 <= dropout_p < 1.0
     )
 
 
@@ -64,6 +80,8 @@ def attend(
         # The short way: the operator checks everything it relies on, and Python looks only when it has refused.
         try:
             scale_ = query.size(-1) ** -0.5 if scale is None else scale
+            if not sound_numbers(scale_, softcap, dropout_p):
+                raise ValueError
             if dropout_p:
                 dropout_seed = seed_tensor(dropout_seed, query.device)
             if torch.is_grad_enabled() and (
@@ -77,11 +95,11 @@ def attend(
                     "cpu", query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index,
                     kv_range, key_bias, bias, scale_, softcap, dropout_p, dropout_seed,
                 )  # fmt: skip
-            return cpu.direct(
-                query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index,
+            return run_operator(
+                cpu.direct, query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index,
                 kv_range, key_bias, bias, scale_, softcap, dropout_p, dropout_seed,
             )  # fmt: skip
-        except (RuntimeError, TypeError, AttributeError, ZeroDivisionError):
+        except (RuntimeError, TypeError, ValueError, AttributeError, ZeroDivisionError):
             pass
     return _checked(
         query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index, kv_range,
@@ -125,7 +143,7 @@ def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
     if wants_gradient(problem):
         out, lse = Attention.apply(name, *problem)
     else:
-        out, lse = FORWARD[name](*problem)
+        out, lse = plain(FORWARD[name], *problem)
     return out, lse
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastxattn.ops.attention.problem import Problem
+from fastxattn.runtime.operators import refuse
 
 _UNKNOWN = ("seqused_q", "seqused_k", "query_index", "key_index", "kv_range", "key_bias", "bias")
 
@@ -54,18 +54,5 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     # Rows without keys come back with lse = +inf or garbage, depending on the version.
     lse = torch.where(lse == torch.inf, -torch.inf, lse)
-    return out, _Constant.apply(lse, p.query)
-
-
-class _Constant(torch.autograd.Function):
-    """A result whose gradient nobody computed: silence would be a wrong gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, lse: Tensor, query: Tensor) -> Tensor:
-        """Lse itself, tied to query."""
-        return lse.view_as(lse)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        """Refuse."""
-        raise RuntimeError("attention: backend='flash' has no gradient of lse; use another backend")
+    message = "attention: backend='flash' has no gradient of lse; use another backend"
+    return out, refuse(message, lse, (p.query, p.key))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastxattn.ops.attention.checks import check_shapes
 from fastxattn.ops.attention.problem import Problem
-from fastxattn.runtime import native
+from fastxattn.runtime.operators import define
 
 NEEDS = {"query": 1, "key": 2, "value": 4, "key_bias": 8, "bias": 16}
 
@@ -53,9 +53,6 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    # Tracing is the one time a compiled program passes through Python: the library has to be there when it runs.
-    if (reason := native.cpu_library().reason) is not None:
-        raise RuntimeError(f"attention: the cpu backend cannot be traced: {reason}")
     out, lse = _fake_forward(*arguments)
     # An ONNX graph holds our operator's node, which returns float32.
     return out, lse if torch.onnx.is_in_onnx_export() else lse.double()
@@ -79,8 +76,5 @@ def _fake_backward(
 
 _FAKES = {"cpu": _fake_forward_cpu, "triton": _fake_forward_triton, "cuda": _fake_forward}
 for _backend in _FAKES:
-    _forward, _backward = f"fastxattn::attention_{_backend}", f"fastxattn::attention_backward_{_backend}"
-    torch.library.define(_forward, _FORWARD, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.define(_backward, _BACKWARD, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(_forward, _FAKES[_backend])
-    torch.library.register_fake(_backward, _fake_backward)
+    define(f"attention_{_backend}", _FORWARD, _FAKES[_backend])
+    define(f"attention_backward_{_backend}", _BACKWARD, _fake_backward)

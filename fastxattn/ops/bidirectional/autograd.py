@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
 from fastxattn.ops.bidirectional.schema import NEEDS
+from fastxattn.runtime.operators import differentiable, first_order, run
 
 FORWARD = {name: getattr(torch.ops.fastxattn, f"bidirectional_{name}").default for name in ("cpu", "triton")}
 BACKWARD = {name: getattr(torch.ops.fastxattn, f"bidirectional_backward_{name}").default for name in ("cpu", "triton")}
@@ -18,10 +20,12 @@ _TENSORS = BidirectionalProblem._fields.index("scale")
 class Bidirectional(torch.autograd.Function):
     """out_a, out_b, lse_a, lse_b = Bidirectional.apply(backend, *problem); no gradient goes through the last two."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(backend: str, *problem: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run the backend's forward operator."""
-        out_a, out_b, lse_a, lse_b = FORWARD[backend](*problem)
+        out_a, out_b, lse_a, lse_b = run(FORWARD[backend], *problem)
         return out_a, out_b, lse_a, lse_b
 
     @staticmethod
@@ -36,10 +40,12 @@ class Bidirectional(torch.autograd.Function):
         ctx.save_for_backward(*problem[:_TENSORS], problem.dropout_seed, *output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_a: Tensor | None, grad_b: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    @first_order("co-attention")
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_a: Tensor | None, grad_b: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of queries, values and biases."""
-        *fields, out_a, out_b, lse_a, lse_b = ctx.saved_tensors
+        *fields, out_a, out_b, lse_a, lse_b = saved
         problem = BidirectionalProblem._make([*fields[:_TENSORS], *ctx.numbers, fields[_TENSORS]])
         outs = [
             torch.zeros_like(out) if grad is None else grad if grad.stride(2) == 1 else grad.contiguous()
@@ -53,3 +59,7 @@ class Bidirectional(torch.autograd.Function):
             if needed[name] and bias is not None:
                 grads[name] = grads[name].T if bias.ndim == 2 else grads[name].sum(0)
         return None, *(grads[name] if needed[name] else None for name in BidirectionalProblem._fields)
+
+
+for _backend in FORWARD:
+    differentiable(f"bidirectional_{_backend}", functools.partial(Bidirectional.apply, _backend))

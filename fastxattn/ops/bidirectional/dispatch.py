@@ -13,6 +13,7 @@ from fastxattn.ops.bidirectional.autograd import FORWARD, Bidirectional
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
 from fastxattn.runtime import env
 from fastxattn.runtime.backend import Backend, preferring, resolve
+from fastxattn.runtime.operators import needs_function, plain
 
 Both = tuple[Problem, Problem]
 
@@ -56,6 +57,8 @@ def _short(problem: BidirectionalProblem, scale: float | None, backend: str) -> 
         return None
     try:
         whole = problem._replace(scale=problem.query_a.shape[2] ** -0.5 if scale is None else scale)
+        if not attention.sound_numbers(whole.scale, whole.softcap, whole.dropout_p):
+            return None
         return one_pass("cpu", whole) if ONE_PASS["cpu"](whole) else None
     except (RuntimeError, TypeError, AttributeError, ZeroDivisionError):
         return None
@@ -63,11 +66,9 @@ def _short(problem: BidirectionalProblem, scale: float | None, backend: str) -> 
 
 def one_pass(name: str, problem: BidirectionalProblem) -> tuple[Tensor, Tensor]:
     """Run a backend's own kernels on a problem that is known to be sound, differentiably."""
-    tensors = (*problem[:4], problem.bias_a, problem.bias_b)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_function(*problem[:4], problem.bias_a, problem.bias_b):
         return Bidirectional.apply(name, *problem)[:2]  # type: ignore[no-any-return]
-    out_a, out_b, _, _ = FORWARD[name](*problem)
-    return out_a, out_b
+    return plain(FORWARD[name], *problem)[:2]  # type: ignore[no-any-return]
 
 
 def _prepared(problem: BidirectionalProblem, scale: float | None) -> Both:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastxattn.ops.attention import checks
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
+from fastxattn.runtime.operators import define
 
 NEEDS = {"query_a": 1, "query_b": 2, "value_a": 4, "value_b": 8, "bias_a": 16, "bias_b": 32}
 
@@ -53,8 +54,7 @@ def _fake_backward(
 
 for _backend in ("cpu", "triton"):
     for _name, _schema, _fake in (
-        (f"fastxattn::bidirectional_{_backend}", _FORWARD, _fake_forward),
-        (f"fastxattn::bidirectional_backward_{_backend}", _BACKWARD, _fake_backward),
+        (f"bidirectional_{_backend}", _FORWARD, _fake_forward),
+        (f"bidirectional_backward_{_backend}", _BACKWARD, _fake_backward),
     ):
-        torch.library.define(_name, _schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake(_name, _fake)
+        define(_name, _schema, _fake)

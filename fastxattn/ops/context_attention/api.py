@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.context_attention import cpu
-from fastxattn.ops.context_attention.autograd import ContextAttention
+from fastxattn.ops.context_attention.autograd import FORWARD, ContextAttention
 from fastxattn.ops.context_attention.checks import check_arguments
 from fastxattn.ops.context_attention.problem import Problem
 from fastxattn.ops.context_attention.reference import context_attention_reference
@@ -105,7 +105,7 @@ def context_attention(
         out, lse = context_attention_reference(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, scale)
     else:
         query = query if query.stride(2) == 1 else query.contiguous()
-        out, lse = ContextAttention.apply(
+        problem = (
             query,
             context.contiguous(),
             cu_seqlens_q.contiguous(),
@@ -113,8 +113,10 @@ def context_attention(
             None if kv_range is None else kv_range.contiguous(),
             None if key_bias is None else key_bias.float().contiguous(),
             float(scale),
-            chosen,
         )
+        # The operator has its own derivative, and Dynamo keeps it whole.
+        compiling = torch.compiler.is_compiling()
+        out, lse, _ = FORWARD[chosen](*problem) if compiling else ContextAttention.apply(chosen, *problem)
     return (out, lse) if return_lse else out
 
 

@@ -1,60 +1,54 @@
-"""The autograd.Function around the compiled backends: the one place that saves tensors."""
+"""The gradient of context attention, for every compiled backend."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastxattn.ops.context_attention.schema import NEEDS
+from fastxattn.runtime.operators import differentiable, first_order, run
+
+FORWARD = {"cpu": torch.ops.fastxattn.context_attention_cpu.default}
+BACKWARD = {"cpu": torch.ops.fastxattn.context_attention_backward_cpu.default}
 
 
 class ContextAttention(torch.autograd.Function):
-    """Differentiates ``fastxattn::context_attention_<backend>`` for query, context and key_bias."""
+    """out, lse, softmax = ContextAttention.apply(backend, *problem); no gradient goes through the last."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        context: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        kv_range: Tensor | None,
-        key_bias: Tensor | None,
-        scale: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the forward operator and keep what its gradient needs."""
-        op = getattr(torch.ops.fastxattn, f"context_attention_{backend}")
-        out, lse, softmax = op(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, scale)
-        ctx.save_for_backward(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, out, lse, softmax)
-        ctx.scale, ctx.backend = scale, backend
+    def forward(backend: str, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the backend's forward operator."""
+        out, lse, softmax = run(FORWARD[backend], *problem)
+        return out, lse, softmax
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what the backward operator needs."""
+        ctx.backend, *tensors, ctx.scale = inputs
         ctx.set_materialize_grads(False)
-        return out, lse
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    @first_order("context_attention")
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of query, context and key_bias, those that are needed."""
-        grad_out, grad_lse = grads
-        query, context, cu_q, cu_k, kv_range, key_bias, out, lse, softmax = ctx.saved_tensors
-        asked = ctx.needs_input_grad
-        wanted = {"query": asked[0], "context": asked[1], "key_bias": asked[5]}
+        *problem, out, lse, softmax = saved
+        wanted = dict(zip(NEEDS, (ctx.needs_input_grad[i] for i in (1, 2, 6)), strict=True))
         needs = sum(NEEDS[name] for name, want in wanted.items() if want)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        op = getattr(torch.ops.fastxattn, f"context_attention_backward_{ctx.backend}")
-        gq, gc, gb = op(
-            grad_out, grad_lse, out, lse, softmax, query, context, cu_q, cu_k, kv_range, key_bias, ctx.scale, needs
-        )  # fmt: skip
-        return (
-            gq if wanted["query"] else None,
-            gc if wanted["context"] else None,
-            None,
-            None,
-            None,
-            gb if wanted["key_bias"] else None,
-            None,
-            None,
-        )
+        grads = BACKWARD[ctx.backend](grad_out, grad_lse, out, lse, softmax, *problem, ctx.scale, needs)
+        query, context, key_bias = (g if want else None for g, want in zip(grads, wanted.values(), strict=True))
+        return None, query, context, None, None, None, key_bias, None
+
+
+for _backend in FORWARD:
+    differentiable(f"context_attention_{_backend}", functools.partial(ContextAttention.apply, _backend))

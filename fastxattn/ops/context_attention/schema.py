@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from fastxattn.runtime.operators import define
+
 NEEDS = {"query": 1, "context": 2, "key_bias": 4}
 
 _PROBLEM = (
@@ -18,16 +20,10 @@ _PROBLEM = (
     "float scale"
 )
 
-torch.library.define(
-    "fastxattn::context_attention_cpu",
-    f"({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor softmax)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "fastxattn::context_attention_backward_cpu",
+_FORWARD = f"({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor softmax)"
+_BACKWARD = (
     f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor softmax, {_PROBLEM}, int needs) -> "
-    "(Tensor grad_query, Tensor grad_context, Tensor grad_key_bias)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "(Tensor grad_query, Tensor grad_context, Tensor grad_key_bias)"
 )
 
 
@@ -69,5 +65,5 @@ def _backward_fake(
     )
 
 
-torch.library.register_fake("fastxattn::context_attention_cpu", _forward_fake)
-torch.library.register_fake("fastxattn::context_attention_backward_cpu", _backward_fake)
+define("context_attention_cpu", _FORWARD, _forward_fake)
+define("context_attention_backward_cpu", _BACKWARD, _backward_fake)

@@ -1,203 +1,199 @@
-"""The autograd functions over the fused operators: the one place that saves tensors."""
+"""The gradients of the fused operators: the one place that saves tensors.
+
+Each Function is also a composite operator (:func:`fastxattn.runtime.operators.composite`), which traced programs call.
+Arguments called *problem* are those of the schema, ``a`` to ``exclude_self``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastxattn.ops.contrastive.schema import GRADS, NEEDS, WIDE
+from fastxattn.ops.contrastive.schema import GRADS, LIMITS, NEEDS, PROBLEM, WIDE
+from fastxattn.runtime.operators import composite, first_order, run, transforming
 
-Optional = torch.Tensor | None
+_PROBLEM_LENGTH = PROBLEM.count(",") + 1
 
 
 def operator(name: str, backend: str) -> Any:
     """``torch.ops.fastxattn.<name>_<backend>``."""
-    return getattr(torch.ops.fastxattn, f"{name}_{backend}")
+    return getattr(torch.ops.fastxattn, f"{name}_{backend}").default
 
 
 class PairStats(torch.autograd.Function):
     """Row and column statistics (:data:`fastxattn.ops.contrastive.schema.STATS`) of the similarity matrix.
 
-    Kernels read the features in ``dtype``. Features of 16 bits that come widened to float32 get gradients in float32:
-    where several parts of a loss meet, each would else be rounded before they add up.
+    Arguments: backend, wide_a, wide_b, *problem, limit_row, limit_col, rank_row, rank_col, rows, columns, means.
+    Kernels read the problem's features; gradients belong to ``wide_a`` and ``wide_b``, which hold the same numbers: the
+    features themselves, or float32 copies where several parts of a loss add gradients up, which would else be rounded.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale: torch.Tensor,
-        norm_a: Optional,
-        norm_b: Optional,
-        id_a: torch.Tensor,
-        id_b: torch.Tensor,
-        skip_a: Optional,
-        skip_b: Optional,
-        exact: Optional,
-        limit_row: Optional,
-        limit_col: Optional,
-        rank_row: Optional,
-        rank_col: Optional,
-        exclude_self: bool,
-        rows: bool,
-        columns: bool,
-        means: bool,
-        dtype: torch.dtype,
-        backend: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Arguments as in the schema; ``rows`` and ``columns`` say which directions are wanted."""
-        ctx.dtypes = a.dtype, b.dtype
-        a, b = a.to(dtype), b.to(dtype)
-        problem = (a, b, scale, None, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact, exclude_self)
-        stats = operator("contrastive_stats", backend)(
-            *problem, limit_row, limit_col, rank_row, rank_col, rows, columns, means
-        )
-        ctx.save_for_backward(
-            *stats, a, b, scale, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact, limit_row, limit_col
-        )
-        ctx.flags = (exclude_self, rows, columns, backend)
-        return stats[0], stats[1]
+    def forward(backend: str, wide_a: Tensor, wide_b: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Run the backend's operator; ``rows`` and ``columns`` select the directions."""
+        row, col = run(operator("contrastive_stats", backend), *arguments)
+        return row, col
 
     @staticmethod
-    def backward(ctx: Any, grad_row: torch.Tensor, grad_col: torch.Tensor) -> tuple[Any, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save the problem, its limits and the statistics."""
+        ctx.backend, wide_a, wide_b, *arguments = inputs
+        *tensors, exclude_self = arguments[:_PROBLEM_LENGTH]
+        limit_row, limit_col, _, _, rows, columns, _ = arguments[_PROBLEM_LENGTH:]
+        ctx.flags = (exclude_self, rows, columns)
+        ctx.wide = wide_a.dtype != tensors[0].dtype or wide_b.dtype != tensors[1].dtype
+        ctx.dtypes = wide_a.dtype, wide_b.dtype
+        ctx.save_for_backward(*output, *tensors, limit_row, limit_col)
+
+    @staticmethod
+    @first_order("infonce_loss")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_row: Tensor, grad_col: Tensor) -> tuple[Any, ...]:
         """One pass for both features; the scale's gradient falls out of it."""
-        row, col, a, b, scale, *rest, limit_row, limit_col = ctx.saved_tensors
-        exclude_self, rows, columns, backend = ctx.flags
-        needs = sum(bit for bit, asked in zip(NEEDS.values(), ctx.needs_input_grad, strict=False) if asked)
-        needs += WIDE * (ctx.dtypes != (a.dtype, b.dtype))
-        grad_a, grad_b, dot = operator("contrastive_backward", backend)(
-            grad_row[:GRADS].contiguous(),
-            grad_col[:GRADS].contiguous(),
-            row,
-            col,
-            a,
-            b,
-            scale,
-            None,
-            *rest,
-            exclude_self,
-            limit_row,
-            limit_col,
-            rows,
-            columns,
-            needs,
-        )
+        row, col, *problem, limit_row, limit_col = saved
+        exclude_self, rows, columns = ctx.flags
+        _, wanted_a, wanted_b, _, _, wanted_scale, *rest = ctx.needs_input_grad
+        wanted = dict(zip(NEEDS, (wanted_a, wanted_b, wanted_scale), strict=True))
+        needs = sum(bit for name, bit in NEEDS.items() if wanted[name]) + WIDE * ctx.wide
+        grad_a, grad_b, dot = operator("contrastive_backward", ctx.backend)(
+            grad_row[:GRADS].contiguous(), grad_col[:GRADS].contiguous(), row, col, *problem, exclude_self, limit_row,
+            limit_col, rows, columns, needs,
+        )  # fmt: skip
         return (
-            grad_a.to(ctx.dtypes[0]) if needs & NEEDS["a"] else None,
-            grad_b.to(ctx.dtypes[1]) if needs & NEEDS["b"] else None,
-            dot.sum(dtype=torch.float64).to(scale.dtype) if needs & NEEDS["scale"] else None,
-            *[None] * 17,
+            None,
+            grad_a.to(ctx.dtypes[0]) if wanted_a else None,
+            grad_b.to(ctx.dtypes[1]) if wanted_b else None,
+            None,
+            None,
+            dot.sum(dtype=torch.float64).to(problem[2].dtype) if wanted_scale else None,
+            *[None] * len(rest),
         )
 
 
 class SigmoidSum(torch.autograd.Function):
-    """``sum_i weight_i * loss_i`` of the sigmoid loss; its gradients are made in the forward pass."""
+    """``sum_i weight_i * loss_i`` of the sigmoid loss; the features' gradients are made in the forward pass.
+
+    Arguments: backend, needs, *problem, weight. Returns the sum, and without gradient the rows' losses and the
+    operator's other results for ``needs``.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor,
-        norm_a: Optional,
-        norm_b: Optional,
-        id_a: torch.Tensor,
-        id_b: torch.Tensor,
-        skip_a: Optional,
-        skip_b: Optional,
-        exact: Optional,
-        weight: torch.Tensor,
-        exclude_self: bool,
-        backend: str,
-    ) -> torch.Tensor:
-        """Arguments as in the schema."""
-        problem = (a, b, scale, bias, norm_a, norm_b, id_a, id_b, skip_a, skip_b, exact)
-        needs = SigmoidSum.needs(ctx)
-        loss, *grads = operator("sigmoid", backend)(*problem, exclude_self, weight, needs)
-        ctx.save_for_backward(*problem, weight)
-        ctx.flags = (exclude_self, backend)
-        ctx.grads = grads
-        return (loss * weight).sum()
+    def forward(backend: str, needs: int, *arguments: Any) -> tuple[Tensor, ...]:
+        """One pass for loss and gradients."""
+        weight = arguments[-1]
+        loss, *grads = run(operator("sigmoid", backend), *arguments, needs)
+        return (loss * weight).sum(), loss, *grads
 
     @staticmethod
-    def needs(ctx: Any) -> int:
-        """The bit mask of wanted gradients."""
-        wanted = ctx.needs_input_grad
-        return NEEDS["a"] * wanted[0] + NEEDS["b"] * wanted[1] + NEEDS["scale"] * (wanted[2] or wanted[3])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save the problem and the rows' losses; the gradients wait on the context, to be scaled in place."""
+        ctx.backend, _, *arguments = inputs
+        *tensors, ctx.exclude_self, weight = arguments
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.grads = output[2:]
+        ctx.save_for_backward(*tensors, weight, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        """Scales what the forward pass left, in place; a second backward of a kept graph computes it anew."""
+    @first_order("sigmoid_loss")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: None) -> tuple[Any, ...]:
+        """Scale what the forward pass left; a second backward of a kept graph computes it anew."""
+        *problem, weight, loss = saved
+        _, _, *wanted = ctx.needs_input_grad
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            *problem, weight = ctx.saved_tensors
-            exclude_self, backend = ctx.flags
-            _, *grads = operator("sigmoid", backend)(*problem, exclude_self, weight, SigmoidSum.needs(ctx))
+            needs = _needs(wanted)
+            _, *grads = operator("sigmoid", ctx.backend)(*problem, ctx.exclude_self, weight, needs)
         grad_a, grad_b, dot, row_dz = grads
-        wanted, dtype = ctx.needs_input_grad, ctx.saved_tensors[0].dtype
-        return (
-            grad_a.mul_(grad).to(dtype) if wanted[0] else None,
-            grad_b.mul_(grad).to(dtype) if wanted[1] else None,
-            (dot.sum(dtype=torch.float64) * grad).float() if wanted[2] else None,
-            (row_dz.sum(dtype=torch.float64) * grad).float() if wanted[3] else None,
-            *[None] * 10,
-        )
+        if not transforming():
+            grad_a, grad_b = (g.mul_(grad) if g.numel() else g for g in (grad_a, grad_b))
+        else:
+            grad_a, grad_b = grad_a * grad, grad_b * grad
+        return None, None, *_by_argument(wanted, problem, grad_a, grad_b, dot, row_dz, grad), loss * grad
 
 
 class SigmoidRows(torch.autograd.Function):
-    """Each row's sigmoid loss; the gradients take a second pass, for their weights are not known before."""
+    """Each row's sigmoid loss; the gradients take a second pass, for their weights are not known before.
+
+    Arguments: backend, *problem.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, *rest: Any
-    ) -> torch.Tensor:
-        """``rest``: norms, ids, skips, exact, exclude_self, backend."""
-        *tensors, exclude_self, backend = rest
-        ctx.save_for_backward(a, b, scale, bias, *tensors)
-        ctx.flags = (exclude_self, backend)
-        result: torch.Tensor = operator("sigmoid", backend)(a, b, scale, bias, *tensors, exclude_self, None, 0)[0]
+    def forward(backend: str, *problem: Any) -> Tensor:
+        """The losses alone."""
+        result: Tensor = run(operator("sigmoid", backend), *problem, None, 0)[0]
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the problem."""
+        ctx.backend, *tensors, ctx.exclude_self = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @first_order("sigmoid_loss")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
         """The fused pass with the incoming gradients as weights."""
-        exclude_self, backend = ctx.flags
-        wanted, a, needs = ctx.needs_input_grad, ctx.saved_tensors[0], SigmoidSum.needs(ctx)
-        _, grad_a, grad_b, dot, row_dz = operator("sigmoid", backend)(
-            *ctx.saved_tensors, exclude_self, grad.contiguous(), needs
-        )
-        return (
-            grad_a.to(a.dtype) if wanted[0] else None,
-            grad_b.to(a.dtype) if wanted[1] else None,
-            dot.sum(dtype=torch.float64).float() if wanted[2] else None,
-            row_dz.sum(dtype=torch.float64).float() if wanted[3] else None,
-            *[None] * (len(wanted) - 4),
-        )
+        _, *wanted = ctx.needs_input_grad
+        _, *grads = operator("sigmoid", ctx.backend)(*saved, ctx.exclude_self, grad.contiguous(), _needs(wanted))
+        grad_a, grad_b, dot, row_dz = grads
+        return None, *_by_argument(wanted, saved, grad_a, grad_b, dot, row_dz, torch.ones((), device=grad.device))
+
+
+def _needs(wanted: list[bool]) -> int:
+    return NEEDS["a"] * wanted[0] + NEEDS["b"] * wanted[1] + NEEDS["scale"] * (wanted[2] or wanted[3])
+
+
+def _by_argument(
+    wanted: list[bool],
+    problem: tuple[Any, ...] | list[Any],
+    grad_a: Tensor,
+    grad_b: Tensor,
+    dot: Tensor,
+    row_dz: Tensor,
+    factor: Tensor,
+) -> tuple[Any, ...]:
+    """Gradients in the order of the problem; those of scale and bias are sums over rows times ``factor``."""
+    a, b, scale, bias = problem[:4]
+    return (
+        grad_a.to(a.dtype) if wanted[0] else None,
+        grad_b.to(b.dtype) if wanted[1] else None,
+        (dot.sum(dtype=torch.float64) * factor).to(scale.dtype) if wanted[2] else None,
+        (row_dz.sum(dtype=torch.float64) * factor).to(bias.dtype) if wanted[3] else None,
+        *[None] * (_PROBLEM_LENGTH - 4),
+    )
 
 
 class SoftTargets(torch.autograd.Function):
-    """``sum_j softmax_j(ts <ta_i, tb_j>) * s <a_i, b_j>`` per row, a block of rows at a time."""
+    """``sum_j softmax_j(ts <ta_i, tb_j>) * s <a_i, b_j>`` per row, a block of rows at a time.
+
+    Arguments: a, b, scale, ta, tb, ts; the targets are constants. Returns the rows, and without gradient the mixed
+    features (N, D) and the rows before scaling.
+    """
 
     ROWS = 512
 
     @staticmethod
     def forward(
-        ctx: Any, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, ta: torch.Tensor, tb: torch.Tensor, ts: float
-    ) -> torch.Tensor:
-        """The targets are constants; ``a``, ``b`` and ``scale`` are differentiated."""
-        mixed = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-        for rows, target in SoftTargets.targets(ta, tb, ts):
-            torch.mm(target, b.float(), out=mixed[rows])
+        a: Tensor, b: Tensor, scale: Tensor, ta: Tensor, tb: Tensor, ts: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The targets of a block are forgotten with it."""
+        wide = b.float()
+        mixed = torch.cat([a.new_empty((0, b.shape[1]), dtype=torch.float32)] + [
+            target @ wide for _, target in SoftTargets.targets(ta, tb, ts)
+        ])  # fmt: skip
         dots = (a.float() * mixed).sum(1)
-        ctx.save_for_backward(a, b, scale, ta, tb, mixed, dots)
-        ctx.ts = ts
-        return dots * scale
+        return dots * scale, mixed, dots
 
     @staticmethod
-    def targets(ta: torch.Tensor, tb: torch.Tensor, ts: float) -> Any:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save features and results."""
+        *tensors, ctx.ts = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def targets(ta: Tensor, tb: Tensor, ts: float) -> Any:
         """Blocks of rows with their soft targets."""
         wide = tb.float().T
         for first in range(0, ta.shape[0], SoftTargets.ROWS):
@@ -205,11 +201,39 @@ class SoftTargets(torch.autograd.Function):
             yield rows, (ts * (ta[rows].float() @ wide)).softmax(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        """Recomputes the targets, a block at a time."""
-        a, b, scale, ta, tb, mixed, dots = ctx.saved_tensors
+    @first_order("infonce_loss with a teacher")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: None) -> tuple[Any, ...]:
+        """Recompute the targets, a block at a time."""
+        a, b, scale, ta, tb, mixed, dots = saved
         factor = (grad * scale)[:, None]
         grad_b = torch.zeros(b.shape, dtype=torch.float32, device=b.device)
         for rows, target in SoftTargets.targets(ta, tb, ctx.ts):
-            grad_b.addmm_(target.T, factor[rows] * a[rows].float())
+            grad_b = grad_b.addmm(target.T, factor[rows] * a[rows].float())
         return (factor * mixed).to(a.dtype), grad_b.to(b.dtype), (grad * dots).sum(), None, None, None
+
+
+_COMPOSITES = {
+    "pair_stats": (
+        PairStats,
+        f"(str backend, Tensor wide_a, Tensor wide_b, {PROBLEM}, {LIMITS}, Tensor? rank_row, Tensor? rank_col, "
+        "bool rows, bool columns, bool means) -> (Tensor, Tensor)",
+    ),
+    "sigmoid_sum": (
+        SigmoidSum,
+        f"(str backend, int needs, {PROBLEM}, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+    "sigmoid_rows": (SigmoidRows, f"(str backend, {PROBLEM}) -> Tensor"),
+    "soft_targets": (
+        SoftTargets,
+        "(Tensor a, Tensor b, Tensor scale, Tensor ta, Tensor tb, float ts) -> (Tensor, Tensor, Tensor)",
+    ),
+}
+for _name, (_function, _signature) in _COMPOSITES.items():
+    composite(_name, _signature, _function.apply)
+
+
+def apply(name: str, *arguments: Any) -> Any:
+    """The Function called ``name``; a traced program calls its composite operator."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.fastxattn, name)(*arguments)
+    return _COMPOSITES[name][0].apply(*arguments)

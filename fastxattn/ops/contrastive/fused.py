@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastxattn.ops.contrastive.autograd import PairStats, SigmoidRows, SigmoidSum, SoftTargets, operator
+from fastxattn.ops.contrastive.autograd import apply, operator
 from fastxattn.ops.contrastive.problem import Metrics, Problem
 from fastxattn.ops.contrastive.reference import unit_rows, wide
+from fastxattn.ops.contrastive.schema import NEEDS
+from fastxattn.runtime.operators import derivative_wanted
 
 Extra = tuple[torch.Tensor, torch.Tensor, torch.Tensor | int]
 """Further negatives of each row: their log-sum-exp, the sum of their logits, their number."""
@@ -80,13 +82,13 @@ def infonce_fused(p: Problem, backend: str) -> tuple[list[tuple[torch.Tensor, to
             limits = (at + gap, sides.by_column(at) + gap)
     means = p.metrics or p.label_smoothing > 0
     a, b = _summed(p)
-    row, col = PairStats.apply(
-        a, b, p.scale, *sides.norms, sides.id_a, sides.id_b, *sides.skips, sides.exact, *limits, *ranks,
-        p.exclude_self, True, p.symmetric, means, p.a.dtype, backend,
+    row, col = apply(
+        "pair_stats", backend, a, b, p.a, p.b, p.scale, None, *sides.norms, sides.id_a, sides.id_b, *sides.skips,
+        sides.exact, p.exclude_self, *limits, *ranks, True, p.symmetric, means,
     )  # fmt: skip
     losses = [row_losses(row, p, _row_extras(p, a, sides, means))]
     if p.symmetric:
-        losses.append(row_losses(col, p, _queue(p, b, p.queue_a, sides.norms[1], means, backend)))
+        losses.append(row_losses(col, p, _queue(p, b, p.b, p.queue_a, sides.norms[1], means, backend)))
     metrics = []
     if p.metrics:
         for stats in (row.detach(), col.detach())[: 1 + p.symmetric]:
@@ -126,7 +128,7 @@ def _summed(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _row_extras(p: Problem, a: torch.Tensor, sides: Sides, means: bool) -> list[Extra]:
-    extras = _queue(p, a, p.queue_b, sides.norms[0], means, sides.backend)
+    extras = _queue(p, a, p.a, p.queue_b, sides.norms[0], means, sides.backend)
     if p.hard_negatives is not None and p.hard_negatives.shape[1] > 0:
         hard = wide(p.hard_negatives)
         if p.normalize:
@@ -137,15 +139,22 @@ def _row_extras(p: Problem, a: torch.Tensor, sides: Sides, means: bool) -> list[
 
 
 def _queue(
-    p: Problem, x: torch.Tensor, queue: torch.Tensor | None, norm: torch.Tensor | None, means: bool, backend: str
+    p: Problem,
+    wide: torch.Tensor,
+    x: torch.Tensor,
+    queue: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    means: bool,
+    backend: str,
 ) -> list[Extra]:
     if queue is None or queue.shape[0] == 0:
         return []
     ids = torch.full((x.shape[0],), -1, dtype=torch.int32, device=x.device)
     queue_ids = torch.zeros(queue.shape[0], dtype=torch.int32, device=x.device)
     queue_norm = inverse_norms(queue) if p.normalize else None
-    stats, _ = PairStats.apply(
-        x, queue, p.scale, norm, queue_norm, ids, queue_ids, *[None] * 7, False, True, False, means, p.a.dtype, backend,
+    stats, _ = apply(
+        "pair_stats", backend, wide, queue, x, queue, p.scale, None, norm, queue_norm, ids, queue_ids, None, None, None,
+        False, *[None] * 4, True, False, means,
     )  # fmt: skip
     return [(stats[0], stats[1] * queue.shape[0], queue.shape[0])]
 
@@ -155,16 +164,16 @@ def _distilled(p: Problem, sides: Sides) -> list[tuple[torch.Tensor, torch.Tenso
     nothing = torch.full((p.a.shape[0],), -1, dtype=torch.int32, device=p.a.device)
     # In float32: each feature's gradient is a difference of two parts, which must not be rounded before it is taken.
     a, b = p.a.float(), p.b.float()
-    stats = PairStats.apply(
-        a, b, p.scale, *sides.norms, nothing, sides.id_b, *[None] * 7, False, True, p.symmetric, False, a.dtype,
-        sides.backend,
+    stats = apply(
+        "pair_stats", sides.backend, a, b, a, b, p.scale, None, *sides.norms, nothing, sides.id_b, None, None, None,
+        False, *[None] * 4, True, p.symmetric, False,
     )  # fmt: skip
     if p.normalize:
         a, b = unit_rows(a), unit_rows(b)
     teacher_a, teacher_b, teacher_scale = p.teacher
-    dots = [SoftTargets.apply(a, b, p.scale, teacher_a, teacher_b, teacher_scale)]
+    dots = [apply("soft_targets", a, b, p.scale, teacher_a, teacher_b, teacher_scale)[0]]
     if p.symmetric:
-        dots.append(SoftTargets.apply(b, a, p.scale, teacher_b, teacher_a, teacher_scale))
+        dots.append(apply("soft_targets", b, a, p.scale, teacher_b, teacher_a, teacher_scale)[0])
     return [(s[0] - dot, torch.ones_like(dot, dtype=torch.bool)) for s, dot in zip(stats, dots, strict=False)]
 
 
@@ -172,9 +181,13 @@ def sigmoid_fused(p: Problem, weight: torch.Tensor | None, backend: str) -> torc
     """Each row's loss, or with ``weight`` the weighted sum over rows in one pass with its gradients."""
     sides = Sides(p, backend)
     assert p.bias is not None
-    problem = (p.a, p.b, p.scale, p.bias, *sides.norms, sides.id_a, sides.id_b, *sides.skips, sides.exact)
+    problem = (
+        p.a, p.b, p.scale, p.bias, *sides.norms, sides.id_a, sides.id_b, *sides.skips, sides.exact, p.exclude_self,
+    )  # fmt: skip
     if weight is None:
-        rows: torch.Tensor = SigmoidRows.apply(*problem, p.exclude_self, backend)
+        rows: torch.Tensor = apply("sigmoid_rows", backend, *problem)
         return rows
-    total: torch.Tensor = SigmoidSum.apply(*problem, weight, p.exclude_self, backend)
+    wanted = [derivative_wanted(t) for t in (p.a, p.b, p.scale, p.bias)]
+    needs = NEEDS["a"] * wanted[0] + NEEDS["b"] * wanted[1] + NEEDS["scale"] * (wanted[2] or wanted[3])
+    total: torch.Tensor = apply("sigmoid_sum", backend, needs, *problem, weight)[0]
     return total

@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 
+from fastxattn.runtime.operators import define
+
 STATS = ("lse_neg", "mean_neg", "mean_pos", "excess_pos", "num_neg", "num_pos", "ahead")
 GRADS = 4
 NEEDS = {"a": 1, "b": 2, "scale": 4}
 WIDE = 8
 
-_PROBLEM = (
+PROBLEM = (
     "Tensor a, Tensor b, Tensor scale, Tensor? bias, Tensor? norm_a, Tensor? norm_b, Tensor? id_a, Tensor? id_b, "
     "Tensor? skip_a, Tensor? skip_b, Tensor? exact, bool exclude_self"
 )
-_LIMITS = "Tensor? limit_row, Tensor? limit_col"
+LIMITS = "Tensor? limit_row, Tensor? limit_col"
 
 
 def _positive_fake(a: torch.Tensor, *args: object) -> torch.Tensor:
@@ -73,24 +75,23 @@ def _sigmoid_fake(a: torch.Tensor, b: torch.Tensor, *args: object) -> tuple[torc
 
 
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "positive_logits": (f"({_PROBLEM}, bool blocked) -> Tensor", _positive_fake),
+    "positive_logits": (f"({PROBLEM}, bool blocked) -> Tensor", _positive_fake),
     "contrastive_stats": (
-        f"({_PROBLEM}, {_LIMITS}, Tensor? rank_row, Tensor? rank_col, bool rows, bool columns, bool means) -> "
+        f"({PROBLEM}, {LIMITS}, Tensor? rank_row, Tensor? rank_col, bool rows, bool columns, bool means) -> "
         "(Tensor row_stats, Tensor col_stats)",
         _stats_fake,
     ),
     "contrastive_backward": (
         "(Tensor grad_row, Tensor grad_col, Tensor row_stats, Tensor col_stats, "
-        f"{_PROBLEM}, {_LIMITS}, bool rows, bool columns, int needs) -> (Tensor grad_a, Tensor grad_b, Tensor dot)",
+        f"{PROBLEM}, {LIMITS}, bool rows, bool columns, int needs) -> (Tensor grad_a, Tensor grad_b, Tensor dot)",
         _backward_fake,
     ),
     "sigmoid": (
-        f"({_PROBLEM}, Tensor? weight, int needs) -> "
+        f"({PROBLEM}, Tensor? weight, int needs) -> "
         "(Tensor loss, Tensor grad_a, Tensor grad_b, Tensor dot, Tensor row_dz)",
         _sigmoid_fake,
     ),
 }
 for _backend in ("cpu", "triton", "cuda"):
     for _name, (_signature, _fake) in OPERATORS.items():
-        torch.library.define(f"fastxattn::{_name}_{_backend}", _signature, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake(f"fastxattn::{_name}_{_backend}", _fake)
+        define(f"{_name}_{_backend}", _signature, _fake)

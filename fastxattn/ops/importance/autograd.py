@@ -14,6 +14,7 @@ to them, one column per product: rounding them would cost more than everything e
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from fastxattn.ops.attention import autograd as attention
 from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.ops.importance.problem import ImportanceProblem
+from fastxattn.runtime.operators import differentiable, first_order, run
 
 FORWARD = {name: getattr(torch.ops.fastxattn, f"importance_{name}").default for name in ("cpu", "triton")}
 _TENSORS = ImportanceProblem._fields.index("scale")
@@ -31,10 +33,12 @@ _MAX_VALUE_DIM = 256
 class Importance(torch.autograd.Function):
     """score = Importance.apply(backend, *problem)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(backend: str, *problem: Any) -> Tensor:
         """Run the backend's operator."""
-        score: Tensor = FORWARD[backend](*problem)
+        score: Tensor = run(FORWARD[backend], *problem)
         return score
 
     @staticmethod
@@ -47,10 +51,10 @@ class Importance(torch.autograd.Function):
         ctx.save_for_backward(*problem[:_TENSORS], output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @first_order("key_importance")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, lse, key_bias and row_weight."""
-        *tensors, score = ctx.saved_tensors
+        *tensors, score = saved
         problem = ImportanceProblem(*tensors, *ctx.numbers)
         needed = dict(zip(ImportanceProblem._fields, ctx.needs_input_grad[1:], strict=True))
         grads: dict[str, Tensor] = {}
@@ -169,3 +173,7 @@ def _weighted_rows(backend: str, problem: ImportanceProblem, grad: Tensor) -> Te
 def _ratio(total: Tensor, lse: Tensor) -> Tensor:
     """Exp(total - lse), 0 where either is -inf."""
     return torch.where((total == -torch.inf) | (lse == -torch.inf), 0.0, torch.exp(total - lse)).to(lse.dtype)
+
+
+for _backend in FORWARD:
+    differentiable(f"importance_{_backend}", functools.partial(Importance.apply, _backend))

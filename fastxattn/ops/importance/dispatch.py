@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastxattn.ops.attention import checks as attention_checks
-from fastxattn.ops.attention.dispatch import prepare, short_way
+from fastxattn.ops.attention.dispatch import prepare, short_way, sound_numbers
 from fastxattn.ops.importance import checks, cpu, triton
 from fastxattn.ops.importance.autograd import FORWARD, Importance
 from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.ops.importance.reference import importance_reference
 from fastxattn.runtime import env
 from fastxattn.runtime.backend import Backend, resolve
+from fastxattn.runtime.operators import needs_function, plain
 
 BACKENDS = (
     Backend("cpu", cpu.supports),
@@ -31,7 +32,8 @@ def score_of(problem: ImportanceProblem, scale: float | None, backend: str) -> T
         try:
             if problem.query.is_cpu and problem.query.dtype != torch.float64:
                 given = problem.query.size(-1) ** -0.5 if scale is None else scale
-                return _run("cpu", problem._replace(scale=given))
+                if sound_numbers(given, problem.softcap):
+                    return _run("cpu", problem._replace(scale=given))
         except (RuntimeError, TypeError, AttributeError):
             pass
     problem = _prepare(problem, scale)
@@ -46,11 +48,11 @@ def _run(name: str, problem: ImportanceProblem) -> Tensor:
     """Run a backend, differentiably."""
     if name == "reference":
         return importance_reference(problem)
-    tensors = (problem.query, problem.key, problem.lse, problem.key_bias, problem.row_weight)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        score: Tensor = Importance.apply(name, *problem)
+    score: Tensor
+    if needs_function(problem.query, problem.key, problem.lse, problem.key_bias, problem.row_weight):
+        score = Importance.apply(name, *problem)
     else:
-        score = FORWARD[name](*problem)
+        score = plain(FORWARD[name], *problem)
     return score
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastxattn.ops.importance.checks import check_shapes
 from fastxattn.ops.importance.problem import ImportanceProblem
+from fastxattn.runtime.operators import define
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, "
@@ -27,6 +28,4 @@ def _fake(*arguments: Any) -> Tensor:
 
 
 for _backend in ("cpu", "triton"):
-    _name = f"fastxattn::importance_{_backend}"
-    torch.library.define(_name, _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(_name, _fake)
+    define(f"importance_{_backend}", _SCHEMA, _fake)

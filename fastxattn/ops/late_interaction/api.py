@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastxattn.ops.contrastive.checks import one_element
 from fastxattn.ops.late_interaction import checks, cpu, cuda, triton
-from fastxattn.ops.late_interaction.autograd import BestMatches
+from fastxattn.ops.late_interaction.autograd import BestMatches, operator
 from fastxattn.ops.late_interaction.problem import Problem
 from fastxattn.ops.late_interaction.reference import maxsim_reference
 from fastxattn.runtime import backend as choose
@@ -67,11 +67,20 @@ def maxsim(
     if name == "reference":
         sums = maxsim_reference(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
     else:
-        sums = BestMatches.apply(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth, name)
+        sums = _best_matches(name, a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
     if reduction == "mean":
         lengths_a, lengths_b = (cu.diff().clamp(min=1) for cu in (cu_seqlens_a, cu_seqlens_b))
         sums = sums[0] / lengths_a[: sums[0].shape[0], None], sums[1] / lengths_b
     return sums if direction == "both" else sums[0] if from_a else sums[1]
+
+
+def _best_matches(backend: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of best matches from both sides; the last argument is ``smooth``."""
+    *given, smooth = arguments
+    kind, given = ("maxsim", given) if smooth is None else ("smooth_maxsim", [*given, float(smooth)])
+    if torch.compiler.is_compiling():  # the operator has its own derivative, and Dynamo keeps it whole
+        return operator(kind, backend)(*given)[:2]  # type: ignore[no-any-return]
+    return BestMatches.apply(kind, backend, *given)[:2]  # type: ignore[no-any-return]
 
 
 def late_interaction_loss(

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fastxattn.runtime.operators import define
+
 NEEDS = {"a": 1, "b": 2}
 
 
@@ -69,5 +71,4 @@ SMOOTH = OPERATORS | {
 }
 for _backend, _operators in (("cpu", OPERATORS), ("triton", SMOOTH), ("cuda", SMOOTH)):
     for _name, (_signature, _fake) in _operators.items():
-        torch.library.define(f"fastxattn::{_name}_{_backend}", _signature, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake(f"fastxattn::{_name}_{_backend}", _fake)
+        define(f"{_name}_{_backend}", _signature, _fake)

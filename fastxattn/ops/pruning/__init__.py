@@ -3,7 +3,8 @@
 from fastxattn.ops.pruning.api import prune_tokens, select
 from fastxattn.ops.pruning.budget import Budget
 from fastxattn.ops.pruning.merge import best_match, bipartite, contextual, leftover, nearest
-from fastxattn.ops.pruning.ops import explain_pruning, gather_rows, merge_rows
+from fastxattn.ops.pruning.ops import explain_pruning
+from fastxattn.ops.pruning.rows import gather_rows, merge_rows
 from fastxattn.ops.pruning.scores import frame_change, frame_counts, probe_scores, received_scores, text_relevance
 from fastxattn.ops.pruning.selection import Selection
 from fastxattn.ops.pruning.strategies import STRATEGIES

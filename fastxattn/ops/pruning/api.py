@@ -8,8 +8,9 @@ from torch import Tensor
 from fastxattn.ops.offsets import readable
 from fastxattn.ops.pruning import checks
 from fastxattn.ops.pruning.budget import Budget
-from fastxattn.ops.pruning.ops import gather_rows, run
+from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.reference import kept_offsets
+from fastxattn.ops.pruning.rows import gather_rows
 from fastxattn.ops.pruning.selection import Selection
 
 

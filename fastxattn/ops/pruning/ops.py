@@ -1,4 +1,4 @@
-"""Dispatch: every pruning operation on the backend that runs it, with gradients where there are any."""
+"""Dispatch: every pruning operation on the backend that runs it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fastxattn.ops.pruning import (
     schema,
 )
 from fastxattn.runtime.backend import Backend, Explanation, explain, resolve
+from fastxattn.runtime.operators import plain
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -53,7 +54,8 @@ def backends(name: str) -> tuple[Backend, ...]:
 
 def run(name: str, probe: Tensor, backend: str, *arguments: object) -> Any:
     """Operation ``name`` of :mod:`~fastxattn.ops.pruning.schema`; ``probe``'s device and dtype decide the backend."""
-    return _implementation(name, resolve(f"pruning.{name}", backends(name), probe, backend))(*arguments)
+    chosen = implementation(name, resolve(f"pruning.{name}", backends(name), probe, backend))
+    return plain(chosen, *arguments)
 
 
 def explain_pruning(x: Tensor, backend: str = "auto") -> Explanation:
@@ -61,51 +63,8 @@ def explain_pruning(x: Tensor, backend: str = "auto") -> Explanation:
     return explain("pruning", backends("select"), x, backend)
 
 
-def _implementation(name: str, chosen: str) -> Callable[..., Any]:
+def implementation(name: str, chosen: str) -> Callable[..., Any]:
+    """The operator of a compiled backend, or the function of the reference."""
     if chosen == "reference":
         return getattr(reference, name)  # type: ignore[no-any-return]
     return getattr(torch.ops.fastxattn, f"pruning_{name}_{chosen}").default  # type: ignore[no-any-return]
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """(rows, channels), contiguous."""
-    return (x.flatten(1) if x.ndim > 1 else x[:, None]).contiguous()
-
-
-def gather_rows(x: Tensor, index: Tensor, coefficient: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """``out[j] = coefficient[j] * x[index[j]]``, 0 where the index is -1. Differentiable in ``x`` and ``coefficient``.
-
-    Args:
-        x: (rows, ...) tokens.
-        index: (n,) int32 in [-1, rows).
-        coefficient: (n,) float32 or None for 1.
-        backend: auto, triton, cpu or reference.
-    """
-    from fastxattn.ops.pruning.autograd import Gather
-
-    chosen = resolve("pruning.gather", BACKENDS, x, backend)
-    out = Gather.apply(  # type: ignore[no-untyped-call]
-        _as_rows(x), index, coefficient, chosen
-    )
-    return out.reshape(index.shape[0], *x.shape[1:])  # type: ignore[no-any-return]
-
-
-def merge_rows(
-    x: Tensor, assignment: Tensor, coefficient: Tensor | None, rows: int, *, backend: str = "auto"
-) -> Tensor:
-    """``out[a] = sum of coefficient[i] * x[i] over assignment[i] == a``: the transpose of :func:`gather_rows`.
-
-    Args:
-        x: (total, ...) tokens.
-        assignment: (total,) int32 in [-1, rows); rows of -1 take no part, whatever they hold.
-        coefficient: (total,) float32 or None for 1.
-        rows: of the result.
-        backend: auto, triton, cpu or reference.
-    """
-    from fastxattn.ops.pruning.autograd import Merge
-
-    chosen = resolve("pruning.merge", backends("merge"), x, backend)
-    out = Merge.apply(  # type: ignore[no-untyped-call]
-        _as_rows(x), assignment, coefficient, rows, chosen
-    )
-    return out.reshape(rows, *x.shape[1:])  # type: ignore[no-any-return]

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastxattn.runtime.operators import define
+
 MAX_MIN, DETERMINANT = 0, 1
 """``mode`` of ``greedy``."""
 
@@ -38,10 +40,6 @@ SCHEMAS = {
 }
 BACKENDS = {"cpu": tuple(SCHEMAS), "triton": tuple(SCHEMAS), "cuda": ("select", "merge", "match")}
 """Which operations each compiled backend has."""
-
-for _backend, _names in BACKENDS.items():
-    for _name in _names:
-        torch.library.define(f"fastxattn::pruning_{_name}_{_backend}", SCHEMAS[_name], tags=torch.Tag.pt2_compliant_tag)
 
 
 def _select(
@@ -91,4 +89,4 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 for _backend, _names in BACKENDS.items():
     for _name in _names:
-        torch.library.register_fake(f"fastxattn::pruning_{_name}_{_backend}", _FAKES[_name])
+        define(f"pruning_{_name}_{_backend}", SCHEMAS[_name], _FAKES[_name])

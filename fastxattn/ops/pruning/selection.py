@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastxattn.ops.pruning import segments
 from fastxattn.ops.pruning.checks import check_rows
-from fastxattn.ops.pruning.ops import gather_rows, merge_rows
+from fastxattn.ops.pruning.rows import gather_rows, merge_rows
 
 FILLS = ("copy", "zero", "residual")
 POSITIONS = ("keep", "compact", "mean")

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from fastxattn.runtime.operators import define
+
+_SCHEMA = "(Tensor queries, Tensor corpus, Tensor? factor, int k, int first) -> (Tensor scores, Tensor indices)"
+
 
 def _topk_fake(
     queries: torch.Tensor, corpus: torch.Tensor, factor: torch.Tensor | None, k: int, first: int
@@ -18,9 +22,4 @@ def _topk_fake(
 
 
 for _backend in ("cpu", "triton"):
-    torch.library.define(
-        f"fastxattn::topk_similarity_{_backend}",
-        "(Tensor queries, Tensor corpus, Tensor? factor, int k, int first) -> (Tensor scores, Tensor indices)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
-    torch.library.register_fake(f"fastxattn::topk_similarity_{_backend}", _topk_fake)
+    define(f"topk_similarity_{_backend}", _SCHEMA, _topk_fake)

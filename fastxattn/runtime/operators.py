@@ -1,0 +1,177 @@
+"""How the operators meet PyTorch: schema, fake, first derivatives, and the refusal of every other derivative.
+
+Kernels have first derivatives in reverse mode. Whatever else PyTorch can ask of them (a second derivative, a tangent in
+forward mode, a gradient of an operator that has none) raises when it is asked for, and never gives 0 instead:
+
+* :func:`define` registers an Autograd kernel with every operator: the derivative that :func:`differentiable` gives it
+  later, or the refusal.
+* :func:`first_order` wraps the backward of an ``autograd.Function``: under ``create_graph=True`` its results refuse to
+  be differentiated again. Functions in the ``setup_context`` form work under ``torch.func.grad``; PyTorch itself
+  refuses forward mode for a Function without ``jvp``.
+* :func:`derivative_wanted` tells callers when a call has to go through its Function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastxattn.runtime import native
+
+_derivatives: dict[str, Callable[..., Any]] = {}
+
+
+def define(name: str, signature: str, fake: Callable[..., Any]) -> None:
+    """Define operator ``fastxattn::<name>`` with its fake and an Autograd kernel.
+
+    Args:
+        name: of the operator; one that ends in ``_cpu`` is implemented by the CPU library, which its fake loads.
+        signature: the schema after the name.
+        fake: computes shapes and dtypes of the results.
+    """
+    qualified = f"fastxattn::{name}"
+    torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(qualified, _loading(name, fake) if name.endswith("_cpu") else fake)
+    torch.library.impl(qualified, "Autograd", functools.partial(_autograd, name))
+
+
+def differentiable(name: str, apply: Callable[..., Any]) -> None:
+    """Give operator ``fastxattn::<name>`` its derivative: ``apply`` takes the operator's arguments."""
+    _derivatives[name] = apply
+
+
+def composite(name: str, signature: str, apply: Callable[..., Any]) -> None:
+    """Define ``fastxattn::<name>`` as ``apply``, an ``autograd.Function`` over other operators.
+
+    Dynamo keeps a call of it whole, whatever the Function does and however often one tensor is passed to it.
+    """
+    qualified = f"fastxattn::{name}"
+    torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(qualified, "CompositeImplicitAutograd", apply)
+
+
+def derivative_wanted(*tensors: Tensor | None) -> bool:
+    """Whether a derivative may be taken through these: of any mode, or under any ``torch.func`` transform."""
+    return (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or (
+        not torch.compiler.is_compiling() and transforming()
+    )
+
+
+def needs_function(*tensors: Tensor | None) -> bool:
+    """Whether a call on these goes through its Function; a traced program calls the operator, which does it itself."""
+    return not torch.compiler.is_compiling() and derivative_wanted(*tensors)
+
+
+def transforming() -> bool:
+    """Whether a ``torch.func`` transform or a level of forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def run(operator: Any, *arguments: Any) -> Any:
+    """Run an operator below autograd: from the forward of a Function, or where no derivative is wanted."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def plain(operator: Any, *arguments: Any) -> Any:
+    """:func:`run`, for callers that Dynamo may trace: it keeps the operator, which has its own derivative, whole."""
+    return operator(*arguments) if torch.compiler.is_compiling() else run(operator, *arguments)
+
+
+def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate ``backward(ctx, saved, *grads)`` of a Function whose gradient cannot be differentiated again.
+
+    ``saved`` are ``ctx.saved_tensors``, unpacked once: non-reentrant checkpointing allows no second time.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+            saved = ctx.saved_tensors
+            with torch.no_grad():
+                results = backward(ctx, saved, *grads)
+            return refuse(_second_derivative(what), results, (*grads, *saved)) if torch.is_grad_enabled() else results
+
+        return wrapper
+
+    return decorate
+
+
+def refuse(message: str, results: Any, sources: tuple[Any, ...]) -> Any:
+    """``results`` (a tensor, or a tuple that may hold None) that raise when differentiated for any of ``sources``."""
+    tracked = [t for t in sources if isinstance(t, Tensor) and _tracked(t)]
+    if not tracked:
+        return results
+    several = results if isinstance(results, tuple) else (results,)
+    places = [i for i, t in enumerate(several) if isinstance(t, Tensor) and t.is_floating_point()]
+    tied = Refused.apply(message, len(places), *(several[i] for i in places), *tracked)
+    refused = dict(zip(places, tied, strict=True))
+    together = tuple(refused.get(i, t) for i, t in enumerate(several))
+    return together if isinstance(results, tuple) else together[0]
+
+
+class Refused(torch.autograd.Function):
+    """The first ``count`` tensors as they are, tied to the others; their derivative raises ``message``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Give back the first ``count``."""
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep the message."""
+        ctx.set_materialize_grads(False)
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Refuse, unless no gradient came."""
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        raise RuntimeError(ctx.message)
+
+
+def _second_derivative(what: str) -> str:
+    return (
+        f"{what}: its gradient cannot be differentiated again (create_graph=True, torch.func.hessian); compiled "
+        "kernels have first derivatives only. Pass backend='reference' for a result with derivatives of any order"
+    )
+
+
+def _tracked(t: Tensor) -> bool:
+    return (torch.is_grad_enabled() and t.requires_grad) or forward_ad.unpack_dual(t, level=0).tangent is not None
+
+
+def _loading(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake that loads the CPU library: tracing is the one time a compiled program passes through Python."""
+
+    @functools.wraps(fake)
+    def wrapper(*arguments: Any) -> Any:
+        if (reason := native.cpu_library().reason) is not None:
+            raise RuntimeError(f"fastxattn::{name}: the cpu backend cannot be traced: {reason}")
+        return fake(*arguments)
+
+    return wrapper
+
+
+def _autograd(name: str, *arguments: Any) -> Any:
+    """The Autograd kernel of operator ``name``."""
+    operator = getattr(torch.ops.fastxattn, name).default
+    if not any(isinstance(t, Tensor) and _tracked(t) for t in arguments):
+        return run(operator, *arguments)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"fastxattn::{name}: torch.func transforms go through fastxattn's functions in eager mode; neither the "
+            "bare operator nor a compiled program has them. Pass backend='reference' there"
+        )
+    if name in _derivatives:
+        return _derivatives[name](*arguments)
+    return refuse(f"fastxattn::{name} has no derivative", run(operator, *arguments), arguments)
