@@ -47,8 +47,17 @@ def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query
         raise TypeError(f"{name}_mask must be boolean, True = the token is there; got {mask.dtype}")
     if mask.shape != (batch, length):
         raise ValueError(f"{name}_mask must have shape {(batch, length)}; got {tuple(mask.shape)}")
-    present = mask.reshape(-1).nonzero().squeeze(1)
     starts = torch.nn.functional.pad(mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    if torch.compiler.is_compiling():
+        # No size may depend on the contents of a mask: valid tokens go to the front, and zeros keep the rows behind
+        # them, which no sequence has. They cost their share of the projections.
+        flat = mask.reshape(-1)
+        order = flat.logical_not().to(torch.int8).argsort(stable=True)
+        valid = flat.index_select(0, order)[:, None]
+        values = torch.where(valid, values.index_select(0, order), 0)
+        packed = PackedTokens(values, starts, length)
+        return packed, Layout(packed, (batch, length), order, valid=valid)
+    present = mask.reshape(-1).nonzero().squeeze(1)
     if present.numel() != batch * length:
         values = values.index_select(0, present)
     packed = PackedTokens(values, starts, length)
@@ -66,6 +75,8 @@ class Layout:
     """Flat positions of the present tokens in the padded tensor; None: every token is there."""
     unused: int = 0
     """Rows of packed tokens past their last sequence, left out of the work."""
+    valid: torch.Tensor | None = None
+    """(total, 1) boolean, False in rows of zeros that stand for padding; None: there are none."""
 
     def restore(self, values: torch.Tensor) -> Tokens:
         """``values`` (total, width) as the tokens came: PackedTokens, or padded with zeros where no token is."""
@@ -74,7 +85,9 @@ class Layout:
                 values = torch.nn.functional.pad(values, (0, 0, 0, self.unused))
             return PackedTokens(values, self.packed.cu_seqlens, self.packed.max_seqlen)
         batch, length = self.padded
-        if self.rows is not None and self.rows.numel() != batch * length:
+        if self.valid is not None:
+            values = torch.where(self.valid, values, 0)
+        if self.rows is not None and (self.valid is not None or self.rows.numel() != batch * length):
             values = values.new_zeros(batch * length, values.shape[-1]).index_copy(0, self.rows, values)
         return values.reshape(batch, length, values.shape[-1])
 

@@ -5,9 +5,9 @@ forward mode, a gradient of an operator that has none) raises when it is asked f
 
 * :func:`define` registers an Autograd kernel with every operator: the derivative that :func:`differentiable` gives it
   later, or the refusal.
-* :func:`first_order` wraps the backward of an ``autograd.Function``: under ``create_graph=True`` its results refuse to
-  be differentiated again. Functions in the ``setup_context`` form work under ``torch.func.grad``; PyTorch itself
-  refuses forward mode for a Function without ``jvp``.
+* :class:`KernelFunction` is the base of every ``autograd.Function`` here: it works under ``torch.func.grad`` and
+  ``vmap``, and refuses forward mode.
+* :func:`first_order` wraps its backward: under ``create_graph=True`` the results refuse to be differentiated again.
 * :func:`derivative_wanted` tells callers when a call has to go through its Function.
 """
 
@@ -53,6 +53,23 @@ def composite(name: str, signature: str, apply: Callable[..., Any]) -> None:
     qualified = f"fastxattn::{name}"
     torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "CompositeImplicitAutograd", apply)
+
+
+class KernelFunction(torch.autograd.Function):
+    """Base of the Functions around kernels, which have ``setup_context`` and save tensors there alone.
+
+    ``vmap`` runs forward and backward once per example.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refuse."""
+        raise RuntimeError(
+            "fastxattn: compiled kernels do not support forward-mode differentiation (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad); pass backend='reference'"
+        )
 
 
 def derivative_wanted(*tensors: Tensor | None) -> bool:
@@ -115,10 +132,8 @@ def refuse(message: str, results: Any, sources: tuple[Any, ...]) -> Any:
     return together if isinstance(results, tuple) else together[0]
 
 
-class Refused(torch.autograd.Function):
+class Refused(KernelFunction):
     """The first ``count`` tensors as they are, tied to the others; their derivative raises ``message``."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -147,7 +162,9 @@ def _second_derivative(what: str) -> str:
 
 
 def _tracked(t: Tensor) -> bool:
-    return (torch.is_grad_enabled() and t.requires_grad) or forward_ad.unpack_dual(t, level=0).tangent is not None
+    if torch.is_grad_enabled() and t.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _loading(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:

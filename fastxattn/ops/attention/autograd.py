@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
-from fastxattn.runtime.operators import differentiable, first_order, needs_function, run
+from fastxattn.runtime.operators import KernelFunction, differentiable, first_order, needs_function, run
 
 FORWARD = {name: getattr(torch.ops.fastxattn, f"attention_{name}").default for name in ("cpu", "triton", "cuda")}
 BACKWARD = {
@@ -19,10 +19,8 @@ BACKWARD = {
 _TENSORS = Problem._fields.index("scale")  # the tensors before the numbers; the seed comes last
 
 
-class Attention(torch.autograd.Function):
+class Attention(KernelFunction):
     """out, lse = Attention.apply(backend, *problem); saves the tensors of the problem and both results."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(backend: str, *problem: Any) -> tuple[Tensor, Tensor]:

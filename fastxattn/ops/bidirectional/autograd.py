@@ -10,17 +10,15 @@ from torch import Tensor
 
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
 from fastxattn.ops.bidirectional.schema import NEEDS
-from fastxattn.runtime.operators import differentiable, first_order, run
+from fastxattn.runtime.operators import KernelFunction, differentiable, first_order, run
 
 FORWARD = {name: getattr(torch.ops.fastxattn, f"bidirectional_{name}").default for name in ("cpu", "triton")}
 BACKWARD = {name: getattr(torch.ops.fastxattn, f"bidirectional_backward_{name}").default for name in ("cpu", "triton")}
 _TENSORS = BidirectionalProblem._fields.index("scale")
 
 
-class Bidirectional(torch.autograd.Function):
+class Bidirectional(KernelFunction):
     """out_a, out_b, lse_a, lse_b = Bidirectional.apply(backend, *problem); no gradient goes through the last two."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(backend: str, *problem: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.context_attention.schema import NEEDS
-from fastxattn.runtime.operators import differentiable, first_order, run
+from fastxattn.runtime.operators import KernelFunction, differentiable, first_order, run
 
 FORWARD = {"cpu": torch.ops.fastxattn.context_attention_cpu.default}
 BACKWARD = {"cpu": torch.ops.fastxattn.context_attention_backward_cpu.default}
 
 
-class ContextAttention(torch.autograd.Function):
+class ContextAttention(KernelFunction):
     """out, lse, softmax = ContextAttention.apply(backend, *problem); no gradient goes through the last."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(backend: str, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:

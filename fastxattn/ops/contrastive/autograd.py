@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.contrastive.schema import GRADS, LIMITS, NEEDS, PROBLEM, WIDE
-from fastxattn.runtime.operators import composite, first_order, run, transforming
+from fastxattn.runtime.operators import KernelFunction, composite, first_order, run, transforming
 
 _PROBLEM_LENGTH = PROBLEM.count(",") + 1
 
@@ -22,7 +22,7 @@ def operator(name: str, backend: str) -> Any:
     return getattr(torch.ops.fastxattn, f"{name}_{backend}").default
 
 
-class PairStats(torch.autograd.Function):
+class PairStats(KernelFunction):
     """Row and column statistics (:data:`fastxattn.ops.contrastive.schema.STATS`) of the similarity matrix.
 
     Arguments: backend, wide_a, wide_b, *problem, limit_row, limit_col, rank_row, rank_col, rows, columns, means.
@@ -71,7 +71,7 @@ class PairStats(torch.autograd.Function):
         )
 
 
-class SigmoidSum(torch.autograd.Function):
+class SigmoidSum(KernelFunction):
     """``sum_i weight_i * loss_i`` of the sigmoid loss; the features' gradients are made in the forward pass.
 
     Arguments: backend, needs, *problem, weight. Returns the sum, and without gradient the rows' losses and the
@@ -105,14 +105,14 @@ class SigmoidSum(torch.autograd.Function):
             needs = _needs(wanted)
             _, *grads = operator("sigmoid", ctx.backend)(*problem, ctx.exclude_self, weight, needs)
         grad_a, grad_b, dot, row_dz = grads
-        if not transforming():
-            grad_a, grad_b = (g.mul_(grad) if g.numel() else g for g in (grad_a, grad_b))
-        else:
+        if transforming() or torch._C._functorch.is_legacy_batchedtensor(grad):
             grad_a, grad_b = grad_a * grad, grad_b * grad
+        else:
+            grad_a, grad_b = (g.mul_(grad) if g.numel() else g for g in (grad_a, grad_b))
         return None, None, *_by_argument(wanted, problem, grad_a, grad_b, dot, row_dz, grad), loss * grad
 
 
-class SigmoidRows(torch.autograd.Function):
+class SigmoidRows(KernelFunction):
     """Each row's sigmoid loss; the gradients take a second pass, for their weights are not known before.
 
     Arguments: backend, *problem.
@@ -164,7 +164,7 @@ def _by_argument(
     )
 
 
-class SoftTargets(torch.autograd.Function):
+class SoftTargets(KernelFunction):
     """``sum_j softmax_j(ts <ta_i, tb_j>) * s <a_i, b_j>`` per row, a block of rows at a time.
 
     Arguments: a, b, scale, ta, tb, ts; the targets are constants. Returns the rows, and without gradient the mixed

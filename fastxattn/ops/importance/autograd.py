@@ -23,17 +23,15 @@ from torch import Tensor
 from fastxattn.ops.attention import autograd as attention
 from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.ops.importance.problem import ImportanceProblem
-from fastxattn.runtime.operators import differentiable, first_order, run
+from fastxattn.runtime.operators import KernelFunction, differentiable, first_order, run
 
 FORWARD = {name: getattr(torch.ops.fastxattn, f"importance_{name}").default for name in ("cpu", "triton")}
 _TENSORS = ImportanceProblem._fields.index("scale")
 _MAX_VALUE_DIM = 256
 
 
-class Importance(torch.autograd.Function):
+class Importance(KernelFunction):
     """score = Importance.apply(backend, *problem)."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(backend: str, *problem: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastxattn.ops.late_interaction.schema import NEEDS, OPERATORS, SMOOTH
-from fastxattn.runtime.operators import differentiable, first_order, run
+from fastxattn.runtime.operators import KernelFunction, differentiable, first_order, run
 
 
 def operator(name: str, backend: str) -> Any:
@@ -16,13 +16,11 @@ def operator(name: str, backend: str) -> Any:
     return getattr(torch.ops.fastxattn, f"{name}_{backend}").default
 
 
-class BestMatches(torch.autograd.Function):
+class BestMatches(KernelFunction):
     """sum_a, sum_b, best_a, best_b = BestMatches.apply(name, backend, *arguments); the last two have no gradient.
 
     ``name`` is maxsim or smooth_maxsim; the schema describes arguments and results.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(name: str, backend: str, *arguments: Any) -> tuple[torch.Tensor, ...]:

@@ -12,6 +12,7 @@ from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.reference import kept_offsets
 from fastxattn.ops.pruning.rows import gather_rows
 from fastxattn.ops.pruning.selection import Selection
+from fastxattn.runtime.operators import derivative_wanted
 
 
 def select(
@@ -67,7 +68,7 @@ def prune_tokens(
     checks.check_scores(scores, cu_seqlens)
     checks.check_rows("x", x, scores.shape[0])
     checks.check_device("x", x, "scores", scores)
-    fused = x.ndim == 2 and x.is_contiguous() and not (x.requires_grad and torch.is_grad_enabled())
+    fused = x.ndim == 2 and x.is_contiguous() and not derivative_wanted(x)
     selection, rows = _select(scores, cu_seqlens, budget, protected, max_seqlen, backend, x if fused else None)
     if not fused:  # the CUDA library gathers only in the launch that selects
         rows = gather_rows(x, selection.keep_index, backend="auto" if backend == "cuda" else backend)

@@ -14,13 +14,11 @@ from torch import Tensor
 from fastxattn.ops.pruning.ops import BACKENDS, backends, implementation
 from fastxattn.ops.pruning.schema import BACKENDS as COMPILED
 from fastxattn.runtime.backend import resolve
-from fastxattn.runtime.operators import differentiable, run
+from fastxattn.runtime.operators import KernelFunction, differentiable, run
 
 
-class Gather(torch.autograd.Function):
+class Gather(KernelFunction):
     """out = Gather.apply(backend, x, index, coefficient): rows by index."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(backend: str, x: Tensor, index: Tensor, coefficient: Tensor | None) -> Tensor:
@@ -46,10 +44,8 @@ class Gather(torch.autograd.Function):
         return None, grad_x, None, grad_c
 
 
-class Merge(torch.autograd.Function):
+class Merge(KernelFunction):
     """out = Merge.apply(backend, x, assignment, coefficient, rows): sums of rows by destination."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(backend: str, x: Tensor, assignment: Tensor, coefficient: Tensor | None, rows: int) -> Tensor:
