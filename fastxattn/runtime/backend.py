@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,9 +55,33 @@ class Explanation:
 
 
 explaining_in: int | None = None
-"""The thread inside :func:`explain_call`; calls may not take a short cut around :func:`resolve` meanwhile."""
-_explain_lock = threading.Lock()
-_notes: list[str] = []
+"""Explanations being made, in all threads; None when there are none. A fast path around :func:`resolve` tests this."""
+_count_lock = threading.RLock()
+_default_from = "environment variable FASTXATTN_BACKEND"
+
+
+@dataclass
+class _Question:
+    """One call of :func:`explain_call` in progress."""
+
+    notes: list[str] = field(default_factory=list)
+    answer: Explanation | None = None
+
+
+class _Questions(threading.local):
+    """Those of this thread, the innermost last: operations in other threads run as usual."""
+
+    def __init__(self) -> None:
+        self.open: list[_Question] = []
+
+
+_questions = _Questions()
+
+
+def _count(step: int) -> None:
+    global explaining_in
+    with _count_lock:
+        explaining_in = ((explaining_in or 0) + step) or None
 
 
 def preferring(backends: tuple[Backend, ...], name: str | None) -> tuple[Backend, ...]:
@@ -71,11 +95,8 @@ def preferring(backends: tuple[Backend, ...], name: str | None) -> tuple[Backend
     return tuple(sorted(backends, key=lambda backend: backend.name != name))
 
 
-class _Explained(Exception):
-    """Carries the explanation out of a call that is only being asked about."""
-
-    def __init__(self, explanation: Explanation) -> None:
-        self.explanation = explanation
+class _Explained(BaseException):
+    """Leaves a call that is only being explained; no ``except Exception`` of the caller's stops it."""
 
 
 def resolve(op: str, backends: Sequence[Backend], problem: object, requested: str) -> str:
@@ -85,10 +106,15 @@ def resolve(op: str, backends: Sequence[Backend], problem: object, requested: st
         ValueError: ``requested`` is not a backend of this operation.
         RuntimeError: ``requested`` cannot run this problem; the message says why.
     """
-    if explaining_in is not None and explaining_in == threading.get_ident():
-        raise _Explained(explain(op, backends, problem, requested, _notes))
-    if requested == "auto":
+    if explaining_in is not None and _questions.open:
+        question = _questions.open[-1]
+        if question.answer is None:
+            question.answer = explain(op, backends, problem, requested, question.notes)
+        raise _Explained
+    named = f"backend={requested!r}"
+    if requested == "auto" and env.default_backend != "auto":
         requested = env.default_backend
+        named = _default(requested)
     if requested == "auto":
         for backend in backends:
             if backend.supports(problem) is None:
@@ -99,8 +125,16 @@ def resolve(op: str, backends: Sequence[Backend], problem: object, requested: st
             reason = backend.supports(problem)
             if reason is None:
                 return requested
-            raise RuntimeError(f"{op}: backend={requested!r} cannot run this problem: {reason}")
-    raise ValueError(f"{op}: backend must be auto or one of {', '.join(b.name for b in backends)}; got {requested!r}")
+            raise RuntimeError(f"{op}: {named} cannot run this problem: {reason}")
+    known = ", ".join(b.name for b in backends)
+    if named.startswith("backend="):
+        raise ValueError(f"{op}: backend must be auto or one of {known}; got {requested!r}")
+    raise ValueError(f"{op}: {named} names a backend that this operation lacks; it has {known}")
+
+
+def _default(name: str) -> str:
+    """What made ``backend="auto"`` mean ``name``."""
+    return f"use_backend({name!r})" if _default_from == "use_backend" else f"{_default_from}={name}"
 
 
 def explain(
@@ -110,6 +144,8 @@ def explain(
     verdicts = tuple(Verdict(b.name, b.supports(problem)) for b in backends)
     wanted = env.default_backend if requested == "auto" else requested
     able = [v.backend for v in verdicts if v.reason is None and wanted in ("auto", v.backend)]
+    if requested == "auto" != wanted:
+        notes = (*notes, f"auto means {wanted}: {_default(wanted)}")
     return Explanation(op, able[0] if able else "none", verdicts, tuple(notes))
 
 
@@ -117,7 +153,8 @@ def explain_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
     """Which backend ``fn(*args, **kwargs)`` would use and why; its arguments are checked, nothing is computed.
 
     Args:
-        fn: a fastxattn function, or anything that calls one (the first operation it reaches is explained).
+        fn: a fastxattn function, or anything that calls one. The first operation that it reaches in this thread is
+            explained; ``fn`` may itself explain calls. Operations of other threads run as usual meanwhile.
         *args: its arguments.
         **kwargs: its keyword arguments; a ``backend=`` among them is honoured.
 
@@ -130,23 +167,27 @@ def explain_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
           -> cpu        supported
              reference  supported
     """
-    global explaining_in
-    with _explain_lock:
-        explaining_in = threading.get_ident()
-        _notes.clear()
-        try:
-            fn(*args, **kwargs)
-        except _Explained as explained:
-            return explained.explanation
-        finally:
-            explaining_in = None
-    raise ValueError(f"fn must call a fastxattn operation; {getattr(fn, '__name__', fn)!r} called none")
+    fn = getattr(fn, "_torchdynamo_orig_callable", getattr(fn, "_orig_mod", fn))  # a compiled one, uncompiled
+    question = _Question()
+    _questions.open.append(question)
+    _count(1)
+    try:
+        fn(*args, **kwargs)
+    except BaseException as error:
+        if question.answer is None or not isinstance(error, _Explained | Exception):
+            raise
+    finally:
+        _questions.open.pop()
+        _count(-1)
+    if question.answer is None:
+        raise ValueError(f"fn must call a fastxattn operation; {getattr(fn, '__name__', fn)!r} called none")
+    return question.answer
 
 
 def note(text: object) -> None:
     """Add a line to the explanation that is being made, if one is: why the caller came to this operation."""
-    if explaining_in is not None and explaining_in == threading.get_ident():
-        _notes.append(str(text))
+    if explaining_in is not None and _questions.open:
+        _questions.open[-1].notes.append(str(text))
 
 
 @contextlib.contextmanager
@@ -154,9 +195,10 @@ def use_backend(name: str) -> Iterator[None]:
     """Make ``backend="auto"`` mean ``name`` inside a ``with`` block (process-wide, for tests and comparisons)."""
     if name not in env.BACKENDS:
         raise ValueError(f"name must be one of {', '.join(env.BACKENDS)}; got {name!r}")
-    before = env.default_backend
-    env.default_backend = name
+    global _default_from
+    before = env.default_backend, _default_from
+    env.default_backend, _default_from = name, "use_backend"
     try:
         yield
     finally:
-        env.default_backend = before
+        env.default_backend, _default_from = before

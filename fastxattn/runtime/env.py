@@ -1,8 +1,9 @@
-"""The environment variables fastxattn reads, all of them, read once at import.
+"""The environment variables fastxattn reads; all but FASTXATTN_TUNING once, at import.
 
 ========================  =====================================================================
 FASTXATTN_BACKEND         what ``backend="auto"`` means: auto (default), reference, cpu, triton, cuda, flash
 FASTXATTN_CPU_ISA         forces the CPU kernels' instruction set: generic, avx2, avx512, avx512bf16, amx, neon
+FASTXATTN_TUNING          the file of measured tile sizes, ``~/.cache/fastxattn/tuning.json`` by default
 FASTXATTN_VALIDATE        1: check the contents of offsets and indices on GPUs too (synchronises)
 ========================  =====================================================================
 """
@@ -22,5 +23,5 @@ def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
 
 
 default_backend: str = _choice("FASTXATTN_BACKEND", "auto", BACKENDS)
-validate_on_gpu: bool = os.environ.get("FASTXATTN_VALIDATE", "0") == "1"
+validate_on_gpu: bool = _choice("FASTXATTN_VALIDATE", "0", ("0", "1")) == "1"
 forced_cpu_isa: str = os.environ.get("FASTXATTN_CPU_ISA", "")
