@@ -53,10 +53,10 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
     """Tiles one step away."""
     m, n, warps, stages = tile
     for block_m in (m // 2, m * 2):
-        if 16 <= block_m <= 128:
+        if block_m in tuning.BLOCKS:
             yield block_m, n, warps, stages
     for block_n in (n // 2, n * 2):
-        if 16 <= block_n <= 128:
+        if block_n in tuning.BLOCKS:
             yield m, block_n, warps, stages
     yield m, n, 4 if warps == 8 else 8, stages
     for depth in (stages - 1, stages + 1):

@@ -158,6 +158,7 @@ def bidirectional_forward(problem: BidirectionalProblem) -> tuple[Tensor, Tensor
     return out_a, out_b, lse_a.float(), lse_b.float()
 
 
+@tuning.or_shipped
 def bidirectional_backward(
     results: tuple[Tensor, ...], problem: BidirectionalProblem, needs: int
 ) -> tuple[Tensor, ...]:  # fmt: skip

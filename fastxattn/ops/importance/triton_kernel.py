@@ -104,6 +104,7 @@ def tile_for(query: Tensor, dim: int) -> Tile:
     return tuning.tuned("importance", "importance", kind, dim, query.device, Tile) or TILES[kind][dim]
 
 
+@tuning.or_shipped
 def launch(problem: ImportanceProblem) -> Tensor:
     """Score (heads, slots_k) float32."""
     host = Launch.of(*problem.attention())

@@ -144,6 +144,7 @@ def tiles(slots: int, batch: int, group: int, block: int) -> int:
     return slots * group // block + batch
 
 
+@tuning.or_shipped
 def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``fastxattn::attention_triton``; see :mod:`fastxattn.ops.attention.schema`."""
     launch = Launch.of(*arguments)
@@ -178,6 +179,7 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+@tuning.or_shipped
 def attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
