@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import default_collate_fn_map
 
+from fastxattn.ops.fields import TensorFields, describe, describe_lengths
 from fastxattn.ops.offsets import check_contents, readable
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-@dataclass(frozen=True, eq=False)
-class PackedTokens:
+Index = int | slice | Sequence[int] | Sequence[bool] | Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedTokens(TensorFields):
     """Tokens of ``batch`` sequences laid end to end; sequence ``b`` is ``values[cu_seqlens[b]:cu_seqlens[b + 1]]``.
 
     ::
@@ -27,6 +34,10 @@ class PackedTokens:
     ``values`` may have more rows than ``cu_seqlens[-1]``; nothing reads those. A pytree of its three fields, so
     ``torch.compile`` and ``torch.export`` carry it.
 
+    Used like a tensor of sequences: ``to`` (a dtype is that of ``values``), ``pin_memory``, ``len``, iteration,
+    indexing, :meth:`cat`, ``==``, ``pickle``, ``torch.load(weights_only=True)``; ``default_collate`` concatenates.
+    Indexing, iteration, ``cat`` and ``==`` read the offsets (wait for a GPU), and drop rows beyond ``cu_seqlens[-1]``.
+
     Args:
         values: (total, ...), any dtype.
         cu_seqlens: (batch + 1,) int32 on the device of ``values``: 0, then the running sum of the lengths.
@@ -37,6 +48,8 @@ class PackedTokens:
         ValueError: a shape or device is wrong; on the CPU also offsets that do not start at 0, decrease or end past
             the rows, and a ``max_seqlen`` below the longest length (on a GPU looking would wait for the device).
     """
+
+    _lead: ClassVar[str] = "values"
 
     values: Tensor
     cu_seqlens: Tensor
@@ -90,11 +103,123 @@ class PackedTokens:
             raise ValueError(f"values must have the {self.values.shape[0]} rows they replace; got {values.shape[0]}")
         return PackedTokens(values, self.cu_seqlens, self.max_seqlen)
 
+    # As a tensor of sequences ----------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of ``values``."""
+        return self.values.dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        """Of ``values``."""
+        return self.values.requires_grad
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Ask for a gradient of ``values``; returns ``self``."""
+        self.values.requires_grad_(requires_grad)
+        return self
+
+    def __len__(self) -> int:
+        """The number of sequences."""
+        return self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.to_list())
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | Sequence[bool] | Tensor) -> PackedTokens: ...
+    def __getitem__(self, index: Index) -> Tensor | PackedTokens:
+        """Values of one sequence (a view), or several sequences: a slice (of step 1: a view), numbers or a mask."""
+        if isinstance(index, slice):
+            chosen = range(self.batch_size)[index]
+            if chosen.step == 1:
+                return self._between(chosen.start, max(chosen.start, chosen.stop))
+            return self._take(torch.tensor(chosen, dtype=torch.int64))
+        if isinstance(index, tuple | bool):
+            raise TypeError(f"index must be a number, slice, list or tensor of sequences; got {index!r}")
+        if getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
+            if getattr(index, "dtype", None) == torch.bool:
+                raise TypeError("index must be a number, slice, list or tensor of sequences; got one bool")
+            number = int(_numbers(torch.as_tensor(index)[None], self.batch_size))
+            start, end = self.cu_seqlens[number : number + 2].tolist()
+            return self.values[start:end]
+        return self._take(_numbers(index, self.batch_size))
+
+    def _between(self, first: int, last: int) -> PackedTokens:
+        offsets = self.cu_seqlens[first : last + 1]
+        bounds = offsets.tolist()
+        longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+        return self._with(
+            {"values": self.values[bounds[0] : bounds[-1]], "cu_seqlens": offsets - bounds[0], "max_seqlen": longest}
+        )
+
+    def _take(self, numbers: Tensor) -> PackedTokens:
+        numbers = numbers.to(self.device)
+        lengths = self.lengths[numbers]
+        counts = lengths.tolist()
+        _check_total(sum(counts))
+        offsets = _offsets(lengths)
+        shift = (self.cu_seqlens[numbers] - offsets[:-1]).long()
+        rows = shift.repeat_interleave(lengths.long(), output_size=sum(counts))
+        rows += torch.arange(sum(counts), device=self.device)
+        values = self.values.index_select(0, rows)
+        return self._with({"values": values, "cu_seqlens": offsets, "max_seqlen": max(counts, default=0)})
+
+    @classmethod
+    def cat(cls, tokens: Sequence[PackedTokens]) -> PackedTokens:
+        """One batch of all sequences of ``tokens``, in order. Differentiable. At least one is needed."""
+        batches = list(tokens)
+        if not batches:
+            raise ValueError("tokens must hold at least one PackedTokens; got none")
+        for other in batches:
+            if not isinstance(other, PackedTokens):
+                raise TypeError(f"tokens must hold PackedTokens; got {type(other).__name__}")
+        first = batches[0]
+        for what in ("device", "dtype"):
+            if len(found := {str(getattr(t, what)) for t in batches}) > 1:
+                raise ValueError(f"tokens must have one {what}; got {', '.join(sorted(found))}")
+        for other in batches:
+            if other.values.shape[1:] != first.values.shape[1:]:
+                shapes = f"{tuple(first.values.shape)} and {tuple(other.values.shape)}"
+                raise ValueError(f"tokens must have values of one shape but for the rows; got {shapes}")
+        ends = torch.stack([t.cu_seqlens[-1] for t in batches]).tolist()  # one wait for all
+        _check_total(sum(ends))
+        starts = itertools.accumulate(ends, initial=0)
+        offsets = [t.cu_seqlens[1:] + start for t, start in zip(batches, starts, strict=False)]
+        changes = {
+            "values": torch.cat([t.values[:end] for t, end in zip(batches, ends, strict=True)]),
+            "cu_seqlens": torch.cat([first.cu_seqlens[:1], *offsets]),
+            "max_seqlen": max(t.max_seqlen for t in batches),
+        }
+        return first._with(changes)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same sequences: lengths, dtype and values, as ``torch.equal`` compares them."""
+        if not isinstance(other, PackedTokens):
+            return NotImplemented
+        if self is other or self.dtype != other.dtype or self.values.shape[1:] != other.values.shape[1:]:
+            return self is other
+        if not torch.equal(self.cu_seqlens, other.cu_seqlens):
+            return False
+        used = int(self.cu_seqlens[-1])
+        return torch.equal(self.values[:used], other.values[:used])
+
+    __hash__ = object.__hash__  # as for a tensor: by identity
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedTokens({describe_lengths(self.cu_seqlens)}, values={describe(self.values)}, "
+            f"max_seqlen={self.max_seqlen})"
+        )
+
     # Padded ----------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_padded(cls, values: Tensor, mask: Tensor | None = None) -> PackedTokens:
-        """Take the tokens that are there out of a padded batch. Differentiable.
+        """Take the valid tokens out of a padded batch. Differentiable.
 
         Args:
             values: (batch, length, ...).
@@ -106,6 +231,7 @@ class PackedTokens:
             raise ValueError(f"values must have shape (batch, length, ...); got {tuple(values.shape)}")
         batch, length = values.shape[:2]
         if mask is None:
+            _check_total(batch * length)
             offsets = torch.arange(batch + 1, dtype=torch.int32, device=values.device) * length
             return cls(values.flatten(0, 1), offsets, length)
         _check_mask(mask, values)
@@ -140,6 +266,7 @@ class PackedTokens:
         if not tensors:
             raise ValueError("tensors must hold at least one tensor; got an empty list")
         lengths = [t.shape[0] for t in tensors]
+        _check_total(sum(lengths))
         offsets = _offsets(torch.tensor(lengths, device=tensors[0].device))
         return cls(torch.cat(list(tensors)), offsets, max(lengths))
 
@@ -150,18 +277,58 @@ class PackedTokens:
 
     @classmethod
     def from_nested(cls, nested: Any) -> PackedTokens:
-        """From a jagged ``torch.nested`` tensor (batch, j, ...) whose ragged axis is 1. Reads the longest length."""
-        if not nested.is_nested or nested.layout != torch.jagged:
-            raise TypeError("nested must be a torch.nested tensor of layout torch.jagged")
-        if nested.lengths() is not None:
+        """From a jagged ``torch.nested`` tensor, whose ragged axis becomes axis 0 of ``values``; the others keep their
+        order. Differentiable. Reads the longest length (waits for a GPU).
+        """
+        if not isinstance(nested, Tensor) or not nested.is_nested:
+            raise TypeError(f"nested must be a torch.nested tensor; got {describe(nested)}")
+        if nested.layout != torch.jagged:
+            raise TypeError(
+                f"nested must have layout torch.jagged; got {nested.layout}: "
+                "convert it with torch.nested.as_nested_tensor(list(nested.unbind()), layout=torch.jagged)"
+            )
+        source: Any = nested
+        if source.lengths() is not None:
             raise ValueError("nested must have no holes between its sequences; call .contiguous() on it first")
-        offsets = nested.offsets().to(torch.int32)
+        values = source.values().movedim(source._ragged_idx - 1, 0)
+        _check_total(values.shape[0])
+        offsets = source.offsets().to(torch.int32)
         lengths = offsets.diff()
-        return cls(nested.values(), offsets, int(lengths.max()) if lengths.numel() else 0)
+        return cls(values, offsets, int(lengths.max()) if lengths.numel() else 0)
 
     def to_nested(self) -> Tensor:
         """As a jagged ``torch.nested`` tensor (batch, j, ...) over the same values."""
-        return torch.nested.nested_tensor_from_jagged(self.values, self.cu_seqlens.long(), max_seqlen=self.max_seqlen)
+        values = self.values
+        if readable(self.cu_seqlens):  # its values() have no rows beyond the last sequence
+            values = values[: int(self.cu_seqlens[-1])]
+        return torch.nested.nested_tensor_from_jagged(values, self.cu_seqlens.long(), max_seqlen=self.max_seqlen)
+
+
+def _numbers(index: Any, batch: int) -> Tensor:
+    """(n,) int64 numbers of sequences from what ``PackedTokens`` was indexed by."""
+    try:
+        t = index if isinstance(index, Tensor) else torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"index must be a number, slice, list or tensor of sequences; got {index!r}") from None
+    if t.ndim != 1:
+        raise IndexError(f"index must have one axis, that of the sequences; got shape {tuple(t.shape)}")
+    if t.dtype == torch.bool:
+        if t.shape[0] != batch:
+            raise IndexError(f"index must have one bool per sequence, {batch}; got {t.shape[0]}")
+        return t.nonzero()[:, 0]
+    if t.numel() == 0:
+        return t.long()
+    if t.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"index must be of a signed integer type or bool; got {t.dtype}")
+    low, high = (int(n) for n in t.aminmax())
+    if low < -batch or high >= batch:
+        raise IndexError(f"index must lie within the {batch} sequences; got {low if low < -batch else high}")
+    return t.long() % batch
+
+
+def _check_total(rows: int) -> None:
+    if not torch.compiler.is_compiling() and rows >= 2**31:
+        raise ValueError(f"PackedTokens must have fewer than 2^31 rows, because offsets are int32; got {rows}")
 
 
 def _offsets(lengths: Tensor) -> Tensor:
@@ -203,3 +370,11 @@ pytree.register_pytree_node(
     to_dumpable_context=lambda context: context,
     from_dumpable_context=lambda context: context,
 )
+
+
+def _collate(batch: list[PackedTokens], *, collate_fn_map: Any = None) -> PackedTokens:
+    return PackedTokens.cat(batch)
+
+
+default_collate_fn_map[PackedTokens] = _collate
+torch.serialization.add_safe_globals([PackedTokens])

@@ -1,5 +1,7 @@
 """PackedTokens: conversions and back, gradients, pytree, checks."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,5 +147,62 @@ def test_conversion_checks():
         PackedTokens(VALUES, ints(0, 1, 4), 3).to_padded(length=2)
     with pytest.raises(ValueError, match="at least one tensor"):
         PackedTokens.from_list([])
-    with pytest.raises(TypeError, match=r"torch.nested tensor of layout torch.jagged"):
+    with pytest.raises(TypeError, match=r"nested must be a torch.nested tensor; got \(2, 3\)"):
         PackedTokens.from_nested(torch.zeros(2, 3))
+    with pytest.raises(TypeError, match=r"nested must be a torch.nested tensor; got list"):
+        PackedTokens.from_nested([torch.zeros(2, 3)])
+
+
+# Nested tensors ------------------------------------------------------------------------------------------------
+
+
+def jagged(*parts):
+    return torch.nested.nested_tensor(list(parts), layout=torch.jagged)
+
+
+@pytest.mark.parametrize("axes", [(1, 2), (1, 3), (1, 2, 2, 3)])
+def test_a_transposed_nested_tensor_gives_its_own_tokens(axes):
+    parts = [torch.randn(n, 4, 5) for n in (2, 0, 3)]
+    nested = jagged(*parts)
+    for a, b in zip(axes[::2], axes[1::2], strict=True):
+        nested = nested.transpose(a, b)
+        parts = [t.unsqueeze(0).transpose(a, b).squeeze(0) for t in parts]
+    ragged = nested._ragged_idx - 1
+    tokens = PackedTokens.from_nested(nested)
+    assert tokens.cu_seqlens.tolist() == [0, 2, 2, 5]
+    assert all(torch.equal(a, b.movedim(ragged, 0)) for a, b in zip(tokens, parts, strict=True))
+
+
+def test_the_values_of_a_jagged_tensor_of_other_axis():
+    values = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def rows(v):
+        nested = torch.nested.nested_tensor_from_jagged(v, torch.tensor([0, 2, 6]), jagged_dim=2)
+        return PackedTokens.from_nested(nested).values
+
+    assert torch.equal(rows(values), values.T)
+    assert torch.autograd.gradcheck(rows, values)
+
+
+def test_nested_tensors_without_a_packed_form_are_refused():
+    holes = torch.nested.narrow(
+        torch.randn(3, 5, 2), 1, torch.tensor([0, 1, 2]), torch.tensor([2, 2, 3]), layout=torch.jagged
+    )
+    with pytest.raises(ValueError, match=r"must have no holes between its sequences; call .contiguous\(\)"):
+        PackedTokens.from_nested(holes)
+    again = PackedTokens.from_nested(holes.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(again, holes.unbind(), strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about a prototype
+        strided = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)], layout=torch.strided)
+    with pytest.raises(TypeError, match=r"must have layout torch.jagged; got torch.strided: convert it with torch"):
+        PackedTokens.from_nested(strided)
+    advice = torch.nested.as_nested_tensor(list(strided.unbind()), layout=torch.jagged)
+    assert PackedTokens.from_nested(advice).cu_seqlens.tolist() == [0, 2, 3]
+
+
+def test_nested_tensors_of_no_sequences_and_of_spare_rows():
+    none = PackedTokens(torch.randn(0, 4), ints(0), 0)
+    assert PackedTokens.from_nested(none.to_nested()) == none
+    spare = PackedTokens(torch.arange(5.0)[:, None], ints(0, 1, 3), 2)
+    assert [t.flatten().tolist() for t in spare.to_nested().unbind()] == [[0.0], [1.0, 2.0]]

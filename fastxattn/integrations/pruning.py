@@ -25,6 +25,7 @@ from fastxattn.integrations.pruning_encoder import (
 from fastxattn.integrations.pruning_language import LanguagePruning
 from fastxattn.ops.pruning import Budget, Selection
 from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, STRATEGIES
+from fastxattn.runtime import html
 
 _CLAIMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -38,6 +39,13 @@ class Pruning:
     def __init__(self) -> None:
         self._restore: list[Callable[[], None]] = []
         self.last: Selection | None = None
+
+    def __repr__(self) -> str:
+        return f"Pruning({'active' if self._restore else 'undone'}, last={self.last!r})"
+
+    def _repr_html_(self) -> str:
+        rows = [] if self.last is None else [(html.Markup(self.last._repr_html_()),)]
+        return html.table(f"Pruning ({'active' if self._restore else 'undone'}), latest selection", (), rows)
 
     def undo(self) -> None:
         """Give the model back as it was."""

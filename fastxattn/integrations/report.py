@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 from fastxattn.integrations.pruning import Pruning
+from fastxattn.runtime import html
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,13 @@ class Verification:
         )
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
-    """Everything that was swapped, everything that was not and why, and what verification found."""
+    """Everything that was swapped, everything that was not and why, and what verification found.
+
+    ``print`` it for the whole text; a notebook shows a table. A copied or pickled report has no ``pruning`` handle,
+    which belongs to one live model.
+    """
 
     swapped: list[Swap] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
@@ -71,6 +77,24 @@ class Report:
     def __bool__(self) -> bool:
         """Whether anything is swapped."""
         return bool(self.swapped)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"pruning": None}
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.swapped)} swapped", f"{len(self.left)} left alone", f"{len(self.unknown)} unknown classes"]
+        if self.verification is not None:
+            parts.append(f"{self.verification.speedup:.2f}x, {'kept' if self.verification.kept else 'undone'}")
+        parts += ["dry run"] * self.dry_run + ["pruning"] * (self.pruning is not None)
+        return f"Report({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        rows = [("swapped", s.name or "(the model)", _short(s.module), s.does) for s in self.swapped]
+        rows += [("left alone", entry.name or "(the model)", _short(entry.module), entry.reason) for entry in self.left]
+        rows += [("no adapter", f"{count} modules", _short(name), "") for name, count in sorted(self.unknown.items())]
+        if self.verification is not None:
+            rows.append(("verified", "", "", str(self.verification)))
+        return html.table(repr(self), ("", "module", "class", "what"), rows)
 
     def __str__(self) -> str:
         lines = ["fastxattn.accelerate" + (" (dry run: nothing was changed)" if self.dry_run else "")]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastxattn.ops.fields import TensorFields, describe_lengths
 from fastxattn.ops.pruning import segments
 from fastxattn.ops.pruning.checks import check_rows
 from fastxattn.ops.pruning.rows import gather_rows, merge_rows
+from fastxattn.runtime import html
 
 FILLS = ("copy", "zero", "residual")
 POSITIONS = ("keep", "compact", "mean")
+_KEPT, _COLORS = "#1f6f8b", ("#e3e3e3", "#a8d0db")  # dropped, merged into a kept token
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection(TensorFields):
     """Which tokens of each sequence stay, and where every token went.
 
     ::
@@ -29,6 +34,9 @@ class Selection:
     On GPUs and under ``torch.compile`` ``keep_index`` may be longer than ``cu_seqlens[-1]``; the entries beyond are -1,
     and rows gathered there are 0. Attention over the kept tokens needs no gathered copy: pass ``keep_index`` as
     ``key_index``, ``cu_seqlens`` as ``cu_seqlens_k``.
+
+    ``to`` and ``pin_memory`` move all tensors, ``len`` is the number of sequences. ``pickle`` and, after
+    ``fastxattn.Selection`` was imported, ``torch.load(weights_only=True)`` read what was saved.
 
     Attributes:
         keep_index: (kept,) int32 rows of the packed tokens, ascending.
@@ -42,6 +50,9 @@ class Selection:
             every other token.
     """
 
+    _lead: ClassVar[str] = "keep_index"
+    _casts: ClassVar[bool] = False
+
     keep_index: Tensor
     cu_seqlens: Tensor
     assignment: Tensor
@@ -50,6 +61,30 @@ class Selection:
     scores: Tensor
     protected: Tensor | None = None
     weight: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The number of sequences."""
+        return self.cu_seqlens.shape[0] - 1
+
+    def __repr__(self) -> str:
+        merging = "" if self.weight is None else ", merging"
+        kept = f"{describe_lengths(self.cu_seqlens)} kept of {self.assignment.shape[0]} tokens{merging}"
+        return f"Selection({kept}, max_seqlen={self.max_seqlen}, device={self.device})"
+
+    def _repr_html_(self) -> str:
+        """Kept (dark), merged (light) and dropped tokens of the first sequences; waits for a GPU."""
+        if self.device.type == "meta" or type(self.keep_index) is not Tensor:
+            return html.table(repr(self), (), ())
+        offsets, kept = self.source_cu_seqlens[:9].tolist(), self.cu_seqlens[:9].diff().tolist()
+        colors = [_COLORS[at >= 0] for at in self.assignment[: offsets[-1]].tolist()]
+        for row in self.keep_index.tolist():
+            if 0 <= row < len(colors):
+                colors[row] = _KEPT
+        rows = [
+            (b, end - start, kept[b], html.strip(colors[start:end]) if end - start <= 4096 else "")
+            for b, (start, end) in enumerate(itertools.pairwise(offsets))
+        ]
+        return html.table(repr(self), ("sequence", "tokens", "kept", "which"), rows)
 
     @property
     def rows(self) -> int:
@@ -168,3 +203,6 @@ class Selection:
 def _places(cu_seqlens: Tensor, rows: int) -> Tensor:
     at = torch.arange(rows, device=cu_seqlens.device)
     return at - torch.nn.functional.pad(cu_seqlens, (0, 1))[segments.sequence_ids(cu_seqlens, rows)]
+
+
+torch.serialization.add_safe_globals([Selection])
