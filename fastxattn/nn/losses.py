@@ -48,14 +48,26 @@ class InfoNCELoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of (N, D) features; ``logit_bias`` is accepted and, as it cancels in a softmax, unused."""
+        """The loss of (N, D) features; ``logit_bias`` is accepted and cancels in a softmax: its gradient is 0.
+
+        (0 and not None, so that DistributedDataParallel finds the parameter used.)
+        """
         if self.world_size > 1:
             loss = distributed.infonce_loss(
                 image_features, text_features, logit_scale, group=self.group, **self.options
             )
         else:
             loss = infonce_loss(image_features, text_features, logit_scale, **self.options)
+        if isinstance(logit_bias, Tensor):
+            loss = _using(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _using(result: Any, unused: Tensor) -> Any:
+    """``result`` (a loss, or a tuple that starts with one) with a gradient of 0 for ``unused``, whatever that holds."""
+    if isinstance(result, tuple):
+        return (_using(result[0], unused), *result[1:])
+    return result + unused.flatten()[:0].sum().to(result)
 
 
 class SigmoidLoss(nn.Module):
