@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastxattn.distributed.agreement import Agreement, Value, agree, announced, plain
 from fastxattn.distributed.collectives import Group, SumBackward, SumForward, guarded, world_size
-from fastxattn.ops.attention import varlen_cross_attention
+from fastxattn.ops.attention import checks, varlen_cross_attention
+from fastxattn.ops.attention.dispatch import prepare
+from fastxattn.runtime import env
 
 
 def context_parallel_attention(
@@ -41,13 +46,18 @@ def context_parallel_attention(
         so the query's gradient is the whole one on every rank, and keys and values get theirs where they live.
 
     Raises:
+        TypeError, ValueError: an argument breaks a rule of :func:`fastxattn.varlen_cross_attention`.
+        ValueError: ranks disagree on the shape or dtype of the query, on the batch, on ``scale`` or on whether autograd
+            records; checked on CPUs, and on GPUs with ``FASTXATTN_VALIDATE=1`` (it waits for the device).
         RuntimeError: another rank left or died; raised within the process group's timeout.
     """
     if world_size(group) == 1:
         return varlen_cross_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale=scale, backend=backend)
-    shared = SumBackward.apply(query, group)
+    agreement = _agreement(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, group)
+    query = agreement.joined(query, agreement.wanted[0])
+    query, key, value = SumBackward.apply(group, agreement.wanted[0], query, key, value)
     out, lse = varlen_cross_attention(
-        shared, key, value, cu_seqlens_q, cu_seqlens_k, scale=scale, return_lse=True, backend=backend
+        query, key, value, cu_seqlens_q, cu_seqlens_k, scale=scale, return_lse=True, backend=backend
     )
     highest = lse.detach().clone()
     guarded("merging attention", group, lambda: dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group))
@@ -56,7 +66,37 @@ def context_parallel_attention(
     here = lse > -torch.inf
     weight = torch.where(here, torch.exp(torch.where(here, lse, 0.0) - torch.where(seen, highest, 0.0)), 0.0)
     weight = weight.transpose(0, 1).unsqueeze(-1)
-    total = SumForward.apply(torch.cat([out.to(weight.dtype) * weight, weight], -1), group)
+    parts = torch.cat([out.to(weight.dtype) * weight, weight], -1)
+    total = SumForward.apply(agreement.joined(parts), group)
     number = total[..., -1:]
     merged: Tensor = total[..., :-1] / torch.where(number > 0, number, 1.0)
-    return merged.to(query.dtype)
+    return merged.to(out.dtype)
+
+
+def _agreement(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float | None,
+    group: Group,
+) -> Agreement:
+    """Check the arguments and compare them with the other ranks'; on GPUs only when asked to."""
+    compare = env.validate_on_gpu or not isinstance(query, Tensor) or query.is_cpu
+    with announced("context_parallel_attention", query, group) if compare else nullcontext():
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            plain(name, x)
+        p = prepare(query, key, value, cu_seqlens_q, cu_seqlens_k, *[None] * 7, scale, 0.0, 0.0, None)
+        checks.check_shapes(p)
+        if not compare:
+            recording = torch.is_grad_enabled()
+            return Agreement([], tuple(recording and t.requires_grad for t in (query, key, value)))
+        checks.check_contents(p)
+    tokens, heads, head_dim = p.query.shape
+    same: dict[str, Value] = {
+        "the tokens of query": tokens, "the heads of query": heads, "head_dim": head_dim,
+        "the dtype of query": p.query.dtype, "the heads of key": p.key.shape[1], "value_dim": p.value.shape[2],
+        "the batch": p.cu_seqlens_q.shape[0] - 1, "scale": float(p.scale),
+    }  # fmt: skip
+    return agree("context_parallel_attention", p.key.shape[0], (query, key, value), same, query.device, group)

@@ -8,13 +8,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastxattn.ops.contrastive.reference import wide
+
 Group = Any
 """A ``torch.distributed`` process group; None is the default one."""
 
 
 def world_size(group: Group) -> int:
     """How many ranks take part: 1 when torch.distributed is not initialised."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"group must contain the calling rank; rank {dist.get_rank()} is not in it")
+    return size
 
 
 def guarded(what: str, group: Group, run: Callable[[], Any]) -> Any:
@@ -26,14 +33,6 @@ def guarded(what: str, group: Group, run: Callable[[], Any]) -> Any:
             f"fastxattn.distributed: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: "
             f"another rank left, died, or did not reach this call within the process group's timeout ({error})"
         ) from error
-
-
-def row_counts(rows: int, device: torch.device, group: Group) -> list[int]:
-    """Every rank's number of rows. This is the one value that has to reach the host."""
-    mine = torch.tensor([rows], dtype=torch.int64, device=device)
-    every = [torch.empty_like(mine) for _ in range(world_size(group))]
-    guarded("gathering row counts", group, lambda: dist.all_gather(every, mine, group=group))
-    return [int(count) for count in torch.cat(every).tolist()]
 
 
 def total_count(flags: torch.Tensor, group: Group) -> torch.Tensor:
@@ -54,34 +53,77 @@ def gather_rows(x: torch.Tensor, counts: list[int], group: Group) -> torch.Tenso
 
 
 class GatherRows(torch.autograd.Function):
-    """All ranks' rows; each rank's gradient is the sum of what all ranks computed for its rows."""
+    """All ranks' rows of some tensors, beside the tensors themselves, as one node of the graph.
+
+    One node, because its backward pass is a collective: it runs on every rank that asks for the gradient of any of
+    the tensors, whichever these are. The gradient of a rank's rows is its own plus the sum of what all ranks computed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, counts: list[int], group: Group) -> torch.Tensor:
-        """``counts`` as :func:`row_counts` gives them."""
-        ctx.counts, ctx.group, ctx.dtype = counts, group, x.dtype
-        return gather_rows(x, counts, group)
+    def forward(
+        counts: list[int], group: Group, gathered: list[int], wanted: list[int], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The tensors, then all ranks' rows of those at the positions ``gathered``, of which any rank needs the
+        gradients of ``wanted``.
+        """
+        return (*(t.view_as(t) for t in tensors), *(gather_rows(tensors[i], counts, group) for i in gathered))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Only sizes are kept."""
+        ctx.counts, ctx.group, ctx.gathered, ctx.wanted, *tensors = inputs
+        ctx.dtypes = [t.dtype for t in tensors]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        """Summed in float32 or wider, so that a bfloat16 gradient is rounded once."""
+        own, everyone = list(grads[: len(ctx.dtypes)]), dict(zip(ctx.gathered, grads[len(ctx.dtypes) :], strict=True))
+        wanted = [i for i in ctx.gathered if i in ctx.wanted]
+        if wanted:
+            rows = ScatterSum.apply(torch.cat([wide(everyone[i]) for i in wanted], 1), ctx.counts, ctx.group)
+            for i, part in zip(wanted, rows.chunk(len(wanted), 1), strict=True):
+                own[i] = wide(own[i]) + part
+        return None, None, None, None, *(g.to(dtype) for g, dtype in zip(own, ctx.dtypes, strict=True))
+
+
+class ScatterSum(torch.autograd.Function):
+    """The sum over ranks, of which each rank keeps its own rows: the adjoint of gathering rows."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, counts: list[int], group: Group) -> torch.Tensor:
+        """``x`` has all ranks' rows."""
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        guarded("summing gradients", group, lambda: dist.all_reduce(total, group=group))
+        rank = dist.get_rank(group)
+        first = sum(counts[:rank])
+        return total[first : first + counts[rank]].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Only sizes are kept."""
+        _, ctx.counts, ctx.group = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        """Summed in float32, so that a bfloat16 gradient is rounded once."""
-        total = grad.float().contiguous()
-        guarded("summing gradients", ctx.group, lambda: dist.all_reduce(total, group=ctx.group))
-        rank = dist.get_rank(ctx.group)
-        first = sum(ctx.counts[:rank])
-        return total[first : first + ctx.counts[rank]].to(ctx.dtype), None, None
+        """Gather."""
+        _, everyone = GatherRows.apply(ctx.counts, ctx.group, [0], [0], grad)
+        return everyone, None, None
 
 
 class GlobalSum(torch.autograd.Function):
     """The sum over ranks of each rank's share of a loss; its gradient is W, which DDP's mean over ranks undoes."""
 
     @staticmethod
-    def forward(ctx: Any, share: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(share: torch.Tensor, group: Group) -> torch.Tensor:
         """``share`` is this rank's part of the global loss."""
-        ctx.world = world_size(group)
         total = share.detach().clone()
         guarded("summing the loss", group, lambda: dist.all_reduce(total, group=group))
         return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Only the number of ranks is kept."""
+        ctx.world = world_size(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -93,11 +135,15 @@ class SumForward(torch.autograd.Function):
     """The sum over ranks of a tensor; every rank goes on with the same result, so the gradient passes through."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(x: torch.Tensor, group: Group) -> torch.Tensor:
         """Returns a new tensor."""
-        total = x.detach().clone().contiguous()
+        total = x.detach().clone(memory_format=torch.contiguous_format)
         guarded("summing over ranks", group, lambda: dist.all_reduce(total, group=group))
         return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -106,20 +152,27 @@ class SumForward(torch.autograd.Function):
 
 
 class SumBackward(torch.autograd.Function):
-    """Identity on a tensor that every rank holds alike; its gradient is the sum of every rank's."""
+    """Identity; the gradient of the first tensor, which every rank holds alike, is the sum of every rank's.
+
+    The other tensors only pass through, so that the collective runs whichever gradient a rank asks for.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        """Returns a view."""
-        ctx.group = group
-        return x.view_as(x)
+    def forward(group: Group, wanted: bool, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns views; ``wanted`` is true when any rank needs the first tensor's gradient."""
+        return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        """Sum over ranks."""
-        total = grad.float().contiguous()
-        guarded("summing gradients", ctx.group, lambda: dist.all_reduce(total, group=ctx.group))
-        return total.to(grad.dtype), None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """No tensor is kept."""
+        ctx.group, ctx.wanted, *_ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *others: torch.Tensor) -> tuple[Any, ...]:
+        """Sum over ranks, in float32 or wider."""
+        if ctx.wanted:
+            grad = SumForward.apply(wide(grad), ctx.group).to(grad.dtype)
+        return None, None, grad, *others
 
 
 def rotate(tensors: list[torch.Tensor], counts: list[int], owner: int, group: Group) -> list[torch.Tensor]:

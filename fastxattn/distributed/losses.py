@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fastxattn.distributed import ring
-from fastxattn.distributed.collectives import (
-    GatherRows,
-    GlobalSum,
-    Group,
-    gather_rows,
-    row_counts,
-    total_count,
-    world_size,
-)
+from fastxattn.distributed.agreement import Agreement, Value, agree, announced, plain
+from fastxattn.distributed.collectives import GatherRows, GlobalSum, Group, gather_rows, total_count, world_size
 from fastxattn.ops import contrastive
 from fastxattn.ops.contrastive import checks
+from fastxattn.ops.contrastive.api import Ids
 from fastxattn.ops.contrastive.reference import unit_rows, wide
 
 STRATEGIES = ("gather", "ring")
@@ -29,7 +25,7 @@ def infonce_loss(
     b: torch.Tensor,
     logit_scale: float | torch.Tensor,
     *,
-    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+    groups: Ids | None = None,
     symmetric: bool = True,
     normalize: bool = False,
     label_smoothing: float = 0.0,
@@ -40,10 +36,12 @@ def infonce_loss(
     """The global InfoNCE loss: row ``i`` of this rank's ``a`` belongs to row ``i`` of this rank's ``b``.
 
     Args:
-        a: (n, D), this rank's rows; ``n`` may differ between ranks and be 0.
+        a: (n, D), this rank's rows; ``n`` may differ between ranks and be 0. D and the dtype may not. Under autocast
+            features are cast as in :func:`fastxattn.infonce_loss`.
         b: (n, D), this rank's rows.
-        logit_scale: a number or one-element tensor, the same on every rank.
-        groups: this rank's integer group ids of both sides, which may span ranks.
+        logit_scale: a number or one-element tensor, the same on every rank; of any floating-point dtype.
+        groups: this rank's integer group ids, one (n,) for both sides or a pair; equal ids on two ranks are the same
+            group.
         symmetric: both directions, or only a to b.
         normalize: unit-length features.
         label_smoothing: share of the target spread over all candidates.
@@ -53,46 +51,49 @@ def infonce_loss(
 
     Returns:
         The global mean, the same on every rank; DDP's mean of the gradients is its gradient. Without
-        torch.distributed, or on one rank, this is :func:`fastxattn.infonce_loss`.
+        torch.distributed, or on one rank, this is :func:`fastxattn.infonce_loss`. When any rank needs a gradient, the
+        loss requires grad on every rank, also where all features are frozen or there are none: the backward pass is
+        a collective, and every rank has to call it.
 
     Raises:
-        ValueError: a and b differ in rows, or an option does not go with the strategy.
-        RuntimeError: another rank left or died; raised within the process group's timeout.
+        TypeError, ValueError: an argument breaks a rule; the other ranks raise a RuntimeError that names this rank.
+        ValueError: ranks disagree on an argument, or on whether autograd records; on every rank, with one message.
+        RuntimeError: the backend cannot run the problem; or another rank left or died, raised within the process
+            group's timeout.
     """
-    _check(a, b, strategy)
     if world_size(group) == 1:
+        _check(_autocast(a), _autocast(b), strategy)
         return contrastive.infonce_loss(
             a, b, logit_scale, groups=groups, symmetric=symmetric, normalize=normalize,
             label_smoothing=label_smoothing, backend=backend,
         )  # fmt: skip
-    a, b = _prepared(a, b, normalize)
-    scale = checks.one_element("logit_scale", logit_scale, a.device)
-    counts = row_counts(a.shape[0], a.device, group)
-    number = sum(counts)
-    pairs = [(a, b, groups)] + ([(b, a, None if groups is None else groups[::-1])] if symmetric else [])
-    shares = []
-    for own, other, ids in pairs:
-        if strategy == "ring":
-            rows, has = ring.infonce_rows(own, other, scale, ids, label_smoothing, counts, group, backend)
-            shares.append(rows.sum() / total_count(has, group).clamp(min=1))
-            continue
-        everybody = GatherRows.apply(other, counts, group)
-        if ids is None:
-            first = sum(counts[: dist.get_rank(group)])
-            targets = torch.arange(first, first + own.shape[0], device=own.device)
-            positives: dict[str, Any] = {"targets": targets}
-            having = number
-        else:
-            columns = gather_rows(ids[1], counts, group)
-            positives = {"groups": (ids[0], columns)}
-            everyone = gather_rows(ids[0], counts, group)
-            having = int((torch.isin(everyone, columns) & (everyone >= 0)).sum())
-        total = contrastive.infonce_loss(
-            own, everybody, scale, symmetric=False, reduction="sum", label_smoothing=label_smoothing,
-            backend=backend, **positives,
-        )  # fmt: skip
-        shares.append(total / max(having, 1))
-    result: torch.Tensor = GlobalSum.apply(sum(shares) / len(shares), group)
+    with announced("infonce_loss", a, group):
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+        call = _Call.of(a, b, logit_scale, None, groups, normalize, strategy, group, backend)
+    same = {"symmetric": bool(symmetric), "label_smoothing": float(label_smoothing)}
+    with torch.autocast(call.a.device.type, enabled=False):
+        counts = call.agree("infonce_loss", same).counts
+        columns = call.columns(counts, both=symmetric)
+        shares = []
+        for own, everybody, ids in zip((call.a, call.b), columns, (call.ids, call.swapped), strict=False):
+            if strategy == "ring":
+                rows, has = ring.infonce_rows(
+                    own, everybody, call.scale, ids, label_smoothing, counts, group, call.backend
+                )
+                shares.append(rows.sum() / total_count(has, group).clamp(min=1))
+                continue
+            having = sum(counts)
+            positives = call.positives(ids, counts)
+            if ids is not None:
+                everyone = gather_rows(ids[0], counts, group)
+                having = int((torch.isin(everyone, positives["groups"][1]) & (everyone >= 0)).sum())
+            total = contrastive.infonce_loss(
+                own, everybody, call.scale, symmetric=False, reduction="sum", label_smoothing=label_smoothing,
+                backend=backend, **positives,
+            )  # fmt: skip
+            shares.append(total / max(having, 1))
+        result: torch.Tensor = GlobalSum.apply(sum(shares) / len(shares), group)
     return result
 
 
@@ -102,53 +103,139 @@ def sigmoid_loss(
     logit_scale: float | torch.Tensor,
     logit_bias: float | torch.Tensor = 0.0,
     *,
-    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+    groups: Ids | None = None,
     normalize: bool = False,
     strategy: str = "gather",
     group: Group = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The global sigmoid loss; arguments, returns and errors as in :func:`infonce_loss` of this module."""
-    _check(a, b, strategy)
     if world_size(group) == 1:
+        _check(_autocast(a), _autocast(b), strategy)
         return contrastive.sigmoid_loss(
             a, b, logit_scale, logit_bias, groups=groups, normalize=normalize, backend=backend
         )
-    a, b = _prepared(a, b, normalize)
-    scale = checks.one_element("logit_scale", logit_scale, a.device)
-    bias = checks.one_element("logit_bias", logit_bias, a.device)
-    counts = row_counts(a.shape[0], a.device, group)
-    if strategy == "ring":
-        total = ring.sigmoid_total(a, b, scale, bias, groups, counts, group, backend)
-    else:
-        first = sum(counts[: dist.get_rank(group)])
-        targets = torch.arange(first, first + a.shape[0], device=a.device)
-        positives: dict[str, Any] = {"targets": targets}
-        if groups is not None:
-            positives = {"groups": (groups[0], gather_rows(groups[1], counts, group))}
-        everybody = GatherRows.apply(b, counts, group)
-        total = contrastive.sigmoid_loss(
-            a,
-            everybody,
-            scale,
-            bias,
-            reduction="sum",
-            backend=backend,
-            **positives,
-        )
-    result: torch.Tensor = GlobalSum.apply(total / max(sum(counts), 1), group)
+    with announced("sigmoid_loss", a, group):
+        call = _Call.of(a, b, logit_scale, logit_bias, groups, normalize, strategy, group, backend)
+    assert call.bias is not None
+    with torch.autocast(call.a.device.type, enabled=False):
+        counts = call.agree("sigmoid_loss", {}).counts
+        (everybody,) = call.columns(counts, both=False)
+        if strategy == "ring":
+            total = ring.sigmoid_total(call.a, everybody, call.scale, call.bias, call.ids, counts, group, call.backend)
+        else:
+            total = contrastive.sigmoid_loss(
+                call.a, everybody, call.scale, call.bias, reduction="sum", backend=backend,
+                **call.positives(call.ids, counts),
+            )  # fmt: skip
+        result: torch.Tensor = GlobalSum.apply(total / max(sum(counts), 1), group)
     return result
 
 
-def _check(a: torch.Tensor, b: torch.Tensor, strategy: str) -> None:
+@dataclass
+class _Call:
+    """One rank's checked arguments. ``scale`` and ``bias`` are float32 beside all features but float64 ones."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+    ids: tuple[torch.Tensor, torch.Tensor] | None
+    normalize: bool
+    strategy: str
+    group: Group
+    backend: str
+    wanted: tuple[bool, ...] = ()
+
+    @staticmethod
+    def of(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float | torch.Tensor,
+        bias: float | torch.Tensor | None,
+        groups: Ids | None,
+        normalize: bool,
+        strategy: str,
+        group: Group,
+        backend: str,
+    ) -> _Call:
+        for name, x in (("a", a), ("b", b), ("logit_scale", scale), ("logit_bias", bias)):
+            plain(name, x)
+        a, b = _autocast(a), _autocast(b)
+        a, b = _check(a, b, strategy)
+        if a.shape[1] == 0:
+            raise ValueError("a must have at least 1 feature; got 0")
+        n, device = a.shape[0], a.device
+        numbers = [checks.one_element("logit_scale", scale, device)]
+        if bias is not None:
+            numbers.append(checks.one_element("logit_bias", bias, device))
+        if a.dtype != torch.float64:
+            numbers = [x.float() for x in numbers]
+        ids = None
+        if groups is not None:
+            # Of one width on every rank, as they are sent.
+            id_a, id_b = checks.both_sides("groups", groups, n, n, device)
+            ids = (id_a.long(), id_b.long())
+        if strategy == "ring":
+            backend = ring.fused_backend(a, b, numbers[0], backend)
+        return _Call(
+            a, b, numbers[0], numbers[1] if bias is not None else None, ids, bool(normalize), strategy, group, backend
+        )
+
+    @property
+    def swapped(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if self.ids is None else (self.ids[1], self.ids[0])
+
+    def agree(self, name: str, same: Mapping[str, Value]) -> Agreement:
+        """Compare with the other ranks; afterwards the features are as they are sent."""
+        tensors = [self.a, self.b, self.scale, *([] if self.bias is None else [self.bias])]
+        shared: dict[str, Value] = {
+            "the number of features of a and b": self.a.shape[1], "the dtype of a and b": self.a.dtype,
+            "groups (given or not)": self.ids is not None, "normalize": self.normalize, "strategy": self.strategy,
+            **same,
+        }  # fmt: skip
+        agreement = agree(name, self.a.shape[0], tensors, shared, self.a.device, self.group)
+        # The scale is an input of every node whose backward pass is a collective: it takes this rank there.
+        self.scale = agreement.joined(self.scale)
+        self.wanted = agreement.wanted
+        if self.normalize:
+            # Before sending, so that the gradient is projected where it belongs.
+            self.a, self.b = unit_rows(wide(self.a)), unit_rows(wide(self.b))
+        return agreement
+
+    def columns(self, counts: list[int], both: bool) -> list[torch.Tensor]:
+        """The candidates of ``a``, then with ``both`` those of ``b``: everybody's, or where the ring starts."""
+        if self.strategy == "ring":
+            return [self.b, self.a][: 1 + both]
+        gathered = [1, 0][: 1 + both]
+        bias = [] if self.bias is None else [self.bias]
+        self.a, self.b, self.scale, *rest = GatherRows.apply(
+            counts, self.group, gathered, [i for i in (0, 1) if self.wanted[i]], self.a, self.b, self.scale, *bias
+        )
+        if bias:
+            self.bias, *rest = rest
+        return rest
+
+    def positives(self, ids: tuple[torch.Tensor, torch.Tensor] | None, counts: list[int]) -> dict[str, Any]:
+        """Which of everybody's columns are positive."""
+        if ids is not None:
+            return {"groups": (ids[0], gather_rows(ids[1], counts, self.group))}
+        first = sum(counts[: dist.get_rank(self.group)])
+        return {"targets": torch.arange(first, first + self.a.shape[0], device=self.a.device)}
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """Cast as autocast casts the arguments of a matrix product; float64 stays."""
+    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return x
+    keep = not x.is_floating_point() or x.dtype == torch.float64
+    return x if keep else x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _check(a: torch.Tensor, b: torch.Tensor, strategy: str) -> tuple[torch.Tensor, torch.Tensor]:
     checks.choice("strategy", strategy, STRATEGIES)
-    checks.features("b", b, checks.features("a", a))
+    a = checks.features("a", a)
+    b = checks.features("b", b, a)
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"b must have as many rows as a on each rank ({a.shape[0]}); got {b.shape[0]}")
-
-
-def _prepared(a: torch.Tensor, b: torch.Tensor, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features as they are sent: normalised before sending, so that the gradient is projected where it belongs."""
-    if normalize:
-        return unit_rows(wide(a)), unit_rows(wide(b))
     return a, b

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastxattn.distributed.collectives import Group, rotate, world_size
 from fastxattn.ops.contrastive.api import BACKENDS
@@ -18,10 +19,14 @@ from fastxattn.ops.contrastive.schema import GRADS
 from fastxattn.runtime import backend as choose
 
 
-def _backend(a: Tensor, b: Tensor, scale: Tensor, requested: str) -> str:
+def fused_backend(a: Tensor, b: Tensor, scale: Tensor, requested: str) -> str:
+    """The kernels that run every block, or the reason why none does."""
     name = choose.resolve("distributed ring", BACKENDS, Problem(a, b, scale), requested)
     if name == "reference":
-        raise RuntimeError("distributed ring: runs on fused backends only; use strategy='gather' with the reference")
+        raise RuntimeError(
+            f"strategy='ring' runs on fused backends only, and for {a.dtype} features on {a.device} the backend is the "
+            "reference; use strategy='gather'"
+        )
     return name
 
 
@@ -64,7 +69,6 @@ class RingStats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         a: Tensor,
         b: Tensor,
         scale: Tensor,
@@ -81,9 +85,13 @@ class RingStats(torch.autograd.Function):
             stats, _ = operator("contrastive_stats", backend)(*problem, *[None] * 4, True, False, means)
             merged = stats if merged is None else _merged(merged, stats)
         assert merged is not None
-        ctx.save_for_backward(a, b, scale, ids_a, ids_b, merged)
-        ctx.flags = (counts, group, backend)
         return merged
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Visiting blocks are not kept; they travel once more in the backward pass."""
+        a, b, scale, ids_a, ids_b, _, *ctx.flags = inputs
+        ctx.save_for_backward(a, b, scale, ids_a, ids_b, output)
 
     @staticmethod
     def turn(
@@ -103,6 +111,7 @@ class RingStats(torch.autograd.Function):
         visiting[:] = travelling[: len(visiting)]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """A second turn: the visiting block's gradient grows at every stop and arrives home complete."""
         a, b, scale, ids_a, ids_b, merged = ctx.saved_tensors
@@ -127,7 +136,6 @@ class RingSigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         a: Tensor,
         b: Tensor,
         scale: Tensor,
@@ -137,8 +145,8 @@ class RingSigmoid(torch.autograd.Function):
         counts: list[int],
         group: Group,
         backend: str,
-    ) -> Tensor:
-        """Nothing is left for the backward pass but a multiplication."""
+    ) -> tuple[Tensor, ...]:
+        """The sum, and its gradients for a, b, scale and bias, which the backward pass only multiplies."""
         rank, world = dist.get_rank(group), world_size(group)
         grad_a, total = torch.zeros(a.shape, device=a.device), torch.zeros((), dtype=torch.float64, device=a.device)
         block, grad_block = b.detach(), torch.zeros(b.shape, device=b.device)
@@ -155,16 +163,21 @@ class RingSigmoid(torch.autograd.Function):
             grad_a += part_a
             grad_block += part_b
             block, grad_block, *travelling = rotate([block, grad_block, *travelling], counts, owner, group)
-        ctx.save_for_backward(grad_a, grad_block, dots, slopes)
-        ctx.dtype = a.dtype
-        return total.float()
+        return total.float(), grad_a, grad_block, dots, slopes
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Gradients are outputs of the forward pass, not differentiable themselves."""
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+        ctx.dtypes = [t.dtype for t in inputs[:4]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         """Scale what the forward pass left. Every rank must pass the same ``grad``."""
-        grad_a, grad_b, dots, slopes = ctx.saved_tensors
-        features = ((g * grad).to(ctx.dtype) for g in (grad_a, grad_b))
-        return (*features, (dots * grad).float(), (slopes * grad).float(), *[None] * 5)
+        grads = ((g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return (*grads, *[None] * 5)
 
 
 def infonce_rows(
@@ -179,9 +192,7 @@ def infonce_rows(
 ) -> tuple[Tensor, Tensor]:
     """Each of this rank's rows' loss, (n,) float32, and whether the row has a positive anywhere."""
     problem = Problem(a, b, scale, label_smoothing=label_smoothing)
-    stats: Tensor = RingStats.apply(
-        a, b, scale, *_wide(ids), label_smoothing > 0, counts, group, _backend(a, b, scale, backend)
-    )
+    stats: Tensor = RingStats.apply(a, b, scale, *(ids or (None, None)), label_smoothing > 0, counts, group, backend)
     return row_losses(stats, problem, [])
 
 
@@ -196,10 +207,6 @@ def sigmoid_total(
     backend: str,
 ) -> Tensor:
     """The sum of this rank's rows' losses."""
-    total: Tensor = RingSigmoid.apply(a, b, scale, bias, *_wide(ids), counts, group, _backend(a, b, scale, backend))
+    total: Tensor
+    total, *_ = RingSigmoid.apply(a, b, scale, bias, *(ids or (None, None)), counts, group, backend)
     return total
-
-
-def _wide(ids: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as they travel: of one width on every rank."""
-    return (None, None) if ids is None else (ids[0].long(), ids[1].long())
