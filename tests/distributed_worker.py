@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -143,18 +144,25 @@ def attention(rank: int, world: int) -> None:
 
 
 def dying(rank: int, world: int) -> None:
+    group = dist.new_group(timeout=datetime.timedelta(seconds=5))
+    dist.barrier()
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = fxd.infonce_loss(x, x, 1.0, group=group)
     if rank == world - 1:
-        sys.exit(0)  # leaves without a word
+        time.sleep(8)  # stays away from the backward pass, and then leaves without a word
+        os._exit(0)
+    with pytest.raises(RuntimeError, match=r"summing gradients failed.*another rank left, died, or did not reach"):
+        loss.backward()
     with pytest.raises(RuntimeError, match="another rank left, died, or did not reach"):
-        fxd.infonce_loss(torch.randn(3, 4), torch.randn(3, 4), 1.0)
+        fxd.infonce_loss(x, x, 1.0, group=group)
+    with pytest.raises(ValueError, match="b must have as many rows as a"):
+        fxd.infonce_loss(x, x[:2], 1.0, group=group)  # its own error, though it can tell nobody
 
 
 def main() -> None:
     scenario, rank, world, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(
-        seconds=4 if scenario == "dying" else int(os.environ.get("FASTXATTN_TEST_TIMEOUT", "300"))
-    )
+    timeout = datetime.timedelta(seconds=int(os.environ.get("FASTXATTN_TEST_TIMEOUT", "300")))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     if scenario == "dying":
         dying(rank, world)
@@ -165,6 +173,10 @@ def main() -> None:
     attention(rank, world)
     if world == 4:
         subgroup(rank, world)
+    if scenario == "rules":
+        import distributed_rules
+
+        distributed_rules.run(rank, world)
     dist.destroy_process_group()
 
 
