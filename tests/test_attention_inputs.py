@@ -379,3 +379,21 @@ def test_offsets_past_two_to_the_31_elements():
     out = fastxattn.varlen_cross_attention(rows, rows, rows, ints(0, 1, 4), ints(0, 1, 4), backend="cpu")
     wanted = fastxattn.varlen_cross_attention(small, small, small, ints(0, 1, 4), ints(0, 1, 4), backend="cpu")
     assert torch.equal(out, wanted)
+
+
+def test_errors_of_the_machine_are_raised_as_they_are(monkeypatch):
+    """Sound arguments that the operator could not serve are not computed a second time."""
+    calls = []
+
+    def out_of_memory(*arguments):
+        calls.append(arguments)
+        raise RuntimeError("out of memory")
+
+    arguments = inputs()
+    fastxattn.varlen_cross_attention(*arguments)
+    monkeypatch.setattr("fastxattn.ops.attention.cpu.direct", out_of_memory)
+    with pytest.raises(RuntimeError, match="^out of memory$"):
+        fastxattn.varlen_cross_attention(*arguments)
+    assert len(calls) == 1
+    monkeypatch.undo()
+    assert fastxattn.varlen_cross_attention(*arguments, scale=1).shape == arguments[0].shape

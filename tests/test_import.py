@@ -114,7 +114,7 @@ WITHOUT = {
     "bidirectional": {"onnx"},  # a file holds the two attentions that it is made of
     "context_attention": {"triton"},  # on a GPU the projections are made, for attention
     "contrastive": {"onnx"},  # a loss is for training
-    # Its operations have no options in common: a tensor is all that a backend asks about. Those with a gradient are rows.py.
+    # Operations without common options: a backend looks at one tensor. Those with a gradient are in rows.py.
     "pruning": {"problem", "autograd"},
     "retrieval": {"autograd"},  # indices have no gradient
 }

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastxattn.distributed.collectives import Group, rotate, world_size
 from fastxattn.ops.contrastive.api import BACKENDS
@@ -17,6 +16,7 @@ from fastxattn.ops.contrastive.fused import dense_ids, row_losses
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.ops.contrastive.schema import GRADS
 from fastxattn.runtime import backend as choose
+from fastxattn.runtime.operators import KernelFunction, first_order
 
 
 def fused_backend(a: Tensor, b: Tensor, scale: Tensor, requested: str) -> str:
@@ -64,8 +64,10 @@ def _merged(x: Tensor, y: Tensor) -> Tensor:
     ])  # fmt: skip
 
 
-class RingStats(torch.autograd.Function):
+class RingStats(KernelFunction):
     """Each local row's statistics against every rank's columns."""
+
+    generate_vmap_rule = False
 
     @staticmethod
     def forward(
@@ -111,10 +113,10 @@ class RingStats(torch.autograd.Function):
         visiting[:] = travelling[: len(visiting)]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    @first_order("distributed infonce_loss")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
         """A second turn: the visiting block's gradient grows at every stop and arrives home complete."""
-        a, b, scale, ids_a, ids_b, merged = ctx.saved_tensors
+        a, b, scale, ids_a, ids_b, merged = saved
         counts, group, backend = ctx.flags
         grad_a = torch.zeros(a.shape, device=a.device)
         dots = torch.zeros((), dtype=torch.float64, device=a.device)
@@ -131,8 +133,10 @@ class RingStats(torch.autograd.Function):
         return grad_a.to(a.dtype), visiting[1].to(b.dtype), dots.to(scale.dtype), *[None] * 6
 
 
-class RingSigmoid(torch.autograd.Function):
+class RingSigmoid(KernelFunction):
     """The sum of local rows' losses against every rank's columns, with its gradients, in one turn of the ring."""
+
+    generate_vmap_rule = False
 
     @staticmethod
     def forward(
@@ -169,14 +173,13 @@ class RingSigmoid(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Gradients are outputs of the forward pass, not differentiable themselves."""
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
-        ctx.dtypes = [t.dtype for t in inputs[:4]]
+        ctx.save_for_backward(*inputs[:4], *output[1:])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    @first_order("distributed sigmoid_loss")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: Any) -> tuple[Any, ...]:
         """Scale what the forward pass left. Every rank must pass the same ``grad``."""
-        grads = ((g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        grads = ((g * grad).to(t.dtype) for t, g in zip(saved[:4], saved[4:], strict=True))
         return (*grads, *[None] * 5)
 
 

@@ -11,6 +11,7 @@ refuse it without waiting for the device: there it is clamped, unless ``FASTXATT
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -148,13 +149,17 @@ def _check_biases(problem: Problem) -> None:
             )
 
 
+def check_number(name: str, number: object, low: float = -math.inf) -> None:
+    """Refuse what is no finite number of at least ``low``; a tensor too, for it would get no gradient."""
+    if isinstance(number, bool) or not isinstance(number, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number; got {type(number).__name__}")
+    if isinstance(number, numbers.Real) and not (math.isfinite(number) and float(number) >= low):
+        raise ValueError(f"{name} must be finite{'' if low < 0 else ' and at least 0'}; got {number}")
+
+
 def _check_numbers(problem: Problem) -> None:
     for name, low in (("scale", -math.inf), ("softcap", 0.0), ("dropout_p", 0.0)):
-        number = getattr(problem, name)
-        if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat, torch.SymInt)):
-            raise TypeError(f"{name} must be a number; got {type(number).__name__}")
-        if isinstance(number, (int, float)) and not (math.isfinite(number) and number >= low):
-            raise ValueError(f"{name} must be finite{'' if low < 0 else ' and at least 0'}; got {number}")
+        check_number(name, getattr(problem, name), low)
     if isinstance(problem.dropout_p, (int, float)) and problem.dropout_p >= 1:
         raise ValueError(f"dropout_p must be less than 1; got {problem.dropout_p}")
     seed = problem.dropout_seed

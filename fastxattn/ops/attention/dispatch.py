@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from fastxattn.runtime.operators import plain, transforming
 from fastxattn.runtime.operators import run as run_operator
 
 _INF = float("inf")
+_TENSORS = Problem._fields.index("scale")
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
 _CPU = ("auto", "cpu")
 BACKENDS = (
@@ -76,8 +79,9 @@ def attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of a problem; arguments as in the operator schema, ``scale`` None for 1 / sqrt(head_dim)."""
+    refused: RuntimeError | None = None
     if short_way(backend):
-        # The short way: the operator checks everything it relies on, and Python looks only when it has refused.
+        # The operator checks everything it relies on, and Python looks only when it has refused.
         try:
             scale_ = query.size(-1) ** -0.5 if scale is None else scale
             if not sound_numbers(scale_, softcap, dropout_p):
@@ -99,22 +103,27 @@ def attend(
                 cpu.direct, query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index,
                 kv_range, key_bias, bias, scale_, softcap, dropout_p, dropout_seed,
             )  # fmt: skip
-        except (RuntimeError, TypeError, ValueError, AttributeError, ZeroDivisionError):
-            pass
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError):
+            pass  # for the validated path to name or convert
+        except RuntimeError as error:
+            refused = error
     return _checked(
         query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index, kv_range,
-        key_bias, bias, scale, softcap, dropout_p, dropout_seed, backend=backend,
+        key_bias, bias, scale, softcap, dropout_p, dropout_seed, backend=backend, refused=refused,
     )  # fmt: skip
 
 
-def _checked(*arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
-    """Check, choose the backend, run."""
+def _checked(*arguments: Any, backend: str, refused: RuntimeError | None) -> tuple[Tensor, Tensor]:
+    """Check, choose the backend, run; ``refused`` is what the operator raised on the fast path."""
     problem = prepare(*arguments)
     if not torch.compiler.is_compiling():  # while tracing, the operator's fake checks
         checks.check_shapes(problem)
         if problem.query.is_cpu or env.validate_on_gpu:
             checks.check_contents(problem)
-    return run(resolve("attention", in_order(problem), problem, backend), problem)
+    name = resolve("attention", in_order(problem), problem, backend)
+    if refused is not None and name == "cpu" and all(map(operator.is_, problem[:_TENSORS], arguments)):
+        raise refused  # sound arguments, handed over as they were: out of memory, say, which a second try would repeat
+    return run(name, problem)
 
 
 def in_order(problem: Problem) -> tuple[Backend, ...]:
@@ -167,6 +176,11 @@ def prepare(*arguments: Any) -> Problem:
         changes["key_bias"] = problem.key_bias.to(wide)
     if problem.scale is None:
         changes["scale"] = query.shape[2] ** -0.5 if query.shape[2] != 0 else 1.0  # 0 is refused by the checks
+    elif isinstance(problem.scale, numbers.Real) and not isinstance(problem.scale, bool):
+        changes["scale"] = float(problem.scale)
+    for name in ("softcap", "dropout_p"):
+        if isinstance(number := getattr(problem, name), numbers.Real) and not isinstance(number, bool):
+            changes[name] = float(number)
     changes["dropout_seed"] = seed_tensor(problem.dropout_seed, query.device) if problem.dropout_p else None
     return problem._replace(**changes)
 

@@ -95,7 +95,7 @@ def context_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: ``backend`` cannot run the problem; the message says why.
     """
-    check_arguments(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, key_index)
+    check_arguments(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, key_index, scale)
     chosen = resolve("context_attention", BACKENDS, _problem(query, key_bias), backend)
     if key_index is not None:
         # Every row is used by all heads and queries of its sequence: gathering costs little beside that.

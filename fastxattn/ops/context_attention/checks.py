@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastxattn.ops.attention.checks import check_number
 from fastxattn.ops.offsets import check_offsets, readable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -17,8 +18,10 @@ def check_arguments(
     kv_range: torch.Tensor | None,
     key_bias: torch.Tensor | None,
     key_index: torch.Tensor | None,
+    scale: float,
 ) -> None:
     """Refuse what does not fit together; offsets' and indices' contents are looked at where that costs no wait."""
+    check_number("scale", scale)
     for name, t in (("query", query), ("context", context)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
