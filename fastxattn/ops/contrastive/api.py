@@ -33,7 +33,7 @@ def infonce_loss(
     hard_negatives: torch.Tensor | None = None,
     queue_a: torch.Tensor | None = None,
     queue_b: torch.Tensor | None = None,
-    teacher: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    teacher: tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None = None,
     ignore_ids: Ids | None = None,
     false_negative_margin: float | None = None,
     exclude_self: bool = False,
@@ -86,12 +86,12 @@ def infonce_loss(
     Example:
         >>> loss = fastxattn.infonce_loss(image_features, text_features, model.logit_scale.exp())
     """
-    a, b = _autocast(a, b)
     problem = _problem(a, b, logit_scale, targets, groups, ignore_ids, exclude_self, normalize)
     n, m = problem.a.shape[0], problem.b.shape[0]
     checks.choice("reduction", reduction, REDUCTIONS)
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+    label_smoothing = checks.number("label_smoothing", label_smoothing, "lie in [0, 1)", lambda x: 0 <= x < 1)
+    if false_negative_margin is not None:
+        false_negative_margin = checks.number("false_negative_margin", false_negative_margin)
     if queue_a is not None and not symmetric:
         raise ValueError("queue_a must be None when symmetric=False: only columns see it")
     if (return_metrics or false_negative_margin is not None) and groups is not None:
@@ -99,25 +99,22 @@ def infonce_loss(
     if decoupled and label_smoothing > 0:
         raise ValueError(f"label_smoothing must be 0 when decoupled=True; got {label_smoothing}")
     problem.symmetric, problem.decoupled, problem.metrics = symmetric, decoupled, return_metrics
-    problem.label_smoothing, problem.margin = float(label_smoothing), false_negative_margin
+    problem.label_smoothing, problem.margin = label_smoothing, false_negative_margin
     if queue_a is not None:
-        problem.queue_a = checks.features("queue_a", queue_a, problem.a)
+        problem.queue_a = checks.features("queue_a", checks.autocast(queue_a), problem.a)
     if queue_b is not None:
-        problem.queue_b = checks.features("queue_b", queue_b, problem.a)
+        problem.queue_b = checks.features("queue_b", checks.autocast(queue_b), problem.a)
     if hard_negatives is not None:
-        if hard_negatives.dim() != 3 or (hard_negatives.shape[0], hard_negatives.shape[2]) != (n, problem.a.shape[1]):
-            raise ValueError(
-                f"hard_negatives must have shape ({n}, K, {problem.a.shape[1]}); got {tuple(hard_negatives.shape)}"
-            )
-        problem.hard_negatives = hard_negatives
+        problem.hard_negatives = checks.hard_negatives(checks.autocast(hard_negatives), problem.a)
     if teacher is not None:
         _check_teacher(problem, teacher)
-    weight = checks.row_weights(weights, (n, m) if symmetric else (n,))
+    weight = checks.row_weights(weights, (n, m) if symmetric else (n,), problem.a)
     name = choose.resolve("infonce_loss", _in_order(problem), problem, backend)
-    losses, metrics = (
-        reference.infonce_reference(problem) if name == "reference" else fused.infonce_fused(problem, name)
-    )
-    result = _reduce(losses, weight, reduction)
+    with checks.no_autocast(problem.a.device):
+        losses, metrics = (
+            reference.infonce_reference(problem) if name == "reference" else fused.infonce_fused(problem, name)
+        )
+        result = _reduce(losses, weight, reduction)
     return (result, metrics) if return_metrics else result
 
 
@@ -125,7 +122,7 @@ def sigmoid_loss(
     a: torch.Tensor,
     b: torch.Tensor,
     logit_scale: float | torch.Tensor,
-    logit_bias: float | torch.Tensor = 0.0,
+    logit_bias: float | torch.Tensor | None = 0.0,
     *,
     targets: torch.Tensor | None = None,
     groups: Ids | None = None,
@@ -162,24 +159,27 @@ def sigmoid_loss(
         TypeError, ValueError: an argument breaks a rule above.
         RuntimeError: the backend asked for cannot run this problem.
     """
-    a, b = _autocast(a, b)
     problem = _problem(a, b, logit_scale, targets, groups, ignore_ids, exclude_self, normalize)
-    problem.bias = checks.one_element("logit_bias", logit_bias, problem.a.device)
+    problem.bias = checks.one_element(
+        "logit_bias", 0.0 if logit_bias is None else logit_bias, problem.a.device, problem.scale.dtype
+    )
     checks.choice("reduction", reduction, REDUCTIONS)
-    (weight,) = checks.row_weights(weights, (problem.a.shape[0],))
-    name = choose.resolve("sigmoid_loss", _in_order(problem), problem, backend)
-    if name == "reference":
-        rows = reference.sigmoid_reference(problem)
-        return _reduce([(rows, torch.ones_like(rows, dtype=torch.bool))], [weight], reduction)
-    if reduction == "none":
-        rows = fused.sigmoid_fused(problem, None, name)
-        return rows if weight is None else rows * weight
     n = problem.a.shape[0]
-    row_weight = torch.ones(n, device=problem.a.device) if weight is None else weight.float()
-    if reduction == "mean":
-        total = row_weight.sum()
-        row_weight = row_weight / torch.where(total == 0, 1.0, total)
-    return fused.sigmoid_fused(problem, row_weight.contiguous(), name)
+    (weight,) = checks.row_weights(weights, (n,), problem.a)
+    name = choose.resolve("sigmoid_loss", _in_order(problem), problem, backend)
+    with checks.no_autocast(problem.a.device):
+        if name == "reference":
+            rows = reference.sigmoid_reference(problem)
+            result: torch.Tensor = _reduce([(rows, torch.ones_like(rows, dtype=torch.bool))], [weight], reduction)
+            return result
+        if reduction == "none":
+            rows = fused.sigmoid_fused(problem, None, name)
+            return rows if weight is None else rows * weight
+        row_weight = torch.ones(n, device=problem.a.device) if weight is None else weight
+        if reduction == "mean":
+            total = row_weight.sum()
+            row_weight = row_weight / torch.where(total == 0, 1.0, total)
+        return fused.sigmoid_fused(problem, row_weight.contiguous(), name)
 
 
 def explain(
@@ -195,16 +195,6 @@ def _in_order(problem: Problem) -> tuple[Backend, ...]:
     return preferring(BACKENDS, "cuda" if problem.a.is_cuda and problem.a.dtype == torch.float32 else None)
 
 
-def _autocast(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Under autocast features take its dtype, as they would in a matrix product."""
-    if isinstance(a, torch.Tensor) and torch.is_autocast_enabled(a.device.type) and isinstance(b, torch.Tensor):
-        dtype = torch.get_autocast_dtype(a.device.type)
-        same = a is b
-        a = a.to(dtype)
-        return a, a if same else b.to(dtype)
-    return a, b
-
-
 def _problem(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -215,12 +205,13 @@ def _problem(
     exclude_self: bool,
     normalize: bool,
 ) -> Problem:
-    a = checks.features("a", a)
-    b = checks.features("b", b, a)
+    same = a is b
+    a = checks.features("a", checks.autocast(a))
+    b = a if same else checks.features("b", checks.autocast(b), a)
     if a.shape[1] == 0:
         raise ValueError("a must have at least 1 feature; got 0")
     n, m = a.shape[0], b.shape[0]
-    problem = Problem(a, b, checks.one_element("logit_scale", scale, a.device))
+    problem = Problem(a, b, checks.one_element("logit_scale", scale, a.device, checks.computed_in(a.dtype)))
     problem.exclude_self, problem.normalize = exclude_self, normalize
     if targets is not None:
         if groups is not None:
@@ -234,19 +225,24 @@ def _problem(
     return problem
 
 
-def _check_teacher(p: Problem, teacher: tuple[torch.Tensor, torch.Tensor, float]) -> None:
+def _check_teacher(p: Problem, teacher: tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]) -> None:
     others = (p.targets, p.groups, p.hard_negatives, p.queue_a, p.queue_b, p.ignore_ids, p.margin)
     if any(x is not None for x in others) or p.label_smoothing or p.decoupled or p.metrics or p.exclude_self:
         raise ValueError("teacher must come without targets, groups, negatives, masks, smoothing, decoupled or metrics")
-    if len(teacher) != 3:
-        raise ValueError(f"teacher must be (features_a, features_b, scale); got {len(teacher)} entries")
-    teacher_a, teacher_b = checks.features("teacher[0]", teacher[0]), checks.features("teacher[1]", teacher[1])
+    if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
+        got = f"{len(teacher)} entries" if isinstance(teacher, (tuple, list)) else type(teacher).__name__
+        raise ValueError(f"teacher must be (features_a, features_b, scale); got {got}")
+    teacher_a = checks.features("teacher[0]", checks.autocast(teacher[0]))
+    teacher_b = checks.features("teacher[1]", checks.autocast(teacher[1]), teacher_a)
+    checks.same_device("teacher[0]", teacher_a, p.a.device)
     if (teacher_a.shape[0], teacher_b.shape[0]) != (p.a.shape[0], p.b.shape[0]):
         raise ValueError(
             f"teacher must have {p.a.shape[0]} and {p.b.shape[0]} rows; "
             f"got {teacher_a.shape[0]} and {teacher_b.shape[0]}"
         )
-    p.teacher = (teacher_a.detach(), teacher_b.detach(), float(teacher[2]))
+    scale = checks.one_element("teacher[2]", teacher[2], p.a.device, p.scale.dtype)
+    # In the loss's dtype and with the scale in one side: backends then take features alone.
+    p.teacher = (scale * teacher_a.to(scale.dtype)).detach(), teacher_b.to(scale.dtype).detach()
 
 
 def _reduce(

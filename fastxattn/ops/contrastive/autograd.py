@@ -165,22 +165,20 @@ def _by_argument(
 
 
 class SoftTargets(KernelFunction):
-    """``sum_j softmax_j(ts <ta_i, tb_j>) * s <a_i, b_j>`` per row, a block of rows at a time.
+    """``sum_j softmax_j(<ta_i, tb_j>) * s <a_i, b_j>`` per row, a block of rows at a time.
 
-    Arguments: a, b, scale, ta, tb, ts; the targets are constants. Returns the rows, and without gradient the mixed
+    Arguments: a, b, scale, ta, tb; the targets are constants. Returns the rows, and without gradient the mixed
     features (N, D) and the rows before scaling.
     """
 
     ROWS = 512
 
     @staticmethod
-    def forward(
-        a: Tensor, b: Tensor, scale: Tensor, ta: Tensor, tb: Tensor, ts: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(a: Tensor, b: Tensor, scale: Tensor, ta: Tensor, tb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The targets of a block are forgotten with it."""
         wide = b.float()
         mixed = torch.cat([a.new_empty((0, b.shape[1]), dtype=torch.float32)] + [
-            target @ wide for _, target in SoftTargets.targets(ta, tb, ts)
+            target @ wide for _, target in SoftTargets.targets(ta, tb)
         ])  # fmt: skip
         dots = (a.float() * mixed).sum(1)
         return dots * scale, mixed, dots
@@ -188,17 +186,16 @@ class SoftTargets(KernelFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Save features and results."""
-        *tensors, ctx.ts = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
 
     @staticmethod
-    def targets(ta: Tensor, tb: Tensor, ts: float) -> Any:
+    def targets(ta: Tensor, tb: Tensor) -> Any:
         """Blocks of rows with their soft targets."""
         wide = tb.float().T
         for first in range(0, ta.shape[0], SoftTargets.ROWS):
             rows = slice(first, first + SoftTargets.ROWS)
-            yield rows, (ts * (ta[rows].float() @ wide)).softmax(1)
+            yield rows, (ta[rows].float() @ wide).softmax(1)
 
     @staticmethod
     @first_order("infonce_loss with a teacher")
@@ -207,9 +204,9 @@ class SoftTargets(KernelFunction):
         a, b, scale, ta, tb, mixed, dots = saved
         factor = (grad * scale)[:, None]
         grad_b = torch.zeros(b.shape, dtype=torch.float32, device=b.device)
-        for rows, target in SoftTargets.targets(ta, tb, ctx.ts):
+        for rows, target in SoftTargets.targets(ta, tb):
             grad_b = grad_b.addmm(target.T, factor[rows] * a[rows].float())
-        return (factor * mixed).to(a.dtype), grad_b.to(b.dtype), (grad * dots).sum(), None, None, None
+        return (factor * mixed).to(a.dtype), grad_b.to(b.dtype), (grad * dots).sum(), None, None
 
 
 _COMPOSITES = {
@@ -225,7 +222,7 @@ _COMPOSITES = {
     "sigmoid_rows": (SigmoidRows, f"(str backend, {PROBLEM}) -> Tensor"),
     "soft_targets": (
         SoftTargets,
-        "(Tensor a, Tensor b, Tensor scale, Tensor ta, Tensor tb, float ts) -> (Tensor, Tensor, Tensor)",
+        "(Tensor a, Tensor b, Tensor scale, Tensor ta, Tensor tb) -> (Tensor, Tensor, Tensor)",
     ),
 }
 for _name, (_function, _signature) in _COMPOSITES.items():

@@ -2,42 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+from fastxattn.ops.offsets import readable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def features(name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-    """Check a (rows, D) feature matrix; ``like`` gives dtype, device and D."""
+def autocast(x: Any) -> Any:
+    """Features in the dtype that a loss computes with: the one rule of all losses, on one process and on many.
+
+    Under autocast features (both sides, queues, hard negatives, a teacher's, tokens) of float16, bfloat16 and float32
+    take autocast's dtype, and float64 stays float64, as in :func:`torch.mm`. Without autocast, and for what is no
+    tensor, nothing changes. The dtype of the features decides what the loss is computed in: float32, or float64 for
+    float64; :func:`one_element` gives scales and biases that dtype, and nothing inside the loss is rounded by autocast
+    (:func:`no_autocast`).
+    """
+    if not isinstance(x, torch.Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if _autocasts(kind) else x
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off where it is on: features are cast already, and it would round the products of a loss too."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else contextlib.nullcontext()
+
+
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # meta has no autocast to ask about
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a loss of features of ``dtype`` is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def same_device(name: str, x: torch.Tensor, device: torch.device) -> None:
+    """Refuse a tensor that is not where the features are."""
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} as the features; got {x.device}")
+
+
+def features(name: str, x: torch.Tensor, like: torch.Tensor | None = None, dims: int = 2) -> torch.Tensor:
+    """Check a (rows, D) feature matrix, or (rows, K, D) with ``dims`` 3; ``like`` gives dtype, device and D."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-    if x.dim() != 2:
-        raise ValueError(f"{name} must have shape (rows, features); got {tuple(x.shape)}")
+    if x.dim() != dims:
+        raise ValueError(f"{name} must have shape (rows, {'K, ' if dims == 3 else ''}features); got {tuple(x.shape)}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {x.dtype}")
     if like is not None:
         if x.dtype != like.dtype:
             raise TypeError(f"{name} must have dtype {like.dtype} as the other side; got {x.dtype}")
-        if x.device != like.device:
-            raise ValueError(f"{name} must be on {like.device} as the other side; got {x.device}")
-        if x.shape[1] != like.shape[1]:
-            raise ValueError(f"{name} must have {like.shape[1]} features as the other side; got {x.shape[1]}")
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+        same_device(name, x, like.device)
+        if x.shape[-1] != like.shape[-1]:
+            raise ValueError(f"{name} must have {like.shape[-1]} features as the other side; got {x.shape[-1]}")
+    return x if dims > 2 or (x.stride(1) == 1 and x.stride(0) >= x.shape[1]) else x.contiguous()
 
 
-def one_element(name: str, value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``value`` as a tensor without dimensions on ``device``: float32, or float64 when it was given so."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must have one element; got shape {tuple(value.shape)}")
-        value = value.reshape(())
-        return value.to(device=device, dtype=torch.float64 if value.dtype == torch.float64 else torch.float32)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor of one element; got {type(value).__name__}")
-    return torch.full((), float(value), dtype=torch.float32, device=device)
+def number(
+    name: str, value: object, rule: str = "be finite", accepts: Callable[[float], bool] = math.isfinite
+) -> float:
+    """Check a number of Python or NumPy, which must ``rule``; a bool is none."""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return value  # type: ignore[return-value]  # of a traced program: nothing to compare
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not accepts(float(value)):
+        raise ValueError(f"{name} must {rule}; got {value}")
+    return float(value)
+
+
+def one_element(
+    name: str, value: float | torch.Tensor, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """``value``, a finite number or a tensor of one element, without dimensions on ``device`` and in ``dtype``.
+
+    Args:
+        name: of the argument.
+        value: a number of Python or NumPy; or a tensor of any floating or integer dtype, whose gradient comes in its
+            own. A tensor on the CPU is moved to ``device``.
+        device: of the features.
+        dtype: that the loss is computed in, see :func:`computed_in`: a float64 scale of float32 features is rounded.
+    """
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{name} must be a number or a tensor of one element; got {type(value).__name__}")
+        return torch.full((), number(name, value), dtype=dtype, device=device)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element; got shape {tuple(value.shape)}")
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must be a number or a tensor of one; got {value.dtype}")
+    if value.device.type != "cpu":
+        same_device(name, value, device)
+    return value.reshape(()).to(device=device, dtype=dtype)
 
 
 def integers(name: str, x: torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:
@@ -46,8 +112,7 @@ def integers(name: str, x: torch.Tensor, rows: int, device: torch.device) -> tor
         raise TypeError(f"{name} must be an int32 or int64 tensor; got {getattr(x, 'dtype', type(x).__name__)}")
     if x.shape != (rows,):
         raise ValueError(f"{name} must have shape ({rows},); got {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device}; got {x.device}")
+    same_device(name, x, device)
     return x.contiguous()
 
 
@@ -57,14 +122,23 @@ def both_sides(name: str, value: Sequence[torch.Tensor] | torch.Tensor, n: int, 
         if n != m:
             raise ValueError(f"{name} must be a pair of tensors when a and b differ in rows; got one tensor")
         value = (value, value)
-    if len(value) != 2:
-        raise ValueError(f"{name} must be a pair of tensors; got {len(value)}")
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        got = len(value) if isinstance(value, (tuple, list)) else type(value).__name__
+        raise ValueError(f"{name} must be a tensor or a pair of tensors; got {got}")
     return integers(f"{name}[0]", value[0], n, device), integers(f"{name}[1]", value[1], m, device)
+
+
+def hard_negatives(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Check the (N, K, D) further negatives of the rows of ``a``."""
+    x = features("hard_negatives", x, a, dims=3)
+    if x.shape[0] != a.shape[0]:
+        raise ValueError(f"hard_negatives must have shape ({a.shape[0]}, K, {a.shape[1]}); got {tuple(x.shape)}")
+    return x
 
 
 def targets_in_range(targets: torch.Tensor, m: int) -> None:
     """Refuse targets outside [-1, M); on a GPU kernels clamp instead, so that nothing waits for the device."""
-    if targets.device.type != "cpu" or targets.numel() == 0 or torch.compiler.is_compiling():
+    if targets.numel() == 0 or not readable(targets):
         return
     low, high = targets.aminmax()
     if low < -1 or high >= m:
@@ -72,18 +146,26 @@ def targets_in_range(targets: torch.Tensor, m: int) -> None:
 
 
 def row_weights(
-    weights: torch.Tensor | Sequence[torch.Tensor] | None, counts: Sequence[int]
+    weights: torch.Tensor | Sequence[torch.Tensor] | None, counts: Sequence[int], like: torch.Tensor
 ) -> list[torch.Tensor | None]:
-    """Weights of each direction's rows: one tensor for all directions, or one each."""
+    """Weights of each direction's rows, one tensor for all directions or one each, in the dtype of the loss.
+
+    Negative weights are weights like others; NaN and infinity are refused where they may be read.
+    """
     if weights is None:
         return [None] * len(counts)
     each = [weights] * len(counts) if isinstance(weights, torch.Tensor) else list(weights)
     if len(each) != len(counts):
         raise ValueError(f"weights must be one tensor or {len(counts)}; got {len(each)}")
     for w, n in zip(each, counts, strict=True):
+        if not isinstance(w, torch.Tensor):
+            raise TypeError(f"weights must be one tensor or {len(counts)}; got {type(w).__name__} inside")
         if w.shape != (n,) or not w.is_floating_point():
             raise ValueError(f"weights must be a floating-point tensor of shape ({n},); got {tuple(w.shape)} {w.dtype}")
-    return list(each)
+        same_device("weights", w, like.device)
+        if readable(w) and not bool(w.detach().isfinite().all()):
+            raise ValueError(f"weights must be finite; got {w.detach()[~w.detach().isfinite()][0].item()}")
+    return [w.to(computed_in(like.dtype)) for w in each]
 
 
 def choice(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -24,8 +24,9 @@ def inverse_norms(x: torch.Tensor) -> torch.Tensor:
 def dense_ids(ids: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The same equalities in int32; negative ids become ids that equal nothing."""
     n = ids[0].shape[0]
-    _, dense = torch.unique(torch.cat(ids), return_inverse=True)
-    dense = dense.int()
+    found, order = torch.cat(ids).sort()
+    number = F.pad((found[1:] != found[:-1]).int(), (1, 0)).cumsum(0, dtype=torch.int32)[: order.shape[0]]
+    dense = torch.empty_like(number).scatter(0, order, number)  # torch.unique has no shape for a compiler
     return dense[:n].where(ids[0] >= 0, -1).contiguous(), dense[n:].where(ids[1] >= 0, -3).contiguous()
 
 
@@ -44,6 +45,8 @@ class Sides:
             return
         rows = torch.arange(n, dtype=torch.int32, device=device)
         self.id_a = rows.where(rows < m, -1) if p.targets is None else p.targets.int()
+        if p.exclude_self:  # an excluded pair is no positive: no limit, no rank and no mean comes from it
+            self.id_a = self.id_a.where(self.id_a != rows, -1)
         self.id_b = torch.arange(m, dtype=torch.int32, device=device)
         if n and m:
             self.exact = self.positives(blocked=False)
@@ -58,7 +61,7 @@ class Sides:
         return result
 
     def by_column(self, at: torch.Tensor) -> torch.Tensor:
-        """Per column the highest of its positives' row values; infinity where it has none."""
+        """Per column the value of its best positive; infinity where it has none."""
         m = self.p.b.shape[0]
         has = self.id_a >= 0
         slot = torch.where(has, self.id_a, m).long()
@@ -91,8 +94,10 @@ def infonce_fused(p: Problem, backend: str) -> tuple[list[tuple[torch.Tensor, to
         losses.append(row_losses(col, p, _queue(p, b, p.b, p.queue_a, sides.norms[1], means, backend)))
     metrics = []
     if p.metrics:
-        for stats in (row.detach(), col.detach())[: 1 + p.symmetric]:
-            metrics.append(Metrics.of(1 + stats[6], stats[2], stats[1], stats[5] > 0))
+        for stats, at in list(zip((row.detach(), col.detach()), ranks, strict=True))[: 1 + p.symmetric]:
+            assert at is not None
+            ahead = torch.where(at.isnan(), stats[4], stats[6])  # every negative is ahead of a positive that is NaN
+            metrics.append(Metrics.of(1 + ahead, stats[2], stats[1], stats[5] > 0))
     return losses, metrics
 
 
@@ -170,11 +175,13 @@ def _distilled(p: Problem, sides: Sides) -> list[tuple[torch.Tensor, torch.Tenso
     )  # fmt: skip
     if p.normalize:
         a, b = unit_rows(a), unit_rows(b)
-    teacher_a, teacher_b, teacher_scale = p.teacher
-    dots = [apply("soft_targets", a, b, p.scale, teacher_a, teacher_b, teacher_scale)[0]]
+    teacher_a, teacher_b = p.teacher
+    dots = [apply("soft_targets", a, b, p.scale, teacher_a, teacher_b)[0]]
     if p.symmetric:
-        dots.append(apply("soft_targets", b, a, p.scale, teacher_b, teacher_a, teacher_scale)[0])
-    return [(s[0] - dot, torch.ones_like(dot, dtype=torch.bool)) for s, dot in zip(stats, dots, strict=False)]
+        dots.append(apply("soft_targets", b, a, p.scale, teacher_b, teacher_a)[0])
+    # Without candidates the log-sum-exp is -inf, and there is nothing to learn.
+    lses = [torch.where(s[0] == -torch.inf, 0.0, s[0]) for s in stats]
+    return [(lse - dot, torch.ones_like(dot, dtype=torch.bool)) for lse, dot in zip(lses, dots, strict=False)]
 
 
 def sigmoid_fused(p: Problem, weight: torch.Tensor | None, backend: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,11 @@ import torch
 class Metrics:
     """Retrieval figures of one direction, from the loss's own pass. Each is a tensor on the features' device.
 
-    ``rank`` (N,) is 1 for a positive ahead of every negative. Tie rule: a negative whose logit equals the positive's
-    counts as ahead of it. Rows without a positive have rank 0 and take part in no figure.
+    ``rank`` (N,) is that of a row's best positive among its negatives in the batch: 1 when it is ahead of them all. Tie
+    rule: a negative whose logit equals the positive's counts as ahead of it, and so does every negative when the
+    positive's is NaN. ``mean_positive`` is the mean over rows of the mean of a row's positives, which are several where
+    targets repeat. Rows without a positive have rank 0 and take part in no figure; neither do excluded pairs, queues
+    and hard negatives. Figures of no rows are 0.
     """
 
     rank: torch.Tensor
@@ -30,13 +34,15 @@ class Metrics:
         return Metrics(torch.where(has, rank, 0).long(), mean(at), mean(mean_neg))
 
     def recall(self, k: int) -> torch.Tensor:
-        """The share of rows whose positive is among the first ``k``."""
+        """The share of rows whose best positive is among the first ``k``, a whole number of at least 1."""
+        if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
+            raise ValueError(f"k must be a whole number of at least 1; got {k!r}")
         valid = self.rank > 0
         return (valid & (self.rank <= k)).sum() / valid.sum().clamp(min=1)
 
     @property
     def top1(self) -> torch.Tensor:
-        """The share of rows whose positive comes first."""
+        """The share of rows whose best positive comes first."""
         return self.recall(1)
 
     @property
@@ -51,14 +57,15 @@ class Problem:
 
     a: torch.Tensor
     b: torch.Tensor
-    scale: torch.Tensor  # one element, no dimensions
+    scale: torch.Tensor  # one element, no dimensions; float64 for float64 features, else float32
     bias: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     groups: tuple[torch.Tensor, torch.Tensor] | None = None
     hard_negatives: torch.Tensor | None = None
     queue_a: torch.Tensor | None = None
     queue_b: torch.Tensor | None = None
-    teacher: tuple[torch.Tensor, torch.Tensor, float] | None = None
+    teacher: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Detached features in the dtype of ``scale``, the teacher's own scale inside the first."""
     ignore_ids: tuple[torch.Tensor, torch.Tensor] | None = None
     margin: float | None = None
     exclude_self: bool = False

@@ -82,19 +82,28 @@ def direction_loss(d: Direction, p: Problem) -> tuple[torch.Tensor, torch.Tensor
 
 
 def measure(d: Direction) -> Metrics:
-    """Retrieval figures of one direction with one positive a row; a negative that ties counts as ahead."""
-    has = d.positive.any(1)
-    at = torch.where(d.positive, d.logits, 0.0).sum(1)
+    """Retrieval figures of one direction: the rank of each row's best positive and the mean of all its positives."""
+    count = d.positive.sum(1)
+    mean_pos = torch.where(d.positive, d.logits, 0.0).sum(1) / count.clamp(min=1)
+    best = best_positive(d.positive, d.logits)
     negative = d.visible & ~d.positive
-    rank = 1 + (negative & (d.logits >= at[:, None])).sum(1)
+    rank = 1 + (negative & ((d.logits >= best[:, None]) | best.isnan()[:, None])).sum(1)
     means = torch.where(negative, d.logits, 0.0).sum(1) / negative.sum(1).clamp(min=1)
-    return Metrics.of(rank, at, means, has)
+    return Metrics.of(rank, mean_pos, means, count > 0)
+
+
+def best_positive(positive: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Each row's highest logit of a positive; infinity, which no negative passes, where it has none."""
+    if logits.shape[1] == 0:
+        return logits.new_full((logits.shape[0],), torch.inf)
+    best = torch.where(positive, logits.detach(), -torch.inf).amax(1)
+    return torch.where(positive.any(1), best, torch.inf)
 
 
 def infonce_reference(p: Problem) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[Metrics]]:
     """Per direction (rows, then columns when symmetric): losses and which rows have a positive; and metrics."""
     a, b, products = similarities(p)
-    scale = wide(p.scale).to(a.dtype)
+    scale = p.scale
     logits = scale * products
     n, m = logits.shape
     positive, visible = masks(p, n, m, logits.device)
@@ -102,11 +111,8 @@ def infonce_reference(p: Problem) -> tuple[list[tuple[torch.Tensor, torch.Tensor
         return _distilled(p, logits), []
     limits: list[torch.Tensor | None] = [None, None]
     if p.margin is not None:
-        at = torch.where(positive, logits, 0.0).sum(1).detach()
-        row_limit = torch.where(positive.any(1), at + (scale * p.margin).detach(), torch.inf)
-        column_at = torch.where(positive, at[:, None], -torch.inf).amax(0)
-        column_limit = torch.where(positive.any(0), column_at + (scale * p.margin).detach(), torch.inf)
-        limits = [row_limit, column_limit]
+        gap = (scale * p.margin).detach()
+        limits = [best_positive(positive, logits) + gap, best_positive(positive.T, logits.T) + gap]
     none = logits.new_zeros((n, 0))
     extra_rows = [none]
     if p.hard_negatives is not None:
@@ -131,8 +137,7 @@ def infonce_reference(p: Problem) -> tuple[list[tuple[torch.Tensor, torch.Tensor
 
 def _distilled(p: Problem, logits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     assert p.teacher is not None
-    teacher_a, teacher_b, teacher_scale = p.teacher
-    target = teacher_scale * (wide(teacher_a) @ wide(teacher_b).T).to(logits.dtype).detach()
+    target = p.teacher[0] @ p.teacher[1].T
     pairs = [(logits, target), (logits.T, target.T)] if p.symmetric else [(logits, target)]
     return [
         (-(t.softmax(1) * z.log_softmax(1)).sum(1), torch.ones(z.shape[0], dtype=torch.bool, device=z.device))
@@ -144,7 +149,7 @@ def sigmoid_reference(p: Problem) -> torch.Tensor:
     """Each row's sum of -log sigmoid(+-logit)."""
     assert p.bias is not None
     _, _, products = similarities(p)
-    logits = wide(p.scale).to(products.dtype) * products + wide(p.bias).to(products.dtype)
+    logits = p.scale * products + p.bias
     positive, visible = masks(p, logits.shape[0], logits.shape[1], logits.device)
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))
     return torch.where(visible, losses, 0.0).sum(1)
