@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxattn import distributed
-from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
+from fastxattn.ops.contrastive import checks, infonce_loss, sigmoid_loss
 from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
 
 
@@ -101,10 +101,11 @@ class SigmoidLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: float | Tensor = 0.0,
+        logit_bias: float | Tensor | None = 0.0,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of (N, D) features."""
+        """The loss of (N, D) features; a ``logit_bias`` of None is 0."""
+        logit_bias = 0.0 if logit_bias is None else logit_bias
         if self.world_size > 1:
             loss = distributed.sigmoid_loss(
                 image_features, text_features, logit_scale, logit_bias,
@@ -146,25 +147,29 @@ class BLIP2ITCLoss(nn.Module):
 
     def __init__(self, label_smoothing: float = 0.1) -> None:
         super().__init__()
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = checks.number("label_smoothing", label_smoothing, *checks.SHARE)
 
     def forward(self, image_queries: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
-        """The loss of ``image_queries`` (N, queries, D) and ``text_features`` (N, D), pairs in order.
+        """The loss of ``image_queries`` (N, queries, D) and ``text_features`` (N, D), pairs in order; 0 without pairs.
 
         Raises:
-            ValueError: the shapes do not go together.
+            TypeError, ValueError: the shapes, dtypes or devices do not go together.
         """
+        image_queries, text_features = checks.autocast(image_queries), checks.autocast(text_features)
         if image_queries.dim() != 3 or text_features.shape != (image_queries.shape[0], image_queries.shape[2]):
             raise ValueError(
                 "text_features must have shape (N, D) for image_queries (N, queries, D); got "
                 f"{tuple(text_features.shape)} for {tuple(image_queries.shape)}"
             )
+        checks.features("text_features", text_features, checks.features("image_queries", image_queries, dims=3))
         n, queries, _ = image_queries.shape
         device = image_queries.device
         cu_text = torch.arange(n + 1, dtype=torch.int32, device=device)
         scores = maxsim(text_features, image_queries.flatten(0, 1), cu_text, cu_text * queries)
-        logits = scores * logit_scale
+        logits = scores * checks.one_element("logit_scale", logit_scale, device, scores.dtype)
         labels = torch.arange(n, device=device)
+        if n == 0:
+            return logits.sum()
         loss = nn.functional.cross_entropy
         return (
             loss(logits, labels, label_smoothing=self.label_smoothing)
@@ -194,8 +199,12 @@ class MultiTaskLoss(nn.Module):
         modality_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0.0 <= modality_dropout < 1.0:
-            raise ValueError(f"modality_dropout must lie in [0, 1); got {modality_dropout}")
+        checks.number("modality_dropout", modality_dropout, *checks.SHARE)
+        for name, weight in {**tasks, **(modality_weights or {})}.items():
+            checks.number(f"the weight of {name!r}", weight)
+        for task, group in (modalities or {}).items():
+            if isinstance(group, str):
+                raise TypeError(f"modalities must map {task!r} to a tuple of names, as ({group!r},); got {group!r}")
         unknown = set(modalities or {}) - set(tasks)
         if unknown:
             raise ValueError(f"modalities must name tasks only; got {sorted(unknown)}")
@@ -230,9 +239,11 @@ class MultiTaskLoss(nn.Module):
         gone = self.dropped(generator)
         total: Tensor | None = None
         for task, loss in losses.items():
-            factor = 0.0 if gone.intersection(self.modalities.get(task, ())) else self.weight(task)
-            # A factor of 0 keeps the graph, so that DDP finds every parameter used.
-            part = loss * factor
+            if gone.intersection(self.modalities.get(task, ())):
+                # A factor of 0 keeps the graph, so that DDP finds every parameter used; NaN times 0 would be NaN.
+                part = loss.nan_to_num(0.0, 0.0, 0.0) * 0.0
+            else:
+                part = loss * self.weight(task)
             total = part if total is None else total + part
         assert total is not None
         return total

@@ -89,7 +89,7 @@ def infonce_loss(
     problem = _problem(a, b, logit_scale, targets, groups, ignore_ids, exclude_self, normalize)
     n, m = problem.a.shape[0], problem.b.shape[0]
     checks.choice("reduction", reduction, REDUCTIONS)
-    label_smoothing = checks.number("label_smoothing", label_smoothing, "lie in [0, 1)", lambda x: 0 <= x < 1)
+    label_smoothing = checks.number("label_smoothing", label_smoothing, *checks.SHARE)
     if false_negative_margin is not None:
         false_negative_margin = checks.number("false_negative_margin", false_negative_margin)
     if queue_a is not None and not symmetric:

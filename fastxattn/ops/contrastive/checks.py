@@ -12,6 +12,8 @@ import torch
 
 from fastxattn.ops.offsets import readable
 
+SHARE = "lie in [0, 1)", lambda share: 0 <= share < 1
+"""The rule of :func:`number` for a share of something, less than all of it."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -79,6 +81,12 @@ def number(
     if not accepts(float(value)):
         raise ValueError(f"{name} must {rule}; got {value}")
     return float(value)
+
+
+def whole(name: str, k: object) -> None:
+    """Refuse a ``k`` that is no whole number of at least 1."""
+    if isinstance(k, bool) or not isinstance(k, (numbers.Integral, torch.SymInt)) or k < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {k!r}")
 
 
 def one_element(

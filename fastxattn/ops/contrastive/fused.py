@@ -94,9 +94,9 @@ def infonce_fused(p: Problem, backend: str) -> tuple[list[tuple[torch.Tensor, to
         losses.append(row_losses(col, p, _queue(p, b, p.b, p.queue_a, sides.norms[1], means, backend)))
     metrics = []
     if p.metrics:
-        for stats, at in list(zip((row.detach(), col.detach()), ranks, strict=True))[: 1 + p.symmetric]:
-            assert at is not None
-            ahead = torch.where(at.isnan(), stats[4], stats[6])  # every negative is ahead of a positive that is NaN
+        for stats, best in list(zip((row.detach(), col.detach()), ranks, strict=True))[: 1 + p.symmetric]:
+            assert best is not None
+            ahead = torch.where(best.isnan(), stats[4], stats[6])  # every negative is ahead of a positive that is NaN
             metrics.append(Metrics.of(1 + ahead, stats[2], stats[1], stats[5] > 0))
     return losses, metrics
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 
 import torch
+
+from fastxattn.ops.contrastive.checks import whole
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Metrics:
 
     def recall(self, k: int) -> torch.Tensor:
         """The share of rows whose best positive is among the first ``k``, a whole number of at least 1."""
-        if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
-            raise ValueError(f"k must be a whole number of at least 1; got {k!r}")
+        whole("k", k)
         valid = self.rank > 0
         return (valid & (self.rank <= k)).sum() / valid.sum().clamp(min=1)
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastxattn.ops.contrastive.checks import one_element
-from fastxattn.ops.late_interaction import checks, cpu, cuda, triton
+from fastxattn.ops.contrastive.checks import autocast, computed_in, no_autocast, one_element
+from fastxattn.ops.late_interaction import checks, cpu, cuda, reference, triton
 from fastxattn.ops.late_interaction.autograd import BestMatches, operator
 from fastxattn.ops.late_interaction.problem import Problem
-from fastxattn.ops.late_interaction.reference import maxsim_reference
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.backend import Backend, Explanation, preferring
 
@@ -19,7 +18,7 @@ BACKENDS = (
     Backend("cpu", cpu.supports),
     Backend("triton", triton.supports),
     Backend("cuda", cuda.supports),
-    Backend("reference", lambda problem: None),
+    Backend("reference", reference.supports),
 )
 """In the order in which ``auto`` tries them, see :func:`_in_order`."""
 
@@ -43,13 +42,15 @@ def maxsim(
     on side ``a`` this is BLIP-2's maximum over query tokens.
 
     Args:
-        a: (tokens_a, D) float32, bfloat16 or float16 (float64 on the reference backend).
+        a: (tokens_a, D) float32, bfloat16 or float16 (float64 on the reference backend); under autocast see
+            :func:`fastxattn.ops.contrastive.checks.autocast`.
         b: (tokens_b, D), the dtype of ``a``.
         cu_seqlens_a: (N + 1,) int32, where each set of ``a`` starts; rows past its last entry are never read.
         cu_seqlens_b: (M + 1,) int32.
         direction: ``a``, ``b`` or ``both``.
         reduction: ``sum``, or ``mean`` over the set's tokens.
-        smooth: a temperature: the maximum becomes ``smooth * logsumexp(. / smooth)``; not on the cpu backend.
+        smooth: a temperature, positive and finite: the maximum becomes ``smooth * logsumexp(. / smooth)``; not on the
+            cpu backend.
         backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
     Returns:
@@ -60,12 +61,14 @@ def maxsim(
         TypeError, ValueError: an argument breaks a rule above.
         RuntimeError: the backend asked for cannot run this problem.
     """
+    a, b = autocast(a), autocast(b)
     checks.check_arguments(a, b, cu_seqlens_a, cu_seqlens_b, direction, reduction, smooth)
     a, b, cu_seqlens_a, cu_seqlens_b = (t.contiguous() for t in (a, b, cu_seqlens_a, cu_seqlens_b))
     name = choose.resolve("maxsim", _in_order(a), Problem(a.device.type, a.dtype, smooth), backend)
     from_a, from_b = direction != "b", direction != "a"
     if name == "reference":
-        sums = maxsim_reference(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
+        with no_autocast(a.device):
+            sums = reference.maxsim_reference(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
     else:
         sums = _best_matches(name, a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
     if reduction == "mean":
@@ -104,13 +107,13 @@ def late_interaction_loss(
         b: tokens of the other side.
         cu_seqlens_a: offsets of a's sets.
         cu_seqlens_b: offsets of b's sets.
-        logit_scale: a number or a tensor of one element.
+        logit_scale: a number or a tensor of one element, as in :func:`fastxattn.infonce_loss`.
         reduction: ``mean`` (FILIP) or ``sum`` (ColBERT) over a set's tokens.
         smooth: temperature of a smooth maximum.
         backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
     Returns:
-        The loss in float32.
+        The loss in float32 (float64 for float64); 0 without sets.
 
     Raises:
         ValueError: the sides differ in sets, or an argument breaks a rule of :func:`maxsim`.
@@ -119,7 +122,7 @@ def late_interaction_loss(
     rows, columns = maxsim(
         a, b, cu_seqlens_a, cu_seqlens_b, direction="both", reduction=reduction, smooth=smooth, backend=backend
     )
-    scale = one_element("logit_scale", logit_scale, a.device)
+    scale = one_element("logit_scale", logit_scale, a.device, computed_in(a.dtype))
     labels = torch.arange(rows.shape[0], device=a.device)
     if labels.numel() == 0:
         return (rows.sum() + columns.sum()) * scale
@@ -128,6 +131,7 @@ def late_interaction_loss(
 
 def explain(a: torch.Tensor, smooth: float | None = None, backend: str = "auto") -> Explanation:
     """Every backend's verdict on late interaction over these tokens, and the one that would run."""
+    a = autocast(a)
     return choose.explain("maxsim", _in_order(a), Problem(a.device.type, a.dtype, smooth), backend)
 
 

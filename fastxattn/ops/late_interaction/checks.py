@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from fastxattn.ops.contrastive.checks import choice, features
+from fastxattn.ops.contrastive.checks import choice, features, number, same_device
 from fastxattn.ops.offsets import check_offsets
 
 DIRECTIONS = ("a", "b", "both")
@@ -20,16 +22,16 @@ def check_arguments(
     smooth: float | None,
 ) -> None:
     """Refuse what does not fit together; offsets' contents are looked at where that costs no wait."""
-    features("a", a)
-    features("b", b, a)
+    features("b", b, features("a", a))
     if a.shape[1] == 0:
         raise ValueError("a must have at least 1 feature; got 0")
     choice("direction", direction, DIRECTIONS)
     choice("reduction", reduction, ("sum", "mean"))
-    if smooth is not None and not smooth > 0:
-        raise ValueError(f"smooth must be positive; got {smooth}")
-    check_offsets("cu_seqlens_a", cu_seqlens_a, a.shape[0])
-    check_offsets("cu_seqlens_b", cu_seqlens_b, b.shape[0])
+    if smooth is not None:
+        number("smooth", smooth, "be positive and finite", lambda x: 0 < x < math.inf)
+    for name, offsets, rows in (("cu_seqlens_a", cu_seqlens_a, a.shape[0]), ("cu_seqlens_b", cu_seqlens_b, b.shape[0])):
+        check_offsets(name, offsets, rows)
+        same_device(name, offsets, a.device)
 
 
 def check_pairs(cu_seqlens_a: torch.Tensor, cu_seqlens_b: torch.Tensor) -> None:

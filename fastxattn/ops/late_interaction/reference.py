@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from fastxattn.ops.late_interaction.problem import Problem
+
+
+def supports(problem: Problem) -> str | None:
+    """None when the reference runs this problem, else why not."""
+    return "reads the offsets; on the meta device there are none" if problem.device == "meta" else None
+
 
 def best_match(similarity: torch.Tensor, smooth: float | None) -> torch.Tensor:
     """Each row's maximum, or its smooth maximum ``smooth * logsumexp(row / smooth)``; 0 for an empty row."""

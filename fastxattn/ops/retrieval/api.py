@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastxattn.ops.contrastive.checks import features
+from fastxattn.ops.contrastive.checks import computed_in, features, no_autocast
 from fastxattn.ops.retrieval import checks, cpu, triton
 from fastxattn.ops.retrieval.problem import Problem
 from fastxattn.ops.retrieval.reference import topk_reference
@@ -37,12 +37,14 @@ def topk_similarity(
     """The ``k`` most similar corpus rows of every query, without the (queries, corpus) score matrix.
 
     Args:
-        queries: (Q, D) floating point.
+        queries: (Q, D) floating point. Scores are computed in float32 (float64 for float64 queries on the reference
+            backend), under autocast too: nothing is rounded to its dtype.
         corpus: (R, D) float32, bfloat16, float16 or int8; or a ``numpy.memmap`` (float32, float16 or int8), which is
             read in chunks and may be larger than memory.
         k: how many, at least 1.
         metric: ``inner`` product, or ``cosine`` (a zero vector scores 0).
-        corpus_scale: (R,) factor of each row, for int8 rows made by :func:`quantize_int8`.
+        corpus_scale: (R,) factor of each row on the device of ``queries``, for int8 rows made by
+            :func:`quantize_int8`.
         backend: ``auto``, ``cpu``, ``triton`` or ``reference``.
 
     Returns:
@@ -54,6 +56,7 @@ def topk_similarity(
         RuntimeError: the backend asked for cannot run this problem.
     """
     checks.check_arguments(queries, corpus, k, metric, corpus_scale)
+    k = int(k)
     if isinstance(corpus, torch.Tensor):
         return _search(queries, corpus, k, metric, corpus_scale, 0, backend)
     total, width = corpus.shape
@@ -99,14 +102,15 @@ def _search(
     checks.check_rows(corpus, queries)
     name = choose.resolve("topk_similarity", BACKENDS, Problem(corpus.device.type, corpus.dtype, k), backend)
     query = queries.detach() if name == "reference" and queries.dtype == torch.float64 else queries.detach().float()
-    factor = None if scale is None else scale.detach().float()
+    factor = None if scale is None else scale.detach().to(query.dtype)
     if metric == "cosine":
         query = query / torch.linalg.vector_norm(query, dim=1, keepdim=True).clamp(min=1e-12)
-        length = _lengths(corpus)
+        length = _lengths(corpus, computed_in(query.dtype))
         factor = torch.where(length > 0, 1 / length, 0.0)  # a row's own scale cancels
     corpus = corpus.detach()
     if name == "reference":
-        return topk_reference(query, corpus, factor, k, first)
+        with no_autocast(corpus.device):
+            return topk_reference(query, corpus, factor, k, first)
     corpus = corpus if corpus.stride(1) == 1 or corpus.shape[1] == 1 else corpus.contiguous()
     factor = None if factor is None else factor.contiguous()
     operator = getattr(torch.ops.fastxattn, f"topk_similarity_{name}")
@@ -114,10 +118,10 @@ def _search(
     return scores, rows
 
 
-def _lengths(corpus: torch.Tensor) -> torch.Tensor:
-    """Row lengths in float32, a slice at a time so that an integer corpus is never widened as a whole."""
-    parts = [torch.linalg.vector_norm(part.float(), dim=1) for part in corpus.split(65536)]
-    return torch.cat(parts) if parts else corpus.new_zeros(0, dtype=torch.float32)
+def _lengths(corpus: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Row lengths in ``dtype``, a slice at a time so that an integer corpus is never widened as a whole."""
+    parts = [torch.linalg.vector_norm(part.to(dtype), dim=1) for part in corpus.split(65536)]
+    return torch.cat(parts) if parts else corpus.new_zeros(0, dtype=dtype)
 
 
 def quantize_int8(corpus: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +147,7 @@ def recall_at_k(
         ``{"a->b@1": ..., "b->a@1": ..., ...}``: the share of rows whose partner is among the first k.
 
     Raises:
-        ValueError: the sides differ in rows, or ``ks`` is empty.
+        ValueError: the sides differ in rows, ``ks`` is empty, or one of them is no whole number of at least 1.
     """
     checks.check_pairs(a, b, ks)
     own = torch.arange(a.shape[0], device=a.device)[:, None]

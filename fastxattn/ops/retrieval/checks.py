@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastxattn.ops.contrastive.checks import choice, features
+from fastxattn.ops.contrastive.checks import choice, features, same_device, whole
 
 if TYPE_CHECKING:
     import numpy
@@ -25,8 +25,7 @@ def check_arguments(
     """Refuse what does not fit together."""
     features("queries", queries)
     choice("metric", metric, ("inner", "cosine"))
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be a whole number of at least 1; got {k!r}")
+    whole("k", k)
     if not hasattr(corpus, "shape"):
         raise TypeError(f"corpus must be a tensor or a numpy.memmap; got {type(corpus).__name__}")
     shape = tuple(corpus.shape)
@@ -36,6 +35,8 @@ def check_arguments(
         raise TypeError(f"corpus_scale must be a tensor; got {type(corpus_scale).__name__}")
     if corpus_scale is not None and corpus_scale.shape != (shape[0],):
         raise ValueError(f"corpus_scale must have shape ({shape[0]},); got {tuple(corpus_scale.shape)}")
+    if corpus_scale is not None:
+        same_device("corpus_scale", corpus_scale, queries.device)
 
 
 def check_rows(corpus: torch.Tensor, queries: torch.Tensor) -> None:
@@ -48,9 +49,10 @@ def check_rows(corpus: torch.Tensor, queries: torch.Tensor) -> None:
 
 def check_pairs(a: torch.Tensor, b: torch.Tensor, ks: Sequence[int]) -> None:
     """Refuse sides that are no pairs, and a recall at nothing."""
-    features("a", a)
-    features("b", b, a)
+    features("b", b, features("a", a))
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"b must have as many rows as a ({a.shape[0]}); got {b.shape[0]}")
-    if not ks:
+    if len(ks) == 0:
         raise ValueError("ks must name at least one k; got none")
+    for k in ks:
+        whole("each of ks", k)
