@@ -70,9 +70,12 @@ def features(name: str, x: torch.Tensor, like: torch.Tensor | None = None, dims:
     return x if dims > 2 or (x.stride(1) == 1 and x.stride(0) >= x.shape[1]) else x.contiguous()
 
 
-def number(
-    name: str, value: object, rule: str = "be finite", accepts: Callable[[float], bool] = math.isfinite
-) -> float:
+def finite(x: float) -> bool:
+    """As :func:`math.isfinite`, which takes no symbolic number of a compiler."""
+    return -math.inf < x < math.inf
+
+
+def number(name: str, value: object, rule: str = "be finite", accepts: Callable[[float], bool] = finite) -> float:
     """Check a number of Python or NumPy, which must ``rule``; a bool is none."""
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]  # of a traced program: nothing to compare
@@ -101,6 +104,8 @@ def one_element(
         device: of the features.
         dtype: that the loss is computed in, see :func:`computed_in`: a float64 scale of float32 features is rounded.
     """
+    if type(value).__module__ == "numpy" and not isinstance(value, numbers.Real):
+        value = torch.as_tensor(value)  # an array; to a compiler NumPy's numbers are arrays too
     if not isinstance(value, torch.Tensor):
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{name} must be a number or a tensor of one element; got {type(value).__name__}")
