@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.soak.__main__ import LIMIT, MARKS, problems, table
-from benchmarks.soak.makers import MAKERS
+from benchmarks.soak.makers import MAKERS, OPTIONS
 from benchmarks.soak.parts import Outcome, broken
 from benchmarks.soak.problems import one
 from benchmarks.soak.trials import DTYPES, Draw, judge, results
@@ -32,10 +32,10 @@ def settings():
 
 
 @needs_native
-@pytest.mark.parametrize("op", MAKERS)
+@pytest.mark.parametrize("op", [*MAKERS, *OPTIONS])
 def test_every_operation_passes_and_a_wrong_one_does_not(op: str) -> None:
     for seed in range(3):
-        trial = MAKERS[op](Draw(seed, DTYPES[seed % 3]))
+        trial = {**MAKERS, **OPTIONS}[op](Draw(seed, DTYPES[seed % 3]))
         found = judge(trial, "cpu")
         assert not found.fault, (trial.case, found)
         assert found.error <= LIMIT * found.budget, (trial.case, found)
@@ -78,6 +78,9 @@ def test_problems_are_counted_by_operation_dtype_and_instruction_set() -> None:
     assert outcome.counts.total() >= 1
     assert set(outcome.worst) <= set(outcome.counts)
     assert outcome.spread.total() == 3 * outcome.counts.total()
+    outcome = problems(0.01, 5, "options", {})
+    assert outcome.failures == []
+    assert set(outcome.counts) <= set(OPTIONS)
 
 
 @needs_native

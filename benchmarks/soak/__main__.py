@@ -25,11 +25,16 @@ LIMIT = 4.0
 """A result outside its budget by less than this is counted as such and is no failure. Of thousands of problems some are
 outside by luck: numbers of one row err together, and a long sum that cancels may fall on the right float in the
 yardstick. What is wrong is wrong by far more."""
-SHARES = {"ranks": 0.1, "files": 0.1, "triton": 0.2, "sanitized": 0.2, "cpu": 0.4}
+SHARES = {"ranks": 0.1, "files": 0.1, "options": 0.15, "triton": 0.15, "sanitized": 0.2, "cpu": 0.3}
 """Of the time. What takes longest a piece comes first; each part shares out what is left."""
 LONGEST = 300.0
 """Seconds that one problem may take before it counts as hanging."""
-PROBLEMS = {"cpu": "CPU kernels", "triton": "Triton, interpreted", "sanitized": "CPU kernels under ASan and UBSan"}
+PROBLEMS = {
+    "cpu": "CPU kernels",
+    "options": "CPU kernels, all options",
+    "triton": "Triton, interpreted",
+    "sanitized": "CPU kernels under ASan and UBSan",
+}
 
 
 def environment(part: str) -> tuple[dict[str, str], str]:
@@ -45,7 +50,7 @@ def environment(part: str) -> tuple[dict[str, str], str]:
 
 def problems(seconds: float, seed: int, part: str, more: dict[str, str]) -> Outcome:
     """Random problems on a backend; a crash loses one problem and goes on with the next."""
-    outcome, backend = Outcome(), "triton" if part == "triton" else "cpu"
+    outcome, backend = Outcome(), "cpu" if part == "sanitized" else part
     end = time.monotonic() + seconds
     left = seconds
     while left > 0 or not (outcome.counts or outcome.failures):

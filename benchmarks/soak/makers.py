@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastxattn
+from benchmarks.soak.losses import losses
 from benchmarks.soak.models import model
 from benchmarks.soak.modules import MODULES
 from benchmarks.soak.trials import Draw, Maker, Trial
@@ -105,91 +105,6 @@ def context(d: Draw) -> Trial:
         )
 
     return Trial(f"{of_q} x {of_k}, {heads} x {width}", d.dtype, inputs, run)
-
-
-def loss_options(d: Draw, n: int, width: int, infonce: bool) -> dict[str, Any]:
-    """A few of a loss's options; some pairs of them exclude each other."""
-    options: dict[str, Callable[[], Any]] = {
-        "groups": lambda: torch.arange(n) // d.of(1, 2, 7),
-        "targets": lambda: d.integers(-1, n, n),
-        "ignore_ids": lambda: d.integers(-1, max(1, n // 3), n),
-        "exclude_self": lambda: True,
-        "normalize": lambda: True,
-        "weights": lambda: torch.rand(n, generator=d.g) + 0.1,
-        "reduction": lambda: d.of("sum", "none"),
-    }
-    if infonce:
-        options |= {
-            "hard_negatives": lambda: d.rows(n, d.of(1, 3), width, unit=True),
-            "queue_b": lambda: d.rows(d.of(1, 40), width, unit=True),
-            "teacher": lambda: (d.rows(n, 16, unit=True), d.rows(n, 16, unit=True), 5.0),
-            "label_smoothing": lambda: 0.1,
-            "decoupled": lambda: True,
-            "symmetric": lambda: False,
-        }
-    return {name: make() for name, make in options.items() if d.often(1.5 / len(options))}
-
-
-def pair(loss: Callable[..., Any]) -> Maker:
-    """A contrastive loss on unit features."""
-    infonce = loss is fastxattn.infonce_loss
-
-    def make(d: Draw) -> Trial:
-        while True:
-            n, width, scale = d.size(1, 2, 33, 64, 129, 300), d.size(1, 8, 63, 256), d.of(1.0, 14.3, 100.0)
-            options = loss_options(d, n, width, infonce)
-            inputs = {"a": d.rows(n, width, unit=True), "b": d.rows(n, width, unit=True), "scale": torch.tensor(scale)}
-            if not infonce:
-                inputs["bias"] = torch.tensor(-5.0)
-
-            def run(x: Inputs, backend: str, options: dict[str, Any] = options) -> Any:
-                def like(value: Any) -> Any:
-                    if isinstance(value, tuple):
-                        return tuple(map(like, value))
-                    return value.to(x["a"].dtype) if isinstance(value, Tensor) and value.dtype == d.dtype else value
-
-                extra = () if infonce else (x["bias"],)
-                same = {k: like(v) if k not in ("weights", "scale") else v for k, v in options.items()}
-                return loss(x["a"], x["b"], x["scale"], *extra, backend=backend, **same)
-
-            try:
-                run(inputs, "reference")
-            except ValueError:  # options that exclude each other
-                continue
-            return Trial(f"N={n} D={width} scale={scale} {[*options]}", d.dtype, inputs, run)
-
-    return make
-
-
-def token_sets(d: Draw, sets_a: int, sets_b: int) -> tuple[list[int], list[int], int, Inputs]:
-    of_a, of_b, width = d.lengths(sets_a), d.lengths(sets_b), d.size(1, 8, 63, 128)
-    inputs = {name: d.rows(sum(of), width, unit=True) for name, of in (("a", of_a), ("b", of_b))}
-    return of_a, of_b, width, inputs
-
-
-def maxsim(d: Draw) -> Trial:
-    of_a, of_b, width, inputs = token_sets(d, d.r.randint(1, 5), d.r.randint(1, 5))
-    direction, reduction = d.of("a", "b", "both"), d.of("sum", "mean")
-    smooth = d.of(None, 0.05, 1.0) if d.small else None  # the CPU kernels have none
-
-    def run(x: Inputs, backend: str) -> Any:
-        cu = offsets(of_a), offsets(of_b)
-        options: dict[str, Any] = {"direction": direction, "reduction": reduction, "smooth": smooth}
-        return fastxattn.maxsim(x["a"], x["b"], *cu, **options, backend=backend)
-
-    return Trial(f"{of_a} x {of_b}, D={width}, {direction}, {reduction}, {smooth}", d.dtype, inputs, run)
-
-
-def late_interaction(d: Draw) -> Trial:
-    sets = d.r.randint(1, 5)
-    of_a, of_b, width, inputs = token_sets(d, sets, sets)
-    inputs["scale"] = torch.tensor(d.of(1.0, 10.0))
-
-    def run(x: Inputs, backend: str) -> Any:
-        cu = offsets(of_a), offsets(of_b)
-        return fastxattn.late_interaction_loss(x["a"], x["b"], *cu, x["scale"], backend=backend)
-
-    return Trial(f"{of_a} x {of_b}, D={width}", d.dtype, inputs, run)
 
 
 def topk(d: Draw) -> Trial:
@@ -291,10 +206,7 @@ MAKERS: dict[str, Maker] = {
     "importance": importance,
     "bidirectional": bidirectional,
     "context_attention": context,
-    "infonce": pair(fastxattn.infonce_loss),
-    "sigmoid": pair(fastxattn.sigmoid_loss),
-    "maxsim": maxsim,
-    "late_interaction": late_interaction,
+    **losses(few=False),
     "topk": topk,
     "topk scores": topk_scores,
     "select": select,
@@ -305,5 +217,7 @@ MAKERS: dict[str, Maker] = {
     **MODULES,
     "model": model,
 }
+OPTIONS: dict[str, Maker] = {f"{name}, few rows": maker for name, maker in losses(few=True).items()}
+"""Small problems with all of an operation's options: the soak's part ``options`` tries at least 10 000."""
 NO_TRITON = ("context_attention", "model")
 """Operations without a kernel for it, and what takes the interpreter too long."""

@@ -1,5 +1,7 @@
 """Random problems for so many seconds: ``python -m benchmarks.soak.problems SECONDS SEED BACKEND``.
 
+BACKEND is ``cpu``, ``triton`` or ``options``: small problems with all options on the CPU kernels.
+
 A process of its own, so that a crash is a finding too: it writes a line for each problem before it runs, and one after.
 The trial of a seed depends on the seed and the backend alone; SECONDS 0 runs that seed and nothing else. A library in
 FASTXATTN_SOAK_LIBRARY, a folder, takes the place of the installed one: how the sanitizers' build is run.
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.soak.makers import MAKERS, NO_TRITON
+from benchmarks.soak.makers import MAKERS, NO_TRITON, OPTIONS
 from benchmarks.soak.trials import DTYPES, Draw, judge, judge_attention
 from fastxattn.runtime import native
 
@@ -24,13 +26,14 @@ ATTENTION = 0.25
 """Share of the problems that are attention's: it has the most kernels."""
 
 
-def one(seed: int, backend: str) -> dict[str, object]:
+def one(seed: int, part: str) -> dict[str, object]:
     """Make and judge the trial of ``seed``."""
-    r = random.Random(seed)
+    r, small = random.Random(seed), part == "options"
+    makers, backend = (OPTIONS, "cpu") if small else (MAKERS, part)
     dtype, threads = r.choice(DTYPES), r.choice((1, 2, 3, 4))
     isa = r.choice(native.available_cpu_isas()) if backend == "cpu" else "-"
-    ops = [op for op in MAKERS if backend != "triton" or op not in NO_TRITON]
-    op = "attention" if r.random() < ATTENTION else r.choice(ops)
+    ops = [op for op in makers if backend != "triton" or op not in NO_TRITON]
+    op = "attention" if not small and r.random() < ATTENTION else r.choice(ops)
     line = {
         "seed": seed, "op": op, "backend": backend, "isa": isa, "threads": threads,
         "dtype": str(dtype).removeprefix("torch."),
@@ -44,7 +47,7 @@ def one(seed: int, backend: str) -> dict[str, object]:
         if op == "attention":
             case, found = judge_attention(draw, backend)
         else:
-            trial = MAKERS[op](draw)
+            trial = makers[op](draw)
             case, found = trial.case, judge(trial, backend)
     except Exception as error:  # whatever it is, the seed belongs in the record
         return {**line, "case": "", "fault": f"{type(error).__name__}: {error}", "share": 0.0}

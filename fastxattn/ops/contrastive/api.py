@@ -233,8 +233,8 @@ def _check_teacher(p: Problem, teacher: tuple[torch.Tensor, torch.Tensor, float 
         got = f"{len(teacher)} entries" if isinstance(teacher, (tuple, list)) else type(teacher).__name__
         raise ValueError(f"teacher must be (features_a, features_b, scale); got {got}")
     teacher_a = checks.features("teacher[0]", checks.autocast(teacher[0]))
-    teacher_b = checks.features("teacher[1]", checks.autocast(teacher[1]), teacher_a)
     checks.same_device("teacher[0]", teacher_a, p.a.device)
+    teacher_b = checks.features("teacher[1]", checks.autocast(teacher[1]), teacher_a)
     if (teacher_a.shape[0], teacher_b.shape[0]) != (p.a.shape[0], p.b.shape[0]):
         raise ValueError(
             f"teacher must have {p.a.shape[0]} and {p.b.shape[0]} rows; "

@@ -38,7 +38,8 @@ class Sides:
         self.p, self.backend = p, backend
         n, m, device = p.a.shape[0], p.b.shape[0], p.a.device
         self.norms = (inverse_norms(p.a), inverse_norms(p.b)) if p.normalize else (None, None)
-        self.skips = (None, None) if p.ignore_ids is None else dense_ids(p.ignore_ids)
+        self.pairs = n > 0 and m > 0
+        self.skips = (None, None) if p.ignore_ids is None or not self.pairs else dense_ids(p.ignore_ids)
         self.exact: torch.Tensor | None = None
         if p.groups is not None:
             self.id_a, self.id_b = dense_ids(p.groups)
@@ -48,11 +49,16 @@ class Sides:
         if p.exclude_self:  # an excluded pair is no positive: no limit, no rank and no mean comes from it
             self.id_a = self.id_a.where(self.id_a != rows, -1)
         self.id_b = torch.arange(m, dtype=torch.int32, device=device)
-        if n and m:
+        if self.pairs:
             self.exact = self.positives(blocked=False)
 
     def positives(self, blocked: bool) -> torch.Tensor:
-        """The logit of each row's positive: summed precisely, or as the blocks of the product round it."""
+        """The logit of each row's positive: summed precisely, or as the blocks of the product round it.
+
+        Without a positive it is 0, or infinity as a block's, which no negative reaches.
+        """
+        if not self.pairs:
+            return torch.full(self.id_a.shape, torch.inf if blocked else 0.0, device=self.p.a.device)
         bias = None if self.p.bias is None else self.p.bias.detach()
         result: torch.Tensor = operator("positive_logits", self.backend)(
             self.p.a.detach(), self.p.b.detach(), self.p.scale.detach(), bias, *self.norms, self.id_a, self.id_b,

@@ -1,0 +1,466 @@
+"""The rules that all losses, late interaction and retrieval share: dtypes, numbers, devices, weights, empty sides."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastxattn
+from fastxattn import infonce_loss, late_interaction_loss, maxsim, recall_at_k, sigmoid_loss, topk_similarity
+from fastxattn.nn import BLIP2ITCLoss, FILIPLoss, InfoNCELoss, MultiTaskLoss, SigmoidLoss
+from fastxattn.ops.retrieval import quantize_int8
+from fastxattn.runtime import native
+from fastxattn.runtime.backend import use_backend
+
+needs_native = pytest.mark.skipif(native.cpu_library().library is None, reason="needs the CPU kernels")
+G = torch.Generator().manual_seed(0)
+N, M, D = 6, 6, 8
+A, B, HARD, QUEUE, TEACHER = (torch.randn(s, generator=G) for s in ((N, D), (M, D), (N, 2, D), (9, D), (N, 3)))
+CU = torch.tensor([0, 3, 6], dtype=torch.int32)
+IDS, TARGETS = torch.tensor([0, 1, 1, -1, 2, 0]), torch.tensor([1, 1, 0, -1, 5, 3])
+Features = dict[str, torch.Tensor]
+
+CALLS: dict[str, tuple[Callable[..., Any], Features, dict[str, torch.Tensor]]] = {
+    "infonce": (lambda a, b: infonce_loss(a, b, 5.0), {"a": A, "b": B}, {}),
+    "masks": (
+        lambda a, b, targets, ignore_ids, weights: infonce_loss(
+            a, b, 5.0, targets=targets, ignore_ids=ignore_ids, weights=weights
+        ),
+        {"a": A, "b": B},
+        {"targets": TARGETS, "ignore_ids": IDS, "weights": torch.ones(N)},
+    ),
+    "hard negatives": (
+        lambda a, b, hard_negatives: infonce_loss(a, b, 5.0, hard_negatives=hard_negatives),
+        {"a": A, "b": B, "hard_negatives": HARD},
+        {},
+    ),
+    "queues": (
+        lambda a, b, queue_a, queue_b: infonce_loss(a, b, 5.0, queue_a=queue_a, queue_b=queue_b),
+        {"a": A, "b": B, "queue_a": QUEUE, "queue_b": QUEUE},
+        {},
+    ),
+    "teacher": (
+        lambda a, b, t, u: infonce_loss(a, b, 5.0, teacher=(t, u, 3.0)),
+        {"a": A, "b": B, "t": TEACHER, "u": TEACHER.flip(0)},
+        {},
+    ),
+    "sigmoid": (
+        lambda a, b, groups, weights: sigmoid_loss(a, b, 5.0, -2.0, groups=groups, weights=weights),
+        {"a": A, "b": B},
+        {"groups": IDS, "weights": torch.rand(N, generator=G)},
+    ),
+    "maxsim": (
+        lambda a, b, cu_seqlens_a, cu_seqlens_b: maxsim(a, b, cu_seqlens_a, cu_seqlens_b).sum(),
+        {"a": A, "b": B},
+        {"cu_seqlens_a": CU, "cu_seqlens_b": CU},
+    ),
+    "late interaction": (
+        lambda a, b, cu_seqlens_a, cu_seqlens_b: late_interaction_loss(a, b, cu_seqlens_a, cu_seqlens_b, 5.0),
+        {"a": A, "b": B},
+        {"cu_seqlens_a": CU, "cu_seqlens_b": CU},
+    ),
+    "InfoNCELoss": (lambda a, b: InfoNCELoss()(a, b, 5.0, torch.tensor(1.0)), {"a": A, "b": B}, {}),
+    "SigmoidLoss": (lambda a, b: SigmoidLoss()(a, b, 5.0, None), {"a": A, "b": B}, {}),
+    "FILIPLoss": (
+        lambda a, b, cu_seqlens_a, cu_seqlens_b: FILIPLoss()(a, b, cu_seqlens_a, cu_seqlens_b, 5.0),
+        {"a": A, "b": B},
+        {"cu_seqlens_a": CU, "cu_seqlens_b": CU},
+    ),
+    "BLIP2ITCLoss": (
+        lambda image_queries, text_features: BLIP2ITCLoss()(image_queries, text_features, 5.0),
+        {"image_queries": A.view(3, 2, D), "text_features": B[:3]},
+        {},
+    ),
+}
+BACKENDS = ("reference", pytest.param("cpu", marks=needs_native))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+def grads(
+    call: Callable[..., torch.Tensor],
+    features: Features,
+    others: dict[str, torch.Tensor],
+    autocast: torch.dtype | None = None,
+) -> Any:
+    """Loss, and gradients taken outside of autocast, as PyTorch asks for."""
+    leaves = {k: t.clone().requires_grad_() for k, t in features.items()}
+    loss = _under(autocast, call, **leaves, **others)
+    return loss.detach(), torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CALLS)
+def test_autocast_casts_all_features_and_nothing_else(backend, name, dtype):
+    call, features, others = CALLS[name]
+    half = {k: t.to(dtype) for k, t in features.items()}
+    expected, expected_grads = grads(call, half, others)
+    some = {k: t if i % 2 else half[k] for i, (k, t) in enumerate(features.items())}  # mixed dtypes
+    for given in (features, half, some, {k: t.half() for k, t in some.items()} if dtype == torch.float16 else half):
+        loss, found = grads(call, given, others, dtype)
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, expected)
+        for k, g, e in zip(given, found, expected_grads, strict=True):
+            assert (g is None) == (e is None)
+            if g is not None:
+                assert g.dtype == given[k].dtype
+                assert torch.equal(g.to(dtype), e)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_float64_stays_float64_under_autocast(name):
+    call, features, others = CALLS[name]
+    wide = {k: t.double() for k, t in features.items()}
+    expected, expected_grads = grads(call, wide, others)
+    loss, found = grads(call, wide, others, torch.bfloat16)
+    assert loss.dtype == torch.float64
+    assert torch.equal(loss, expected)
+    assert all(g is e is None or torch.equal(g, e) for g, e in zip(found, expected_grads, strict=True))
+
+
+def test_search_is_not_rounded_by_autocast(backend):
+    queries, corpus = A.bfloat16(), B.bfloat16()
+    for rows, options in ((corpus, {}), (corpus, {"metric": "cosine"}), (corpus.double(), {})):
+        if rows.dtype == torch.float64 and backend == "cpu":
+            continue
+        expected = topk_similarity(queries, rows, 3, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(map(torch.equal, topk_similarity(queries, rows, 3, **options), expected))
+
+
+def test_dtypes_may_not_be_mixed_without_autocast():
+    for call, features, others in CALLS.values():
+        for name in list(features)[1:]:
+            if name in ("t", "u"):
+                continue
+            with pytest.raises(TypeError, match=rf"^{name} must have dtype torch.float32"):
+                call(**{**features, name: features[name].bfloat16()}, **others)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_tensor_must_be_where_the_features_are(name):
+    call, features, others = CALLS[name]
+    for argument in (*list(features)[1:], *others):
+        said = {"t": "teacher", "u": "teacher"}.get(argument, argument)
+        given = {**features, **others}
+        with pytest.raises(ValueError, match=rf"^{said}\S* must be on cpu as the features; got meta"):
+            call(**{**given, argument: given[argument].to("meta")})
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("logit_scale", lambda t: infonce_loss(A, B, t)),
+        ("logit_scale", lambda t: sigmoid_loss(A, B, t)),
+        ("logit_bias", lambda t: sigmoid_loss(A, B, 1.0, t)),
+        ("logit_bias", lambda t: InfoNCELoss()(A, B, 1.0, t)),
+        ("logit_scale", lambda t: late_interaction_loss(A, B, CU, CU, t)),
+        ("logit_scale", lambda t: BLIP2ITCLoss()(A.view(3, 2, D), B[:3], t)),
+        (r"teacher\[2\]", lambda t: infonce_loss(A, B, 1.0, teacher=(A, B, t))),
+        ("corpus_scale", lambda t: topk_similarity(A, B.to(torch.int8), 1, corpus_scale=t.expand(M))),
+    ],
+)
+def test_scales_must_be_where_the_features_are(name, call):
+    with pytest.raises(ValueError, match=rf"^{name} must be on cpu as the features; got meta"):
+        call(torch.ones((), device="meta"))
+
+
+SCALES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
+    "infonce": (lambda s: infonce_loss(A, B, s), "logit_scale"),
+    "sigmoid": (lambda s: sigmoid_loss(A, B, s, -1.0), "logit_scale"),
+    "bias": (lambda s: sigmoid_loss(A, B, 1.0, s), "logit_bias"),
+    "late interaction": (lambda s: late_interaction_loss(A, B, CU, CU, s), "logit_scale"),
+    "BLIP-2": (lambda s: BLIP2ITCLoss()(A.view(3, 2, D), B[:3], s), "logit_scale"),
+    "teacher": (lambda s: infonce_loss(A, B, 1.0, teacher=(A, B, s)), r"teacher\[2\]"),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_of_every_kind_give_the_same(name):
+    call, _ = SCALES[name]
+    expected = call(2.5)
+    kinds = [np.float32(2.5), np.float64(2.5), np.array(2.5)]
+    kinds += [torch.full(s, 2.5, dtype=t) for t in (torch.float64, torch.bfloat16, torch.float16) for s in ((), (1, 1))]
+    for scale in kinds:
+        assert torch.equal(call(scale), expected)
+        if isinstance(scale, torch.Tensor) and name != "teacher":
+            (grad,) = torch.autograd.grad(call(leaf := scale.clone().requires_grad_()), leaf)
+            assert (grad.dtype, grad.shape) == (scale.dtype, scale.shape)
+            assert grad.ne(0).all()
+    assert torch.equal(call(np.int64(3)), call(torch.tensor(3)))
+
+
+@needs_native
+def test_a_float64_scale_does_not_change_the_backend():
+    scale = torch.nn.Parameter(torch.tensor(np.log(1 / 0.07)))
+    assert scale.dtype == torch.float64
+    for loss in (infonce_loss, sigmoid_loss):
+        assert fastxattn.explain(loss, A, B, scale).chosen == "cpu"
+        assert loss(A, B, scale).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (True, TypeError), (np.bool_(True), TypeError), (torch.tensor(True), TypeError), ("1", TypeError),
+        (1j, TypeError), (float("nan"), ValueError), (float("inf"), ValueError), (np.float32("nan"), ValueError),
+        (torch.ones(2), ValueError), (torch.ones(0), ValueError), (np.ones(2), ValueError),
+    ],
+)  # fmt: skip
+def test_wrong_scales_are_refused_by_every_call(name, value, error):
+    call, said = SCALES[name]
+    for _ in range(2):
+        with pytest.raises(error, match=f"^{said} must"):
+            call(value)
+        call(2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "wrong"),
+    [
+        ("label_smoothing", lambda x: infonce_loss(A, B, 1.0, label_smoothing=x), (-0.1, 1.0, "nan")),
+        ("label_smoothing", lambda x: BLIP2ITCLoss(x), (-0.1, 1.0, "nan")),
+        ("false_negative_margin", lambda x: infonce_loss(A, B, 1.0, false_negative_margin=x), ("nan", "inf")),
+        ("smooth", lambda x: maxsim(A, B, CU, CU, smooth=x), (0.0, -1.0, "nan", "inf")),
+        ("smooth", lambda x: late_interaction_loss(A, B, CU, CU, 1.0, smooth=x), (0.0, "nan", "inf")),
+        ("modality_dropout", lambda x: MultiTaskLoss({"x": 1.0}, modality_dropout=x), (-0.1, 1.0, "nan")),
+        ("the weight of 'x'", lambda x: MultiTaskLoss({"x": x}), ("nan", "inf")),
+    ],
+)
+def test_wrong_numbers_are_refused_by_every_call(name, call, wrong):
+    call(0.5)
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{name} must .*; got {value}"):
+            call(float(value))
+        with pytest.raises(ValueError, match=f"^{name} must .*; got {value}"):
+            call(np.float64(value))
+    for value in (True, "0.5"):
+        with pytest.raises(TypeError, match=f"^{name} must be a number; got {type(value).__name__}"):
+            call(value)
+
+
+@pytest.mark.parametrize("k", [0, -1, True, 1.0, float("nan"), "1", None])
+def test_only_whole_numbers_count_results(k):
+    _, metrics = infonce_loss(A, B, 1.0, return_metrics=True)
+    for name, call in (
+        ("k", lambda: topk_similarity(A, B, k)),
+        ("each of ks", lambda: recall_at_k(A, B, (k, 3))),
+        ("each of ks", lambda: recall_at_k(A, B, (3, k))),
+        ("k", lambda: metrics[0].recall(k)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least 1; got"):
+            call()
+
+
+def test_numpy_numbers_count_results():
+    assert recall_at_k(A, B, np.arange(1, 3)) == recall_at_k(A, B, (1, 2))
+    assert all(map(torch.equal, topk_similarity(A, B, np.int32(2)), topk_similarity(A, B, 2)))
+
+
+WRONG_WEIGHTS = [
+    (torch.ones(N, dtype=torch.int64), ValueError, "weights must be a floating-point tensor"),
+    (torch.ones(N, dtype=torch.bool), ValueError, "weights must be a floating-point tensor"),
+    (torch.full((N,), float("nan")), ValueError, "weights must be finite; got nan"),
+    (torch.full((N,), float("inf")), ValueError, "weights must be finite; got inf"),
+    ([1.0] * N, (TypeError, ValueError), "weights must be one tensor"),
+    (torch.ones(N, 1), ValueError, "weights must be a floating-point tensor"),
+]
+
+
+@pytest.mark.parametrize("loss", [infonce_loss, sigmoid_loss])
+def test_weights(backend, loss):
+    for value, error, words in WRONG_WEIGHTS:
+        with pytest.raises(error, match=words):
+            loss(A, B, 1.0, weights=value)
+    weights = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 3.0])
+    for dtype in (torch.float64, torch.bfloat16):
+        expected, result = loss(A, B, 1.0, weights=weights), loss(A, B, 1.0, weights=weights.to(dtype))
+        assert result.dtype == torch.float32
+        assert torch.equal(result, expected)
+    assert loss(A, B, 1.0, weights=torch.zeros(N)) == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss", [infonce_loss, sigmoid_loss])
+def test_weights_have_a_gradient(backend, loss, reduction):
+    def gradient(dtype: torch.dtype, name: str) -> torch.Tensor:
+        weights = torch.linspace(0.1, 1, N, dtype=dtype).requires_grad_()
+        out = loss(A.to(dtype), B.to(dtype), 3.0, weights=weights, reduction=reduction, backend=name)
+        total = sum(x.sum() for x in out) if isinstance(out, tuple) else out.sum()
+        return torch.autograd.grad(total, weights)[0]
+
+    found, exact = gradient(torch.float32, backend), gradient(torch.float64, "reference")
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_figures_of_several_positives_a_column(backend):
+    targets = torch.arange(4).repeat_interleave(5)
+    captions = torch.nn.functional.normalize(torch.randn(20, 16, generator=G), dim=1)
+    images = torch.nn.functional.normalize(captions[::5] + 0.5 * torch.randn(4, 16, generator=G), dim=1)
+    z = 10 * images @ captions.T
+    own = targets[None] == torch.arange(4)[:, None]
+    best = z.masked_fill(~own, -torch.inf).amax(1)
+    rank = 1 + (~own & (z >= best[:, None])).sum(1)
+    assert rank.max() > 1
+    for sign in (1, -1):
+        _, (_, columns) = infonce_loss(sign * captions, images, sign * 10.0, targets=targets, return_metrics=True)
+        assert torch.equal(columns.rank, rank)
+        torch.testing.assert_close(columns.mean_positive, z[own].mean())
+
+
+def test_an_excluded_pair_is_no_positive(backend):
+    targets = torch.tensor([0, 0, 3, 2])
+    b = torch.nn.functional.normalize(A[:4], dim=1)
+    rest = targets.where(targets != torch.arange(4), -1)
+    options: dict[str, Any] = {"exclude_self": True, "return_metrics": True, "false_negative_margin": 0.1}
+    loss, found = infonce_loss(b, b.flip(1), 10.0, targets=targets, **options)
+    expected, figures = infonce_loss(b, b.flip(1), 10.0, targets=rest, **options)
+    assert loss == expected
+    for x, y in zip(found, figures, strict=True):
+        assert torch.equal(x.rank, y.rank)
+        assert torch.equal(x.mean_positive, y.mean_positive)
+
+
+def test_a_positive_that_is_nan_comes_last(backend):
+    a = A.clone()
+    a[2] = float("nan")
+    rows, columns = infonce_loss(a, B, 1.0, return_metrics=True)[1]
+    assert (rows.rank[2], columns.rank[2]) == (M, N)
+    assert rows.rank[0] == infonce_loss(A, B, 1.0, return_metrics=True)[1][0].rank[0]
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
+def test_sides_without_rows_cost_nothing(backend, n, m):
+    a, b = (torch.randn(k, D, requires_grad=True) for k in (n, m))
+    both: list[dict[str, Any]] = [
+        {}, {"targets": torch.full((n,), -1)}, {"exclude_self": True}, {"normalize": True}, {"reduction": "sum"},
+        {"groups": (torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.long))},
+        {"ignore_ids": (torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.long))},
+    ]  # fmt: skip
+    single: list[dict[str, Any]] = [
+        {"hard_negatives": torch.randn(n, 0, D)}, {"queue_a": torch.randn(0, D), "queue_b": torch.randn(3, D)},
+        {"teacher": (torch.randn(n, 3), torch.randn(m, 3), 2.0)}, {"false_negative_margin": 0.1},
+        {"label_smoothing": 0.1}, {"decoupled": True}, {"symmetric": False}, {"return_metrics": True},
+        {"weights": (torch.ones(n), torch.ones(m))},
+    ]  # fmt: skip
+    for loss, cases in ((infonce_loss, both + single), (sigmoid_loss, both)):
+        for options in cases:
+            value = loss(a, b, 2.0, **options)
+            if "return_metrics" in options:
+                value, metrics = value
+                assert all((x.rank.sum(), x.mean_positive, x.mean_negative, x.top1) == (0, 0, 0, 0) for x in metrics)
+            assert value == 0, options
+            found = torch.autograd.grad(value, (a, b), allow_unused=True)
+            assert all(g is None or not g.any() for g in found)
+
+
+def test_scores_without_sets_cost_nothing(backend):
+    tokens, cu = torch.randn(0, D, requires_grad=True), torch.zeros(1, dtype=torch.int32)
+    for value in (
+        late_interaction_loss(tokens, tokens, cu, cu, 2.0),
+        BLIP2ITCLoss()(torch.zeros(0, 3, D, requires_grad=True), tokens, 2.0),
+        BLIP2ITCLoss()(torch.zeros(0, 0, D, requires_grad=True), tokens, torch.tensor(2.0)),
+    ):
+        assert value == 0
+        value.backward()
+    assert recall_at_k(tokens.detach(), tokens.detach(), (1,)) == {"a->b@1": 0.0, "b->a@1": 0.0}
+
+
+def test_a_teacher_gets_no_gradient(backend):
+    a, t, s = (x.clone().requires_grad_() for x in (A, TEACHER, torch.tensor(3.0)))
+    loss = infonce_loss(a, B, 5.0, teacher=(t, TEACHER.flip(0).double().float(), s))
+    loss.backward()
+    assert a.grad is not None
+    assert t.grad is s.grad is None
+    same = infonce_loss(A, B, 5.0, teacher=(TEACHER.double(), TEACHER.flip(0).double(), 3.0))  # of another dtype
+    torch.testing.assert_close(loss.detach(), same)
+
+
+@pytest.mark.parametrize("teacher", [(A, B), (A, B[:, :3], 1.0), (A[:3], B, 1.0), (A, B.half(), 1.0), A, 3.0])
+def test_wrong_teachers_are_refused(teacher):
+    with pytest.raises((TypeError, ValueError), match=r"^teacher"):
+        infonce_loss(A, B, 1.0, teacher=teacher)
+
+
+def test_modules_take_what_open_clip_gives():
+    bias = torch.tensor([3.0], requires_grad=True)
+    for reduction in ("mean", "none"):
+        out = InfoNCELoss(reduction=reduction)(A, B, torch.tensor(5.0), bias)
+        (out if reduction == "mean" else out[0].sum()).backward()
+        assert bias.grad == 0  # DDP expects a gradient of every parameter
+    assert torch.equal(InfoNCELoss()(A, B, np.float64(5.0), bias), infonce_loss(A, B, 5.0))
+    assert torch.equal(SigmoidLoss()(A, B, 5.0, None), sigmoid_loss(A, B, 5.0, 0.0))
+    assert torch.equal(sigmoid_loss(A, B, 5.0, None), sigmoid_loss(A, B, 5.0))
+
+
+def test_a_dropped_task_may_be_nan():
+    loss = MultiTaskLoss({"x": 1.0, "y": 1.0}, {"x": ("image",), "y": ("audio",)}, modality_dropout=0.9)
+    parts = {"x": torch.tensor(2.0, requires_grad=True), "y": torch.tensor(float("nan"), requires_grad=True)}
+    dropped = 0
+    for seed in range(60):
+        gone = loss.dropped(torch.Generator().manual_seed(seed))
+        total = loss(parts, torch.Generator().manual_seed(seed))
+        if "audio" in gone:
+            assert total == 2.0
+            assert torch.autograd.grad(total, parts["y"])[0] == 0
+            dropped += 1
+    assert dropped > 10
+    with pytest.raises(TypeError, match="modalities must map 'x' to a tuple of names"):
+        MultiTaskLoss({"x": 1.0}, {"x": "image"})
+
+
+def test_the_meta_device():
+    a, cu = A.to("meta"), CU.to("meta")
+    assert infonce_loss(a, a, 1.0).is_meta
+    assert topk_similarity(a, a, 2)[0].shape == (N, 2)
+    with pytest.raises(RuntimeError, match="on the meta device there are none"):
+        maxsim(a, a, cu, cu)
+
+
+def test_cosine_in_float64_is_exact():
+    queries, corpus = A.double(), B.double()
+    scores, _ = topk_similarity(queries, corpus, M, metric="cosine", backend="reference")
+    expected = torch.nn.functional.cosine_similarity(queries[:, None], corpus[None], dim=2).sort(1, descending=True)
+    torch.testing.assert_close(scores, expected.values, rtol=1e-14, atol=1e-14)
+
+
+@needs_native
+def test_calls_of_many_kinds_compile_whole():
+    infonce_loss(A, B, 1.0)  # loads the library
+    for call in (
+        lambda a, b: infonce_loss(a, b, np.float32(2.0), groups=IDS),
+        lambda a, b: infonce_loss(a, b, 2.0, ignore_ids=IDS, targets=TARGETS, exclude_self=True),
+        lambda a, b: sigmoid_loss(a, b, torch.tensor(2.0, dtype=torch.float64), None),
+    ):
+        for kind in (torch.bfloat16, None):
+            function = functools.partial(_under, kind, call)
+            torch._dynamo.reset()
+            compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(A, B), function(A, B))
+    compiled = torch.compile(infonce_loss, backend="aot_eager", fullgraph=True)
+    for scale in (1.0, 2.0, 3.0):  # a compiler makes the second one symbolic
+        torch.testing.assert_close(compiled(A, B, scale), infonce_loss(A, B, scale))
+
+
+def _under(dtype: torch.dtype | None, call: Callable[..., Any], *arguments: torch.Tensor, **named: torch.Tensor) -> Any:
+    if dtype is None:
+        return call(*arguments, **named)
+    with torch.autocast("cpu", dtype):
+        return call(*arguments, **named)
+
+
+def test_quantized_rows_keep_their_scale():
+    rows, scale = quantize_int8(B)
+    with pytest.raises(ValueError, match=r"^corpus_scale must be on cpu as the features; got meta"):
+        topk_similarity(A, rows, 2, corpus_scale=scale.to("meta"))
