@@ -25,7 +25,7 @@ LIMIT = 4.0
 """A result outside its budget by less than this is counted as such and is no failure. Of thousands of problems some are
 outside by luck: numbers of one row err together, and a long sum that cancels may fall on the right float in the
 yardstick. What is wrong is wrong by far more."""
-SHARES = {"ranks": 0.1, "files": 0.1, "options": 0.15, "triton": 0.15, "sanitized": 0.2, "cpu": 0.3}
+SHARES = {"ranks": 0.1, "files": 0.1, "options": 0.25, "triton": 0.15, "sanitized": 0.15, "cpu": 0.25}
 """Of the time. What takes longest a piece comes first; each part shares out what is left."""
 LONGEST = 300.0
 """Seconds that one problem may take before it counts as hanging."""

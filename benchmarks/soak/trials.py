@@ -77,7 +77,7 @@ class Trial:
     """Results are indices or copies: they must be equal."""
     gradients: bool = True
     terms: float = 0.0
-    """The largest of the numbers that outputs are differences of: their rounding counts too."""
+    """The largest of the float32 numbers that results are differences of: their rounding counts too."""
 
 
 Maker = Callable[[Draw], Trial]
@@ -140,8 +140,8 @@ def judge(trial: Trial, backend: str) -> Judgement:
         if not report.same_nonfinite:
             return Judgement(name, report.max_error, report.max_budget, "NaN or infinity in other places")
         dtype = computed_in(name, value, trial.dtype)
-        terms = trial.terms if name.startswith("out") else 0.0
-        rounding = torch.finfo(dtype).eps * max(largest(truth[name]), terms)
+        rounding = torch.finfo(dtype).eps * largest(truth[name])
+        rounding = max(rounding, torch.finfo(torch.float32).eps * trial.terms)
         budget = SLACK * max(report.max_budget + rounding, of_few(name, truth, dtype))
         found = Judgement(name, report.max_error, budget)
         if found.error * worst.budget > worst.error * found.budget:

@@ -54,19 +54,24 @@ def infonce_loss(
     Radford et al. 2021; several positives as in Khosla et al. 2020, "L_out"; decoupled as in Yeh et al. 2022.)
 
     Args:
-        a: (N, D) float32, bfloat16, float16 (float64 on the reference backend); also accepted as ``b`` itself.
+        a: (N, D) float32, bfloat16, float16 (float64 on the reference backend); also accepted as ``b`` itself. Under
+            autocast all features take its dtype, but for float64 ones
+            (:func:`fastxattn.ops.contrastive.checks.autocast`).
         b: (M, D), the dtype of ``a``.
-        logit_scale: a number, or a tensor of one element of any shape, which then gets a gradient.
+        logit_scale: a finite number of Python or NumPy, or a tensor of one element of any shape and dtype, which then
+            gets a gradient in its dtype. Used in float32 (float64 for float64 features).
         targets: (N,) the positive column of each row, -1 for none; default: column i for row i.
         groups: integer ids, one (N,) for both sides or a pair (N,), (M,): equal ids >= 0 are positives.
         hard_negatives: (N, K, D) further negatives of each row, in the direction a to b.
         queue_a: (Q, D) further negatives for the rows of ``b``, as in MoCo; needs ``symmetric``.
         queue_b: (Q, D) further negatives for the rows of ``a``.
-        teacher: (features_a, features_b, scale): soft targets, the softmax of the teacher's own logits.
+        teacher: (features_a, features_b, scale): soft targets, the softmax of the teacher's own logits. The scale is as
+            ``logit_scale``; nothing of a teacher gets a gradient.
         ignore_ids: integer ids as for ``groups``: a negative with equal ids >= 0 is a false one and is left out.
         false_negative_margin: leaves out negatives whose similarity exceeds the positive's by more than this.
-        exclude_self: leaves out pairs (i, i), for ``a is b``.
-        weights: (N,) for both directions, or a pair (N,), (M,): the mean becomes the weighted mean.
+        exclude_self: leaves out pairs (i, i), for ``a is b``; they are no positives, whatever ``targets`` say.
+        weights: (N,) for both directions, or a pair (N,), (M,), floating point: the mean becomes the weighted mean.
+            They get a gradient and may be negative; NaN and infinity are refused where values can be read.
         label_smoothing: this share of the target is spread over all candidates.
         decoupled: positives are left out of the log-sum-exp.
         symmetric: both directions; else only a to b.
@@ -141,13 +146,13 @@ def sigmoid_loss(
     Args:
         a: (N, D) float32, bfloat16, float16 (float64 on the reference backend).
         b: (M, D), the dtype of ``a``.
-        logit_scale: a number, or a tensor of one element, which then gets a gradient.
-        logit_bias: the same.
+        logit_scale: see :func:`infonce_loss`.
+        logit_bias: a number or a tensor as ``logit_scale``; None is 0.
         targets: see :func:`infonce_loss`; so are ``groups``, ``ignore_ids``, ``exclude_self`` and ``normalize``.
         groups: integer ids; equal ids >= 0 are positives.
         ignore_ids: integer ids; negatives with equal ids are left out.
         exclude_self: leaves out pairs (i, i).
-        weights: (N,) weights of the rows; the mean becomes the weighted mean.
+        weights: (N,) weights of the rows, as in :func:`infonce_loss`; the mean becomes the weighted mean.
         normalize: unit-length features inside the same pass.
         reduction: ``mean``, ``sum`` or ``none`` (N,).
         backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
