@@ -62,16 +62,15 @@ def infonce_loss(
             group's timeout.
     """
     if world_size(group) == 1:
-        _check(_autocast(a), _autocast(b), strategy)
+        _check(checks.autocast(a), checks.autocast(b), strategy)
         return contrastive.infonce_loss(
             a, b, logit_scale, groups=groups, symmetric=symmetric, normalize=normalize,
             label_smoothing=label_smoothing, backend=backend,
         )  # fmt: skip
     with announced("infonce_loss", a, group):
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+        label_smoothing = checks.number("label_smoothing", label_smoothing, *checks.SHARE)
         call = _Call.of(a, b, logit_scale, None, groups, normalize, strategy, group, backend)
-    same = {"symmetric": bool(symmetric), "label_smoothing": float(label_smoothing)}
+    same = {"symmetric": bool(symmetric), "label_smoothing": label_smoothing}
     with torch.autocast(call.a.device.type, enabled=False):
         counts = call.agree("infonce_loss", same).counts
         columns = call.columns(counts, both=symmetric)
@@ -101,7 +100,7 @@ def sigmoid_loss(
     a: torch.Tensor,
     b: torch.Tensor,
     logit_scale: float | torch.Tensor,
-    logit_bias: float | torch.Tensor = 0.0,
+    logit_bias: float | torch.Tensor | None = 0.0,
     *,
     groups: Ids | None = None,
     normalize: bool = False,
@@ -111,12 +110,13 @@ def sigmoid_loss(
 ) -> torch.Tensor:
     """The global sigmoid loss; arguments, returns and errors as in :func:`infonce_loss` of this module."""
     if world_size(group) == 1:
-        _check(_autocast(a), _autocast(b), strategy)
+        _check(checks.autocast(a), checks.autocast(b), strategy)
         return contrastive.sigmoid_loss(
             a, b, logit_scale, logit_bias, groups=groups, normalize=normalize, backend=backend
         )
     with announced("sigmoid_loss", a, group):
-        call = _Call.of(a, b, logit_scale, logit_bias, groups, normalize, strategy, group, backend)
+        bias = 0.0 if logit_bias is None else logit_bias
+        call = _Call.of(a, b, logit_scale, bias, groups, normalize, strategy, group, backend)
     assert call.bias is not None
     with torch.autocast(call.a.device.type, enabled=False):
         counts = call.agree("sigmoid_loss", {}).counts
@@ -161,16 +161,15 @@ class _Call:
     ) -> _Call:
         for name, x in (("a", a), ("b", b), ("logit_scale", scale), ("logit_bias", bias)):
             plain(name, x)
-        a, b = _autocast(a), _autocast(b)
+        a, b = checks.autocast(a), checks.autocast(b)
         a, b = _check(a, b, strategy)
         if a.shape[1] == 0:
             raise ValueError("a must have at least 1 feature; got 0")
         n, device = a.shape[0], a.device
-        numbers = [checks.one_element("logit_scale", scale, device)]
+        dtype = checks.computed_in(a.dtype)
+        numbers = [checks.one_element("logit_scale", scale, device, dtype)]
         if bias is not None:
-            numbers.append(checks.one_element("logit_bias", bias, device))
-        if a.dtype != torch.float64:
-            numbers = [x.float() for x in numbers]
+            numbers.append(checks.one_element("logit_bias", bias, device, dtype))
         ids = None
         if groups is not None:
             # Of one width on every rank, as they are sent.
@@ -222,14 +221,6 @@ class _Call:
             return {"groups": (ids[0], gather_rows(ids[1], counts, self.group))}
         first = sum(counts[: dist.get_rank(self.group)])
         return {"targets": torch.arange(first, first + self.a.shape[0], device=self.a.device)}
-
-
-def _autocast(x: torch.Tensor) -> torch.Tensor:
-    """Cast as autocast casts the arguments of a matrix product; float64 stays."""
-    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
-        return x
-    keep = not x.is_floating_point() or x.dtype == torch.float64
-    return x if keep else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check(a: torch.Tensor, b: torch.Tensor, strategy: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,6 +59,7 @@ class InfoNCELoss(nn.Module):
         else:
             loss = infonce_loss(image_features, text_features, logit_scale, **self.options)
         if isinstance(logit_bias, Tensor):
+            checks.one_element("logit_bias", logit_bias, image_features.device)
             loss = _using(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 

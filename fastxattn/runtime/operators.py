@@ -103,14 +103,16 @@ def plain(operator: Any, *arguments: Any) -> Any:
 def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate ``backward(ctx, saved, *grads)`` of a Function whose gradient cannot be differentiated again.
 
-    ``saved`` are ``ctx.saved_tensors``, unpacked once: non-reentrant checkpointing allows no second time.
+    ``saved`` are ``ctx.saved_tensors``, unpacked once: non-reentrant checkpointing allows no second time. Autocast is
+    off: a ``backward()`` inside its block would round the gradient's products.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
             saved = ctx.saved_tensors
-            with torch.no_grad():
+            kind = next(t for t in (*grads, *saved) if t is not None).device.type
+            with torch.no_grad(), torch.autocast(kind, enabled=False):
                 results = backward(ctx, saved, *grads)
             return refuse(_second_derivative(what), results, (*grads, *saved)) if torch.is_grad_enabled() else results
 
