@@ -14,6 +14,7 @@ from benchmarks.soak.modules import MODULES
 from benchmarks.soak.trials import Draw, Maker, Trial
 from fastxattn.ops.pruning import ops as pruning
 from fastxattn.ops.pruning.merge import best_match
+from fastxattn.ops.pruning.rows import gather_rows, merge_rows
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
 from fastxattn.ops.retrieval.api import quantize_int8
 from fastxattn.testing import offsets
@@ -157,8 +158,8 @@ def gather_merge(d: Draw) -> Trial:
 
     def run(x: Inputs, backend: str) -> Any:
         return (
-            pruning.gather_rows(x["x"], index, x["factor"], backend=backend),
-            pruning.merge_rows(x["x"], assignment, x["weight"], kept, backend=backend),
+            gather_rows(x["x"], index, x["factor"], backend=backend),
+            merge_rows(x["x"], assignment, x["weight"], kept, backend=backend),
         )
 
     return Trial(f"{n} -> {kept}, D={width}", d.dtype, inputs, run)

@@ -14,7 +14,7 @@ from fastxattn.ops.contrastive.api import infonce_loss, sigmoid_loss
 from fastxattn.ops.importance.api import key_importance
 from fastxattn.ops.late_interaction.api import maxsim
 from fastxattn.ops.pruning.api import select
-from fastxattn.ops.pruning.ops import merge_rows
+from fastxattn.ops.pruning.rows import merge_rows
 from fastxattn.ops.retrieval.api import topk_similarity
 from fastxattn.packed import PackedTokens
 from tests.export.models import DIM, HEADS, Context, Importance, Prune, packed
