@@ -8,7 +8,7 @@ trained model, but more than noise. The picture says which it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def overlay(patches: Patches, selection: Selection) -> Tensor:
     kept = torch.zeros(len(blocks), dtype=torch.bool)
     kept[selection.keep_index.long()] = True
     pale = 0.80 + 0.14 * blocks.mean(1, keepdim=True).expand_as(blocks)
+    selection = replace(selection, average=True)  # a weighted sum of colours would be too dark
     merged = selection.scatter_back(selection.reduce(colours), fill="zero")[:, :, None, None].expand_as(blocks)
     gone = torch.where((selection.assignment >= 0)[:, None, None, None], 0.45 * merged + 0.52, pale)
     shown = torch.where(kept[:, None, None, None], blocks, gone)

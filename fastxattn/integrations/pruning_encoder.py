@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxattn.ops.pruning import Budget, Selection, probe_scores, received_scores
-from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, STRATEGIES, TAKES_COLUMNS, TAKES_SIZES
+from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, STRATEGIES, TAKES_COLUMNS, TAKES_SIZES, check_selection
 
 if TYPE_CHECKING:
     from fastxattn.integrations.pruning import Pruning
@@ -184,9 +184,11 @@ class EncoderPruning:
             needs["sizes"] = self.sizes
         # The share is of patches; special tokens come on top.
         wanted = min(self.budget.capacity(patches, 1, patches), patches) + self.special
-        return STRATEGIES[self.strategy](
+        selection = STRATEGIES[self.strategy](
             hidden.flatten(0, 1), offsets, Budget.count(wanted), max_seqlen=length, **needs
         )
+        check_selection(self.strategy, selection, needs.get("protected"))
+        return selection
 
     def _weigh(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         if self.bias is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastxattn.ops.pruning import Budget, probe_scores
 from fastxattn.ops.pruning.segments import offsets_of
-from fastxattn.ops.pruning.strategies import STRATEGIES
+from fastxattn.ops.pruning.strategies import STRATEGIES, check_selection
 
 if TYPE_CHECKING:
     from fastxattn.integrations.pruning import Pruning
@@ -139,6 +139,7 @@ class LanguagePruning:
         elif self.watch is not None:
             needs["attention"] = self._text_attention(hidden)[rows]
         selection = STRATEGIES[self.strategy](tokens, offsets, self.budget, max_seqlen=max(lengths, default=0), **needs)
+        check_selection(self.strategy, selection, None)
         self.pruning.last = selection
         stay = ~images.flatten()
         seats = rows[selection.keep_index.long()]

@@ -24,7 +24,9 @@ class ModalityGate(nn.Module):
         width: of each modality's vector.
         dropout: probability of dropping a modality of a sample, in training.
 
-    Source: gated multimodal units, Arevalo et al., 2017; modality dropout, Neverova et al., "ModDrop", 2015.
+    Sources and differences from them: gated multimodal units (Arevalo et al., 2017) mix hidden vectors
+    ``tanh(x_m W_m)`` with sigmoid gates that need not sum to 1; here the vectors are mixed as they come, with softmax
+    gates. "ModDrop" (Neverova et al., 2015) may drop every modality of a sample.
     """
 
     def __init__(self, modalities: int, width: int, dropout: float = 0.0) -> None:

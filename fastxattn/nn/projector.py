@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastxattn.nn.packing import Layout, Tokens, pack
+from fastxattn.ops.offsets import readable
 from fastxattn.packed import PackedTokens
 
 
@@ -23,11 +25,27 @@ def pixel_shuffle(tokens: PackedTokens, grids: Sequence[tuple[int, int]], factor
 
     Returns:
         Tokens (total / factor^2, width * factor^2), features ordered (row in block, column in block, feature).
+
+    Raises:
+        TypeError: ``factor`` is not an int.
+        ValueError: not one grid per image, or one that is no multiple of ``factor`` or whose size is not the image's
+            number of tokens (on a GPU only the sum is compared, unless FASTXATTN_VALIDATE=1: looking waits for it).
     """
+    if not isinstance(factor, int) or isinstance(factor, bool):
+        raise TypeError(f"factor must be an int; got {type(factor).__name__}")
+    if factor < 1:
+        raise ValueError(f"factor must be at least 1; got {factor}")
     if len(grids) != tokens.batch_size:
         raise ValueError(f"grids must have one entry per image, {tokens.batch_size}; got {len(grids)}")
-    if any(rows % factor or columns % factor for rows, columns in grids):
-        raise ValueError(f"grids must be multiples of factor {factor}; got {list(grids)[:8]}")
+    if any(rows < 0 or columns < 0 or rows % factor or columns % factor for rows, columns in grids):
+        raise ValueError(f"grids must be multiples of factor {factor}, at least 0; got {list(grids)[:8]}")
+    if readable(tokens.cu_seqlens):
+        for image, (length, (rows, columns)) in enumerate(zip(tokens.lengths.tolist(), grids, strict=True)):
+            if rows * columns != length:
+                raise ValueError(
+                    f"grids must have the length of each image; image {image} has {length} tokens and "
+                    f"grid {rows} x {columns}"
+                )
     places, start = [], 0
     for rows, columns in grids:
         grid = torch.arange(start, start + rows * columns).view(rows // factor, factor, columns // factor, factor)
@@ -127,7 +145,9 @@ class VisualProjector(nn.Module):
             if grids is None:
                 if layout.padded is None:
                     raise ValueError("grids must be given to pixel-shuffle PackedTokens")
-                side = round(layout.padded[1] ** 0.5)
+                side = math.isqrt(layout.padded[1])
+                if side * side != layout.padded[1]:
+                    raise ValueError(f"grids must be given where images are not square; got {layout.padded[1]} tokens")
                 grids = [(side, side)] * layout.padded[0]
             packed = pixel_shuffle(packed, grids, self.shuffle)
             padded = None if layout.padded is None else (layout.padded[0], layout.padded[1] // self.shuffle**2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastxattn.nn.packing import Tokens
 from fastxattn.ops.pruning import Budget, Selection
-from fastxattn.ops.pruning.strategies import STRATEGIES
+from fastxattn.ops.pruning.strategies import STRATEGIES, check_selection
 from fastxattn.packed import PackedTokens
 
 
@@ -24,13 +24,15 @@ class TokenPruner(nn.Module):
     Args:
         budget: a :class:`fastxattn.Budget`, or a float for ``Budget.ratio``.
         strategy: a name of ``fastxattn.ops.pruning.STRATEGIES``, or a function ``(values, cu_seqlens, budget,
-            **options) -> Selection``.
-        protected: the first so many tokens of each sequence (CLS, registers) are always kept.
+            **options) -> Selection``. A selection that drops protected tokens for others is refused.
+        protected: the first so many tokens of each sequence (CLS, registers) are kept before all others.
         learned: score with a trained linear layer instead of the strategy; needs ``width``.
         width: channels of the tokens, for ``learned``.
 
     Raises:
-        ValueError: an unknown strategy, a negative ``protected``, or ``learned`` without ``width``.
+        TypeError: ``protected`` is not an int.
+        ValueError: an unknown strategy, a negative ``protected``, or ``learned`` without ``width``; in ``forward``, a
+            strategy that ignores ``protected``.
 
     Example:
         >>> pruner = TokenPruner(0.25, strategy="divprune", protected=1)
@@ -51,6 +53,8 @@ class TokenPruner(nn.Module):
         super().__init__()
         if isinstance(strategy, str) and strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+        if not isinstance(protected, int) or isinstance(protected, bool):
+            raise TypeError(f"protected must be an int; got {type(protected).__name__}")
         if protected < 0:
             raise ValueError(f"protected must not be negative; got {protected}")
         if learned and width is None:
@@ -87,11 +91,14 @@ class TokenPruner(nn.Module):
             selection = strategy(
                 values, offsets, self.budget, protected=protected, max_seqlen=packed.max_seqlen, **needs
             )
+            check_selection(self._name(), selection, protected)
             rows = selection.reduce(values)
         return PackedTokens(rows, selection.cu_seqlens, selection.max_seqlen), selection
 
     def extra_repr(self) -> str:
         """What the module does."""
-        name = self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "custom")
-        name = "learned" if self.scorer is not None else name
+        name = "learned" if self.scorer is not None else self._name()
         return f"{self.budget.kind}={self.budget.value}, strategy={name}, protected={self.protected}"
+
+    def _name(self) -> str:
+        return self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "custom")

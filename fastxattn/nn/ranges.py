@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastxattn.ops.attention.ranges import check_count, timestamp_kv_range
 from fastxattn.packed import PackedTokens
 
 
@@ -21,6 +22,7 @@ def media_ranges(media: torch.Tensor, tokens_per_media: int, *, previous_only: b
     """
     if media.dtype != torch.bool or media.ndim != 2:
         raise TypeError(f"media must be boolean of shape (batch, length); got {media.dtype} {tuple(media.shape)}")
+    check_count("tokens_per_media", tokens_per_media)
     seen = media.cumsum(1).int()
     start = (seen - 1).clamp(min=0) if previous_only else torch.zeros_like(seen)
     return torch.stack([start, seen], dim=-1) * tokens_per_media
@@ -37,7 +39,7 @@ def time_ranges(
     """Ranges by which a query at time t sees the context from t - before to t + after, both ends included.
 
     Args:
-        query_times: (total_q,) packed timestamps.
+        query_times: (total_q,) packed timestamps, floating or integer.
         query: tokens with the queries' offsets.
         context_times: (total_k,) packed timestamps, ascending within each sequence.
         context: tokens with the context's offsets.
@@ -45,14 +47,6 @@ def time_ranges(
         after: how far ahead.
 
     Returns:
-        (total_q, 2) int32.
+        (total_q, 2) int32, and errors, of :func:`fastxattn.ops.attention.ranges.timestamp_kv_range`.
     """
-    keys, there = PackedTokens(context_times, context.cu_seqlens, context.max_seqlen).to_padded()
-    keys = torch.where(there, keys, torch.inf)
-    asked, _ = PackedTokens(query_times, query.cu_seqlens, query.max_seqlen).to_padded()
-    start = torch.searchsorted(keys, (asked - before).contiguous())
-    end = torch.searchsorted(keys, (asked + after).contiguous(), right=True)
-    lengths = context.lengths[:, None]
-    end = torch.minimum(end, lengths)
-    ranges = torch.stack([torch.minimum(start, end), end], dim=-1).int()
-    return ranges[query.sequence_ids(), query.positions()]
+    return timestamp_kv_range(query_times, context_times, query.cu_seqlens, context.cu_seqlens, before, after)

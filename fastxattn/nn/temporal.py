@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from fastxattn.nn.multihead import MultiheadCrossAttention
-from fastxattn.nn.packing import Tokens, pack
+from fastxattn.nn.packing import Layout, Tokens, pack
 from fastxattn.nn.projected import Absorb
 from fastxattn.nn.ranges import time_ranges
+from fastxattn.ops.attention.ranges import check_limit
 
 
 class TemporalCrossAttention(MultiheadCrossAttention):
@@ -39,8 +40,10 @@ class TemporalCrossAttention(MultiheadCrossAttention):
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, bias, kdim, kdim, absorb, device, dtype)
         self.before, self.after = before, before if after is None else after
-        if self.before < 0 or self.after < 0:
-            raise ValueError(f"before and after must not be negative; got {self.before} and {self.after}")
+        for name, limit in (("before", self.before), ("after", self.after)):
+            check_limit(name, limit)
+            if limit < 0:
+                raise ValueError(f"{name} must not be negative; got {limit}")
 
     def forward(  # type: ignore[override]
         self,
@@ -57,7 +60,8 @@ class TemporalCrossAttention(MultiheadCrossAttention):
         Args:
             query: (batch, Lq, embed_dim) or PackedTokens.
             context: (batch, Lk, kdim) or PackedTokens.
-            query_times: (batch, Lq) for padded queries, (total_q,) for packed ones.
+            query_times: (batch, Lq) for padded queries, (total_q,) for packed ones; floating or integer, compared
+                exactly (:func:`fastxattn.ops.attention.ranges.timestamp_kv_range`).
             context_times: (batch, Lk) or (total_k,), ascending within each sequence.
             query_mask: (batch, Lq) boolean, True = the token is there.
             context_mask: (batch, Lk) boolean.
@@ -68,9 +72,9 @@ class TemporalCrossAttention(MultiheadCrossAttention):
         packed, layout = pack(query, query_mask, name="query")
         features, context_layout = pack(context, context_mask, name="context")
         ranges = time_ranges(
-            layout.pack_rows(query_times),
+            _packed_times("query_times", query_times, layout),
             packed,
-            context_layout.pack_rows(context_times),
+            _packed_times("context_times", context_times, context_layout),
             features,
             self.before,
             self.after,
@@ -78,3 +82,11 @@ class TemporalCrossAttention(MultiheadCrossAttention):
         out = super().forward(packed, features, kv_range=ranges)
         assert not isinstance(out, torch.Tensor)
         return layout.restore(out.values)
+
+
+def _packed_times(name: str, times: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """(rows,) times of the valid tokens; refuses times of another shape than the tokens."""
+    wanted = layout.padded or (layout.packed.values.shape[0] + layout.unused,)
+    if tuple(times.shape) != tuple(wanted):
+        raise ValueError(f"{name} must have shape {tuple(wanted)}, like its tokens; got {tuple(times.shape)}")
+    return layout.pack_rows(times)

@@ -7,12 +7,16 @@ padded batch use offsets ``torch.arange(batch + 1) * length`` (int32) and ``.unf
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastxattn.ops.attention.checks import check_integer_tensor
+from fastxattn.ops.offsets import check_contents, readable
 
 
 class _Rows(NamedTuple):
@@ -38,6 +42,28 @@ def _lengths(cu_seqlens: Tensor) -> Tensor:
 
 def _pack(start: Tensor, end: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid[:, None], torch.stack([start, end], 1), 0).to(torch.int32)
+
+
+def check_count(name: str, count: object, low: int = 0) -> None:
+    """That ``count`` is an int of at least ``low``, where -1 means no limit."""
+    if isinstance(count, bool) or not isinstance(count, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int; got {type(count).__name__}")
+    if count < low:
+        raise ValueError(f"{name} must be at least 0{', or -1 for no limit' if low < 0 else ''}; got {count}")
+
+
+def _check_media(name: str, per_image: Tensor, media_locations: Tensor, cu_seqlens_q: Tensor) -> None:
+    """That ``per_image`` (images,) has one number, not negative, for each marker in a sequence."""
+    check_integer_tensor(name, per_image)
+    if not (readable(per_image) and readable(media_locations) and readable(cu_seqlens_q)):
+        return
+    markers = int(media_locations[: int(cu_seqlens_q[-1])].count_nonzero())
+    if per_image.shape[0] != markers:
+        raise ValueError(
+            f"{name} must have one entry per marker in media_locations, {markers}; got {per_image.shape[0]}"
+        )
+    if markers and int(per_image.min()) < 0:
+        raise ValueError(f"{name} must not be negative; got {int(per_image.min())}")
 
 
 def _total(total_q: int | None, cu_seqlens_q: Tensor) -> int:
@@ -93,8 +119,7 @@ def sliding_window_kv_range(
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_integer_tensor(name, offsets, torch.int32)
     for name, limit in (("left", left), ("right", right)):
-        if limit < -1:
-            raise ValueError(f"{name} must be at least 0, or -1 for no limit; got {limit}")
+        check_count(name, limit, -1)
     rows = _locate(cu_seqlens_q, _total(total_q, cu_seqlens_q))
     keys = _lengths(cu_seqlens_k)[rows.sequence]
     center = rows.place + keys - _lengths(cu_seqlens_q)[rows.sequence]
@@ -128,10 +153,11 @@ def media_kv_range(
     Alayrac et al., Flamingo: a visual language model for few-shot learning (2022), section 2.3.
     """
     first, image, image_here = _preceding_media(media_locations, cu_seqlens_q)
-    if isinstance(media_lengths, int):
+    if not isinstance(media_lengths, Tensor):
+        check_count("media_lengths", media_lengths)
         start, end = (image - first) * media_lengths, (image - first + 1) * media_lengths
     else:
-        check_integer_tensor("media_lengths", media_lengths)
+        _check_media("media_lengths", media_lengths, media_locations, cu_seqlens_q)
         before = torch.nn.functional.pad(media_lengths.long().cumsum(0), (1, 0))
         last = before.shape[0] - 1
         origin = before[first.clamp(max=last)]
@@ -162,8 +188,10 @@ def tile_kv_range(
 
     Grattafiori et al., The Llama 3 herd of models (2024), section 7.
     """
-    check_integer_tensor("tiles", tiles)
+    for name, count in (("tokens_per_tile", tokens_per_tile), ("max_tiles", max_tiles)):
+        check_count(name, count)
     first, image, image_here = _preceding_media(media_locations, cu_seqlens_q)
+    _check_media("tiles", tiles, media_locations, cu_seqlens_q)
     start = (image - first) * max_tiles * tokens_per_tile
     if tiles.shape[0] == 0:
         return _pack(start, start, torch.zeros_like(image_here))
@@ -201,28 +229,101 @@ def timestamp_kv_range(
                              t = 1.0       x   x   x   .   .   .
                              t = 2.2       .   .   .   x   x   .
 
+    Integer times are compared as integers, exactly (nanoseconds since 1970 included); floating-point times, and an
+    integer tensor beside a floating-point one, in float64.
+
     Args:
         query_times: (total_q,) floating or integer, in any order.
-        key_times: (total_k,) of the same dtype, ascending within each sequence.
+        key_times: (total_k,) floating or integer, ascending within each sequence.
         cu_seqlens_q: (batch + 1,) int32.
         cu_seqlens_k: (batch + 1,) int32.
-        before: how far a query looks back.
+        before: how far a query looks back; infinity for no limit.
         after: how far it looks ahead; ``before`` when None.
 
     Returns:
         (total_q, 2) int32.
+
+    Raises:
+        TypeError: times or limits are no numbers.
+        ValueError: a shape or device is wrong, or a limit is NaN; where contents can be read without waiting for a
+            device, also NaN times, key times that decrease within a sequence, and integers beyond 2**53 beside floats.
     """
+    after = before if after is None else after
+    for name, limit in (("before", before), ("after", after)):
+        check_limit(name, limit)
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_integer_tensor(name, offsets, torch.int32)
-    if query_times.dtype != key_times.dtype:
-        raise TypeError(f"key_times must have the dtype of query_times, {query_times.dtype}; got {key_times.dtype}")
-    rows = _locate(cu_seqlens_q, query_times.shape[0])
+    integer = [_check_times(name, t) for name, t in (("query_times", query_times), ("key_times", key_times))]
+    for name, t in (("key_times", key_times), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if t.device != query_times.device:
+            raise ValueError(f"{name} must be on the device of query_times, {query_times.device}; got {t.device}")
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        wanted = tuple(cu_seqlens_q.shape)
+        raise ValueError(f"cu_seqlens_k must have the shape of cu_seqlens_q, {wanted}; got {tuple(cu_seqlens_k.shape)}")
+    if readable(key_times):
+        check_contents("cu_seqlens_k", cu_seqlens_k, key_times.shape[0], "key_times")
+        _check_ascending(key_times, cu_seqlens_k)
+        if integer[0] != integer[1]:
+            for name, t in (("query_times", query_times), ("key_times", key_times)):
+                if t.is_floating_point() or not t.numel():
+                    continue
+                extremes = [int(value) for value in torch.aminmax(t.long())]
+                if max(map(abs, extremes)) > 2**53:
+                    raise ValueError(f"{name} must lie within 2**53 beside floating-point times; got {extremes}")
+    dtype = torch.int64 if all(integer) else torch.float64
+    times, keys = query_times.to(dtype), key_times.to(dtype)
+    rows = _locate(cu_seqlens_q, times.shape[0])
     low = cu_seqlens_k.long()[rows.sequence]
     high = low + _lengths(cu_seqlens_k)[rows.sequence]
-    after = before if after is None else after
-    start = _bisect(key_times, query_times - before, low, high, right=False)
-    end = _bisect(key_times, query_times + after, low, high, right=True)
+    start = _bisect(keys, _moved(times, -before, math.ceil), low, high, right=False)
+    end = _bisect(keys, _moved(times, after, math.floor), low, high, right=True)
     return _pack(start - low, torch.maximum(start, end) - low, rows.valid)
+
+
+def check_limit(name: str, limit: object) -> None:
+    """That a window's limit is a number and not NaN."""
+    if isinstance(limit, bool) or not isinstance(limit, numbers.Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} must be a number; got {type(limit).__name__}")
+    if limit != limit:
+        raise ValueError(f"{name} must not be NaN; got {limit}")
+
+
+def _check_times(name: str, times: object) -> bool:
+    """Whether ``times`` (rows,) are integers; refuses what is no tensor of times."""
+    if not isinstance(times, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(times).__name__}")
+    if times.dtype in (torch.bool, torch.uint64) or times.is_complex():
+        raise TypeError(f"{name} must be floating-point or integers up to int64; got {times.dtype}")
+    if times.ndim != 1:
+        raise ValueError(f"{name} must have one axis; got shape {tuple(times.shape)}")
+    if times.is_floating_point() and readable(times) and bool(times.isnan().any()):
+        raise ValueError(f"{name} must not be NaN; got NaN at row {int(times.isnan().to(torch.uint8).argmax())}")
+    return not times.is_floating_point()
+
+
+def _check_ascending(key_times: Tensor, cu_seqlens_k: Tensor) -> None:
+    falls = torch.nn.functional.pad(key_times[1:] < key_times[:-1], (1, 1))  # falls[i]: row i is before row i - 1
+    falls[cu_seqlens_k.long()] = False  # a sequence may begin before the last one ends
+    falls[int(cu_seqlens_k[-1]) :] = False
+    if bool(falls.any()):
+        at = int(falls.to(torch.uint8).argmax())
+        pair = key_times[at - 1 : at + 1].tolist()
+        raise ValueError(f"key_times must ascend within each sequence; got {pair[0]} then {pair[1]} at row {at}")
+
+
+def _moved(times: Tensor, shift: float, rounding: Callable[[float], int]) -> Tensor:
+    """``times + shift``; for int64 times by a whole number, ending at the limits of int64 instead of wrapping round."""
+    unlimited = abs(shift) == math.inf
+    if times.is_floating_point():
+        return torch.full_like(times, shift) if unlimited else times + shift
+    limits = torch.iinfo(torch.int64)
+    if unlimited:
+        return torch.full_like(times, limits.max if shift > 0 else limits.min)
+    whole = min(max(rounding(shift), limits.min), limits.max)
+    moved = times + whole
+    return (
+        torch.where(moved < times, limits.max, moved) if whole >= 0 else torch.where(moved > times, limits.min, moved)
+    )
 
 
 def _bisect(times: Tensor, wanted: Tensor, low: Tensor, high: Tensor, *, right: bool) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastxattn.ops.offsets import readable
 from fastxattn.ops.pruning import checks
-from fastxattn.ops.pruning.budget import Budget
+from fastxattn.ops.pruning.budget import Budget, counts_of
 from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.reference import kept_offsets
 from fastxattn.ops.pruning.rows import gather_rows
@@ -89,16 +89,11 @@ def _select(
     if protected is not None:
         checks.check_vector("protected", protected, total, torch.bool)
         checks.check_device("protected", protected, "scores", scores)
+    checks.check_max_seqlen(max_seqlen, cu_seqlens)
     ranked = scores.detach().float().contiguous()
     cu_seqlens = cu_seqlens.contiguous()
-    if isinstance(budget, Budget):
-        counts = budget.counts(ranked, cu_seqlens, protected, backend=backend)
-        capacity = budget.capacity(total, batch, max_seqlen)
-    elif isinstance(budget, Tensor):
-        checks.check_vector("budget", budget, batch, torch.int32)
-        counts, capacity = budget, total
-    else:
-        raise TypeError(f"budget must be a Budget or an int32 tensor of counts; got {type(budget).__name__}")
+    counts = counts_of(budget, ranked, cu_seqlens, protected, backend)
+    capacity = budget.capacity(total, batch, max_seqlen) if isinstance(budget, Budget) else total
     longest = capacity if max_seqlen is None else min(capacity, max_seqlen)
     if readable(cu_seqlens):
         offsets = kept_offsets(cu_seqlens, counts, capacity)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastxattn.ops.pruning import segments
+from fastxattn.ops.pruning import checks, segments
 from fastxattn.ops.pruning.ops import run
 
 STATIC = ("count", "ratio", "total")
-KINDS = (*STATIC, "threshold", "mass", "adaptive")
+RANGES = {
+    "count": ("k", 0.0, math.inf),
+    "ratio": ("r", 0.0, 1.0),
+    "total": ("n", 0.0, math.inf),
+    "threshold": ("t", -math.inf, math.inf),
+    "mass": ("p", 0.0, 1.0),
+    "adaptive": ("factor", 0.0, sys.float_info.max),
+}
+"""Of each kind: the name of its value in its class method, and the range of it."""
+KINDS = tuple(RANGES)
+SLACK = 1e-6
+"""A share that exceeds a whole number of tokens by less than this is that number: 0.1 * 30 is 3, not 4."""
 
 
 @dataclass(frozen=True)
@@ -42,42 +55,58 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
-        _natural("minimum", self.minimum)
-        if self.maximum is not None and _natural("maximum", self.maximum) < self.minimum:
-            raise ValueError(f"maximum must be at least the minimum, {self.minimum}; got {self.maximum}")
+        name, low, high = RANGES[self.kind]
+        check = _natural if self.kind in ("count", "total") else _within
+        object.__setattr__(self, "value", check(name, self.value, low, high))
+        if self.by not in ("length", "score") or (self.by == "score" and self.kind != "total"):
+            raise ValueError(f"by must be length or score (score for a total only); got {self.by!r} for {self.kind}")
+        object.__setattr__(self, "minimum", _natural("minimum", self.minimum))
+        if self.maximum is not None:
+            object.__setattr__(self, "maximum", _natural("maximum", self.maximum))
+            if self.maximum < self.minimum:
+                raise ValueError(f"maximum must be at least the minimum, {self.minimum}; got {self.maximum}")
+        if self.kind in ("count", "total") and (self.minimum or self.maximum is not None):
+            raise ValueError(
+                f"minimum and maximum are not for a budget of {self.kind}; got {self.minimum}, {self.maximum}"
+            )
 
     @classmethod
     def count(cls, k: int) -> Budget:
         """Keep ``k`` tokens of each sequence."""
-        return cls("count", _natural("k", k))
+        return cls("count", k)
 
     @classmethod
     def ratio(cls, r: float, *, minimum: int = 0) -> Budget:
         """Keep ``ceil(r * length)`` tokens of each sequence."""
-        return cls("ratio", _within("r", r, 0.0, 1.0), minimum=minimum)
+        return cls("ratio", r, minimum=minimum)
 
     @classmethod
     def total(cls, n: int, *, by: str = "length") -> Budget:
         """Keep ``n`` tokens in all, shared ``by`` "length", or by "score": the ``n`` best of the whole batch."""
-        _natural("n", n)
-        if by not in ("length", "score"):
-            raise ValueError(f"by must be length or score; got {by!r}")
         return cls("total", n, by)
 
     @classmethod
     def threshold(cls, t: float, *, minimum: int = 0, maximum: int | None = None) -> Budget:
         """Keep tokens that score at least ``t``."""
-        return cls("threshold", _within("t", t, -math.inf, math.inf), minimum=minimum, maximum=maximum)
+        return cls("threshold", t, minimum=minimum, maximum=maximum)
 
     @classmethod
     def mass(cls, p: float, *, minimum: int = 0, maximum: int | None = None) -> Budget:
-        """Keep the fewest tokens whose scores (negative ones as 0) sum to a share ``p`` of the sequence's sum."""
-        return cls("mass", _within("p", p, 0.0, 1.0), minimum=minimum, maximum=maximum)
+        """Keep the fewest tokens whose scores (negative ones as 0) sum to a share ``p`` of the sequence's sum.
+
+        Scores count down to 2**-40 of the sequence's largest. Infinite scores hold the whole mass in equal parts.
+        """
+        return cls("mass", p, minimum=minimum, maximum=maximum)
 
     @classmethod
     def adaptive(cls, factor: float = 1.5, *, minimum: int = 1, maximum: int | None = None) -> Budget:
         """Keep outliers by the interquartile range, as PruMerge (arXiv 2403.15388) does."""
-        return cls("adaptive", _within("factor", factor, 0.0, math.inf), minimum=minimum, maximum=maximum)
+        return cls("adaptive", factor, minimum=minimum, maximum=maximum)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether lengths alone decide the counts, whatever the scores."""
+        return self.static and self.by == "length"
 
     @property
     def static(self) -> bool:
@@ -92,7 +121,7 @@ class Budget:
         elif self.kind == "total":
             bounds.append(int(self.value))
         elif self.kind == "ratio":
-            bounds.append(max(math.floor(self.value * total) + batch, batch * self.minimum))
+            bounds.append(math.floor(self.value * total) + batch * (1 + self.minimum))
             if max_seqlen is not None:
                 bounds.append(batch * max(_ceil(self.value * max_seqlen), self.minimum))
         if self.maximum is not None:
@@ -118,7 +147,8 @@ class Budget:
         if self.kind == "count":
             counts = torch.full_like(lengths, min(int(self.value), 2**31 - 1))
         elif self.kind == "ratio":
-            counts = (lengths.double() * self.value - 1e-6).ceil()
+            wanted = lengths.double() * self.value
+            counts = (wanted - (wanted / 2).clamp_max(SLACK)).ceil()
         elif self.kind == "total":
             counts = self._shared(scores, cu_seqlens, protected)
         elif self.kind == "threshold":
@@ -128,9 +158,7 @@ class Budget:
         else:
             quartiles = run("quantile", scores, backend, scores, cu_seqlens, scores.new_tensor([0.25, 0.75]))
             cut = quartiles[:, 1] + self.value * (quartiles[:, 1] - quartiles[:, 0])
-            row = segments.sequence_ids(cu_seqlens, scores.shape[0])
-            cut = torch.nn.functional.pad(cut, (0, 1), value=torch.inf)
-            counts = _passing(scores > cut[row], cu_seqlens, protected)
+            counts = _passing(scores > segments.spread(cut, cu_seqlens, scores.shape[0]), cu_seqlens, protected)
         if self.minimum:
             counts = counts.clamp_min(self.minimum)
         if self.maximum is not None:
@@ -146,44 +174,64 @@ class Budget:
         ranked = segments.best_first(scores, everything, protected)
         kept = torch.zeros_like(scores, dtype=torch.bool)
         kept[ranked[: int(self.value)]] = True
-        return segments.segment_sum(kept, cu_seqlens)
+        return segments.segment_count(kept, cu_seqlens)
 
     def _mass(self, scores: Tensor, cu_seqlens: Tensor, protected: Tensor | None) -> Tensor:
-        mass = scores.double().nan_to_num(nan=0.0).clamp_min(0.0)
-        if protected is not None:
-            mass = torch.where(protected, 0.0, mass)
+        # Whole numbers: running sums are exact, so that the difference of two of them does not depend on the batch.
+        mass = segments.relative_to_largest(
+            scores if protected is None else torch.where(protected, 0.0, scores), cu_seqlens
+        )
+        total, inside = scores.shape[0], segments.inside(cu_seqlens, scores.shape[0])
         ranked = segments.best_first(scores, cu_seqlens, protected)
-        row = segments.sequence_ids(cu_seqlens, scores.shape[0])
-        batch = cu_seqlens.shape[0] - 1
-        ordered = torch.where(row < batch, mass[ranked], 0.0)
+        ordered = torch.where(inside, segments.fixed_point(mass[ranked]), 0)
         running = torch.nn.functional.pad(ordered.cumsum(0), (1, 0))
-        start = running[cu_seqlens[:-1].long()]
-        wanted = self.value * (running[cu_seqlens[1:].long()] - start)
+        before = running[:-1] - segments.spread(running[cu_seqlens[:-1].long()], cu_seqlens, total)
+        wanted = self.value * segments.segment_count(ordered, cu_seqlens).double()
         # A token is needed when the mass before it falls short of what is wanted (by more than rounding).
-        before = running[:-1] - torch.nn.functional.pad(start, (0, 1))[row]
-        needed = before < torch.nn.functional.pad(wanted, (0, 1))[row] * (1 - 1e-12)
+        needed = before < segments.spread(wanted, cu_seqlens, total) * (1 - 1e-12)
         guarded = torch.zeros_like(needed) if protected is None else protected[ranked]
-        return segments.segment_sum(needed | guarded, cu_seqlens)
+        return segments.segment_count(needed | guarded, cu_seqlens)
+
+
+def counts_of(
+    budget: Budget | Tensor, scores: Tensor, cu_seqlens: Tensor, protected: Tensor | None, backend: str
+) -> Tensor:
+    """(batch,) int32 counts of a budget, or the counts that the caller gave in its place.
+
+    Raises:
+        TypeError: neither a budget nor an int32 tensor.
+        ValueError: counts of another shape or on another device.
+    """
+    if isinstance(budget, Budget):
+        return budget.counts(scores, cu_seqlens, protected, backend=backend)
+    if isinstance(budget, Tensor):
+        checks.check_vector("budget", budget, cu_seqlens.shape[0] - 1, torch.int32)
+        checks.check_device("budget", budget, "cu_seqlens", cu_seqlens)
+        return budget.contiguous()
+    hint = ""
+    if isinstance(budget, numbers.Real) and not isinstance(budget, bool):
+        hint = f"; write Budget.count({budget})" if isinstance(budget, int) else f"; write Budget.ratio({budget})"
+    raise TypeError(f"budget must be a Budget or an int32 tensor of counts; got {type(budget).__name__}{hint}")
 
 
 def _passing(passes: Tensor, cu_seqlens: Tensor, protected: Tensor | None) -> Tensor:
-    return segments.segment_sum(passes if protected is None else passes | protected, cu_seqlens)
+    return segments.segment_count(passes if protected is None else passes | protected, cu_seqlens)
 
 
 def _ceil(value: float) -> int:
-    return math.ceil(value - 1e-6)
+    return math.ceil(value - min(SLACK, value / 2))
 
 
-def _natural(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+def _natural(name: str, value: float, low: float = 0, high: float = math.inf) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name} must not be negative; got {value}")
-    return value
+    return int(value)
 
 
 def _within(name: str, value: float, low: float, high: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}]; got {value}")

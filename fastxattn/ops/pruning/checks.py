@@ -20,6 +20,26 @@ def check_scores(scores: Tensor, cu_seqlens: Tensor) -> None:
     check_device("cu_seqlens", cu_seqlens, "scores", scores)
 
 
+def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor) -> None:
+    """``max_seqlen`` is a bound on the lengths: sizes of results are derived from it."""
+    if max_seqlen is None:
+        return
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
+        raise TypeError(f"max_seqlen must be an int or None; got {type(max_seqlen).__name__}")
+    if readable(cu_seqlens) and cu_seqlens.shape[0] > 1 and (longest := int(cu_seqlens.diff().max())) > max_seqlen:
+        raise ValueError(f"max_seqlen must be at least the longest sequence, {longest}; got {max_seqlen}")
+
+
+def check_per_token(name: str, t: Tensor, tokens: Tensor, dtype: torch.dtype | None = None) -> None:
+    """``t`` (total,): one value per token on the device of ``tokens``, of ``dtype`` or (None) floating point."""
+    if dtype is None and isinstance(t, Tensor) and t.dtype.is_floating_point:
+        dtype = t.dtype
+    if dtype is None:
+        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(t, 'dtype', type(t).__name__)}")
+    check_vector(name, t, tokens.shape[0], dtype)
+    check_device(name, t, "tokens", tokens)
+
+
 def check_rows(name: str, x: Tensor, rows: int | None = None) -> None:
     """``x`` (rows, ...) floating point."""
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:

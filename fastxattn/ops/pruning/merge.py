@@ -18,8 +18,26 @@ from fastxattn.ops.pruning.selection import Selection
 
 def _keep_where(keep: Tensor, cu_seqlens: Tensor, scores: Tensor | None = None, backend: str = "auto") -> Selection:
     """The selection of exactly the tokens with ``keep`` (total,) bool; ``scores`` only rank them."""
-    counts = segments.segment_sum(keep, cu_seqlens).to(torch.int32)
+    counts = segments.segment_count(keep, cu_seqlens).to(torch.int32)
     return select(keep.float() if scores is None else scores, cu_seqlens, counts, protected=keep, backend=backend)
+
+
+def _counts(name: str, counts: int | Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(batch,) int32 of a number for every sequence, or of (batch,) int32 numbers."""
+    if isinstance(counts, int) and not isinstance(counts, bool):
+        if counts < 0:
+            raise ValueError(f"{name} must not be negative; got {counts}")
+        return torch.full_like(cu_seqlens[1:], min(counts, 2**31 - 1))
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"{name} must be an int or an int32 tensor (batch,); got {type(counts).__name__}")
+    checks.check_vector(name, counts, cu_seqlens.shape[0] - 1, torch.int32)
+    checks.check_device(name, counts, "cu_seqlens", cu_seqlens)
+    return counts
+
+
+def _check_features(features: Tensor, selection: Selection) -> None:
+    checks.check_rows("features", features, selection.assignment.shape[0])
+    checks.check_device("features", features, "the selection", selection.assignment)
 
 
 def _rows_where(keep: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +66,8 @@ def best_match(
     for name, index, offsets in (("a", a_index, cu_a), ("b", b_index, cu_b)):
         checks.check_index(f"{name}_index", index, features.shape[0])
         check_offsets(f"cu_{name}", offsets, index.shape[0])
+        checks.check_device(f"{name}_index", index, "features", features)
+        checks.check_device(f"cu_{name}", offsets, "features", features)
     if cu_a.shape != cu_b.shape:
         raise ValueError(f"cu_b must have the shape of cu_a, {tuple(cu_a.shape)}; got {tuple(cu_b.shape)}")
     best, similarity = run("match", features, backend, features.detach().contiguous(), a_index, cu_a, b_index, cu_b)
@@ -79,8 +99,10 @@ def bipartite(
     checks.check_rows("features", features)
     total = features.shape[0]
     check_offsets("cu_seqlens", cu_seqlens, total)
-    if isinstance(merges, int) and merges < 0:
-        raise ValueError(f"merges must not be negative; got {merges}")
+    wanted = _counts("merges", merges, cu_seqlens)
+    for name, vector, dtype in (("sizes", sizes, None), ("protected", protected, torch.bool)):
+        if vector is not None:
+            checks.check_per_token(name, vector, features, dtype)
     free = segments.inside(cu_seqlens, total)
     if protected is not None:
         free = free & ~protected
@@ -91,7 +113,6 @@ def bipartite(
     a_index, cu_a = _rows_where(free & (place % 2 == 0), cu_seqlens)
     b_index, cu_b = _rows_where(free & (place % 2 == 1), cu_seqlens)
     best, similarity = best_match(features, a_index, cu_a, b_index, cu_b, backend=backend)
-    wanted = torch.full_like(cu_a[1:], merges) if isinstance(merges, int) else merges
     wanted = torch.where(cu_b.diff() > 0, torch.minimum(wanted, cu_a.diff()), 0)
     merged = select(similarity, cu_a, wanted, backend=backend).assignment >= 0  # of A
     gone = segments.scattered(a_index, merged, total, False)
@@ -119,6 +140,9 @@ def nearest(
         weight: (total,) float32 of the average: attention received, in PruMerge; equal when None.
         backend: auto, triton, cpu or reference.
     """
+    _check_features(features, selection)
+    if weight is not None:
+        checks.check_per_token("weight", weight, features)
     cu_seqlens, total = selection.source_cu_seqlens, selection.assignment.shape[0]
     # A token that is not finite would spoil the average it joined; it stays dropped.
     dropped = (selection.assignment < 0) & segments.inside(cu_seqlens, total) & features.isfinite().all(1)
@@ -128,17 +152,18 @@ def nearest(
     return _join(selection, dropped, target, torch.ones_like(selection.scores) if weight is None else weight.float())
 
 
-def contextual(dominant: Selection, features: Tensor, count: int, *, backend: str = "auto") -> Selection:
+def contextual(dominant: Selection, features: Tensor, count: int | Tensor, *, backend: str = "auto") -> Selection:
     """Keep ``count`` evenly spaced leftovers besides the dominant tokens; the other leftovers merge into the nearest.
 
     VisionZip, Yang et al., CVPR 2025 (arXiv 2412.04467). The result keeps dominant and contextual tokens in order.
+    ``count`` is one number for every sequence, or (batch,) int32.
     """
-    if count < 0:
-        raise ValueError(f"count must not be negative; got {count}")
+    _check_features(features, dominant)
+    counts = _counts("count", count, dominant.source_cu_seqlens)
     cu_seqlens, total = dominant.source_cu_seqlens, dominant.assignment.shape[0]
     left = (dominant.assignment < 0) & segments.inside(cu_seqlens, total) & features.isfinite().all(1)
     left_index, cu_left = _rows_where(left, cu_seqlens)
-    context = segments.scattered(left_index, even_spacing(cu_left, left_index.shape[0], count), total, False)
+    context = segments.scattered(left_index, even_spacing(cu_left, left_index.shape[0], counts), total, False)
     kept = _keep_where(context | (dominant.assignment >= 0), cu_seqlens, dominant.scores, backend)
     a_index, cu_a = _rows_where(left & ~context, cu_seqlens)
     b_index, cu_b = _rows_where(context, cu_seqlens)
@@ -147,24 +172,22 @@ def contextual(dominant: Selection, features: Tensor, count: int, *, backend: st
     return _join(kept, left & ~context, target, torch.ones_like(dominant.scores))
 
 
-def even_spacing(cu_seqlens: Tensor, total: int, count: int | Tensor) -> Tensor:
-    """(total,) bool: ``count`` (int or (batch,)) evenly spaced tokens of each sequence, all where it has fewer."""
-    row = segments.sequence_ids(cu_seqlens, total)
-    length = torch.nn.functional.pad(cu_seqlens.diff(), (0, 1))[row].long()
-    place = torch.arange(total, device=cu_seqlens.device) - torch.nn.functional.pad(cu_seqlens, (0, 1))[row]
-    if isinstance(count, Tensor):
-        count = torch.nn.functional.pad(count, (0, 1))[row].long()
-    k = torch.minimum(length, torch.full_like(length, count) if isinstance(count, int) else count)
+def even_spacing(cu_seqlens: Tensor, total: int, counts: Tensor) -> Tensor:
+    """(total,) bool: ``counts`` (batch,) evenly spaced tokens of each sequence, all where it has fewer."""
+    length = segments.spread(cu_seqlens.diff().long(), cu_seqlens, total)
+    place = torch.arange(total, device=cu_seqlens.device) - segments.spread(cu_seqlens[:-1], cu_seqlens, total)
+    k = torch.minimum(length, segments.spread(counts.long(), cu_seqlens, total))
     # Token i is taken where floor((i + 1) k / n) steps up.
     return (place + 1) * k // length.clamp_min(1) > place * k // length.clamp_min(1)
 
 
-def leftover(selection: Selection, *, backend: str = "auto") -> Selection:
+def leftover(selection: Selection, *, average: bool = False, backend: str = "auto") -> Selection:
     """One more kept token per sequence that stands for everything dropped: EViT, Liang et al., ICLR 2022.
 
-    The best dropped token gives the leftover its place (so that order and positions stay meaningful); its value becomes
-    the average of all dropped tokens weighted by their scores (arXiv 2202.07800). A sequence that dropped nothing gets
-    none.
+    The row of the leftover is ``sum_i score_i * x_i`` over the dropped tokens, as in the paper (arXiv 2202.07800, where
+    the scores are attention and sum to less than 1). With ``average`` it is divided by the sum of these scores, for
+    scores of any size. NaN and negative scores count as 0. The best dropped token gives the leftover its place, so that
+    order and positions stay meaningful (the paper appends it). A sequence that dropped nothing gets none.
     """
     cu_seqlens = selection.source_cu_seqlens
     counts = torch.minimum(selection.cu_seqlens.diff() + 1, cu_seqlens.diff())
@@ -176,4 +199,5 @@ def leftover(selection: Selection, *, backend: str = "auto") -> Selection:
     places = places.scatter_reduce(0, sequence, torch.where(seat, kept.assignment, -1), "amax")
     joins = inside & (selection.assignment < 0) & ~selection.scores.isnan()
     assignment = torch.where(joins, places[sequence], kept.assignment)
-    return kept.merged(assignment, torch.where(selection.assignment >= 0, 1.0, selection.scores))
+    weight = torch.where(selection.assignment >= 0, 1.0, selection.scores)
+    return kept.merged(assignment, weight, average=average)

@@ -159,7 +159,8 @@ def _max_min(unit: Tensor, weight: Tensor, invalid: Tensor, seeds: list[int], co
 
 def _determinant(unit: Tensor, weight: Tensor, invalid: Tensor, seeds: list[int], count: int) -> list[int]:
     # Incremental Cholesky of Chen et al. 2018: value is the squared residual of each row given the picked ones.
-    similarity = unit @ unit.T
+    # Rounded as in the kernels: equal rows have equal similarities, whatever the order of a product's sums.
+    similarity = (unit @ unit.T).float().double()
     # A unit row's similarity to itself is 1, not nearly 1: equal qualities tie exactly.
     similarity.fill_diagonal_(0.0).diagonal().copy_((unit != 0).any(1))
     kernel = similarity * weight[:, None] * weight

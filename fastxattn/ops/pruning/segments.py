@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FRACTION_BITS = 40
+"""Of a :func:`fixed_point` number; 22 are left for sums."""
+
 
 def sequence_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
     """(rows,) int64: the sequence of each row; ``batch`` for rows beyond the last."""
@@ -29,10 +32,18 @@ def offsets_of(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(batch,) sums of (total,) values, in float64 or int64: by differences of one running sum."""
-    exact = values.to(torch.float64 if values.dtype.is_floating_point else torch.int64)
-    return torch.nn.functional.pad(exact.cumsum(0), (1, 0))[cu_seqlens.long()].diff()
+def segment_count(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(batch,) int64 sums of (total,) bool or int64 values: exact, so that one running sum serves all sequences.
+
+    Floating-point values have to become :func:`fixed_point` numbers first. The difference of two floating-point running
+    sums depends on what precedes the sequence in the batch, and an infinity there makes it NaN.
+    """
+    return torch.nn.functional.pad(values.to(torch.int64).cumsum(0), (1, 0))[cu_seqlens.long()].diff()
+
+
+def fixed_point(values: Tensor) -> Tensor:
+    """(total,) int64: values in [-1, 1] in units of ``2**-FRACTION_BITS``. Sums are exact up to 2**23 tokens."""
+    return (values.double() * 2**FRACTION_BITS).round().to(torch.int64)
 
 
 def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -40,6 +51,22 @@ def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     batch = cu_seqlens.shape[0] - 1
     out = values.new_full((batch + 1,), -torch.inf)
     return out.scatter_reduce(0, sequence_ids(cu_seqlens, values.shape[0]), values, "amax")[:batch]
+
+
+def spread(values: Tensor, cu_seqlens: Tensor, rows: int, fill: float = 0) -> Tensor:
+    """(rows,) value of each row's sequence, from (batch,) values; ``fill`` for rows beyond the last sequence."""
+    return torch.nn.functional.pad(values, (0, 1), value=fill)[sequence_ids(cu_seqlens, rows)]
+
+
+def relative_to_largest(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(total,) float64 in [0, 1]: each value as a share of the largest of its sequence; NaN and negative ones are 0.
+
+    Where the largest is infinite, infinite values are 1 and finite ones 0. All 0 where nothing is positive.
+    """
+    positive = torch.where(values > 0, values, 0.0).double()
+    largest = spread(segment_max(positive, cu_seqlens), cu_seqlens, values.shape[0])
+    share = positive / torch.where(largest > 0, largest, 1.0)
+    return torch.where(largest.isinf(), positive.isinf().double(), share)
 
 
 def best_first(scores: Tensor, cu_seqlens: Tensor, protected: Tensor | None = None) -> Tensor:
@@ -58,22 +85,18 @@ def share(total: int, weights: Tensor, limits: Tensor) -> Tensor:
     """Split ``total`` among (batch,) sequences in proportion to ``weights``, none above its limit; (batch,) int32.
 
     What a full sequence cannot take goes to the others in proportion; the last units go to the largest remainders,
-    ties to the lowest index. Weights of 0 or NaN get a share, an equal one, when all
-    others are full.
+    ties to the lowest index. Infinite weights take everything they can. Weights of 0 or NaN get a share, an equal one,
+    when all others are full.
     """
     limits = limits.to(torch.float64)
-    weights = weights.to(torch.float64).nan_to_num(nan=0.0).clamp_min(0.0)
-    wanted = limits.sum().clamp_max(total)
+    rest = torch.minimum(limits.sum(), limits.new_full((), total))
     given = torch.zeros_like(limits)
-    for _ in range(16):  # each round fills at least one sequence or places everything; rounding takes the rest
-        open_weights = torch.where(given < limits, weights, 0.0)
-        open_weights = torch.where(open_weights.sum() > 0, open_weights, (given < limits).to(weights.dtype))
-        rest = (wanted - given.sum()).clamp_min(0.0)
-        scale = open_weights.sum()
-        step = torch.where(scale > 0, rest * open_weights / scale.clamp_min(1e-300), 0.0)
-        given = torch.minimum(given + step, limits)
+    weights = weights.to(torch.float64)
+    ordinary = torch.where(weights.isfinite() & (weights > 0), weights, 0.0)
+    for group in (weights.isposinf().double(), ordinary, torch.ones_like(limits)):
+        given = given + _fill(rest - given.sum(), group, limits - given)
     whole = (given + 1e-9).floor()
-    missing = wanted - whole.sum()
+    missing = rest - whole.sum()
     remainder = torch.where(whole < limits, given - whole, -torch.inf)
     place = torch.empty_like(remainder, dtype=torch.int64)
     ranked = torch.sort(remainder, descending=True, stable=True).indices
@@ -81,10 +104,28 @@ def share(total: int, weights: Tensor, limits: Tensor) -> Tensor:
     return (whole + ((place < missing) & (whole < limits))).to(torch.int32)
 
 
+def _fill(amount: Tensor, weights: Tensor, limits: Tensor) -> Tensor:
+    """(batch,) shares of ``amount``: ``min(level * weights, limits)`` at the level at which they add up to it."""
+    if weights.shape[0] == 0:
+        return limits
+    weights = weights / weights.amax().clamp_min(1e-300)
+    level = torch.where(weights > 0, limits / weights.clamp_min(1e-300), torch.inf)  # at which a sequence is full
+    order = torch.sort(level).indices
+    filled = torch.nn.functional.pad(torch.where(weights > 0, limits, 0.0)[order].cumsum(0), (1, 0))[:-1]
+    open_weight = weights[order].flip(0).cumsum(0).flip(0)
+    # The level if the sequences before this one are full; right at the first that it does not fill.
+    candidate = (amount - filled) / open_weight.clamp_min(1e-300)
+    stops = (candidate <= level[order]) & (open_weight > 0)
+    at = stops.to(torch.uint8).argmax()
+    return torch.where(
+        stops.any(), torch.minimum(candidate[at].clamp_min(0.0) * weights, limits), (weights > 0) * limits
+    )
+
+
 def inverse_norms(x: Tensor) -> Tensor:
     """(total,) float32: 1 / length of each row, 0 for a zero row, NaN for one that is not finite."""
-    norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-    return torch.where(norm.isfinite(), torch.where(norm > 0, 1 / norm, 0.0), torch.nan)
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)  # squares overflow float32 from 1e19 on
+    return torch.where(norm.isfinite(), torch.where(norm > 0, (1 / norm).clamp_max(3e38), 0.0), torch.nan).float()
 
 
 def members_by_row(assignment: Tensor, rows: int) -> tuple[Tensor, Tensor]:

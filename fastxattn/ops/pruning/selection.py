@@ -48,6 +48,7 @@ class Selection(TensorFields):
         protected: (total,) bool or None.
         weight: (total,) float32 or None: each token's weight in the average that its kept row becomes; None drops
             every other token.
+        average: whether weights are divided by their sum over each kept row; False for the weighted sum of EViT.
     """
 
     _lead: ClassVar[str] = "keep_index"
@@ -61,6 +62,7 @@ class Selection(TensorFields):
     scores: Tensor
     protected: Tensor | None = None
     weight: Tensor | None = None
+    average: bool = True
 
     def __len__(self) -> int:
         """The number of sequences."""
@@ -107,13 +109,18 @@ class Selection(TensorFields):
 
     @property
     def coefficient(self) -> Tensor | None:
-        """(total,) float32 shares of the tokens in their row's average (they sum to 1); None when tokens are dropped.
+        """(total,) float32 factors of the tokens in their row's sum; None when tokens are dropped.
 
-        A row whose weights sum to 0 becomes the plain average. NaN and negative weights count as 0.
+        They sum to 1 for each row, except without :attr:`average`, where they are the weights. A row whose weights sum
+        to 0 becomes the plain average. NaN and negative weights count as 0.
         """
         if self.weight is None:
             return None
         weight = torch.where(self.weight > 0, self.weight, 0.0)
+        return self._shares(weight) if self.average else weight
+
+    def _shares(self, weight: Tensor) -> Tensor:
+        """``weight`` (total,), not negative, divided by its sum over each kept row."""
         ones = torch.ones_like(weight)
         sums = merge_rows(weight, self.assignment, None, self.rows)
         counts = merge_rows(ones, self.assignment, None, self.rows)
@@ -129,7 +136,7 @@ class Selection(TensorFields):
         return gather_rows(x, self.keep_index)
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Rows of ``x`` as this selection reduces them: gathered, or averaged by :attr:`weight`. Differentiable."""
+        """Rows of ``x`` as this selection reduces them: gathered, or merged by :attr:`weight`. Differentiable."""
         check_rows("x", x, self.assignment.shape[0])
         if self.weight is None:
             return gather_rows(x, self.keep_index)
@@ -190,14 +197,14 @@ class Selection(TensorFields):
         if callable(mode):
             return mode(self, positions)
         if mode == "mean":
-            return self.reduce(positions.float())
+            return (self if self.average else replace(self, average=True)).reduce(positions.float())
         if positions.shape[0] == 0:
             return positions.new_zeros(self.rows, *positions.shape[1:])
         return positions.index_select(0, self.keep_index.clamp_min(0).long())
 
-    def merged(self, assignment: Tensor, weight: Tensor) -> Selection:
-        """The same kept rows, with other tokens averaged into them: (total,) int32 places and float32 weights."""
-        return replace(self, assignment=assignment, weight=weight)
+    def merged(self, assignment: Tensor, weight: Tensor, *, average: bool = True) -> Selection:
+        """The same kept rows, with other tokens merged into them: (total,) int32 places and float32 weights."""
+        return replace(self, assignment=assignment, weight=weight, average=average)
 
 
 def _places(cu_seqlens: Tensor, rows: int) -> Tensor:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxattn.ops.offsets import check_offsets
+from fastxattn.ops.offsets import check_offsets, readable
 from fastxattn.ops.pruning import checks, merge, segments
 from fastxattn.ops.pruning.api import select
-from fastxattn.ops.pruning.budget import Budget
+from fastxattn.ops.pruning.budget import Budget, counts_of
 from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
 from fastxattn.ops.pruning.selection import Selection
@@ -35,7 +35,11 @@ def attention_topk(
 
 
 def evit(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, attention: Tensor, **options: Any) -> Selection:
-    """EViT, Liang et al., ICLR 2022 (arXiv 2202.07800): top-k, the rest fused into one more token."""
+    """EViT, Liang et al., ICLR 2022 (arXiv 2202.07800): top-k, the rest fused into one more token.
+
+    The fused token is ``sum_i a_i x_i`` over the dropped tokens with their raw attention, as in the paper. It sits
+    where the best dropped token was; the paper appends it.
+    """
     return merge.leftover(select(attention, cu_seqlens, budget, **options), backend=options.get("backend", "auto"))
 
 
@@ -49,32 +53,59 @@ def tome(
     backend: str = "auto",
     max_seqlen: int | None = None,
 ) -> Selection:
-    """ToMe, Bolya et al., ICLR 2023 (arXiv 2210.09461): one bipartite merge; it removes at most half of the tokens."""
-    probe = tokens.new_zeros(tokens.shape[0], dtype=torch.float32)
-    keep = budget.counts(probe, cu_seqlens, protected, backend=backend)
+    """ToMe, Bolya et al., ICLR 2023 (arXiv 2210.09461): one bipartite merge; it removes at most half of the tokens.
+
+    Similarity is that of ``tokens``. The paper compares keys, averaged over heads: pass those as ``tokens``, and reduce
+    the hidden states with the selection.
+    """
+    checks.check_max_seqlen(max_seqlen, cu_seqlens)
+    keep = _counts("tome", tokens, cu_seqlens, budget, backend)
     return merge.bipartite(
         tokens, cu_seqlens, cu_seqlens.diff() - keep, sizes=sizes, protected=protected, backend=backend
     )
 
 
-def _greedy(
-    tokens: Tensor, quality: Tensor | None, cu_seqlens: Tensor, budget: Budget, mode: int, options: dict[str, Any]
-) -> Selection:
+def _counts(name: str, tokens: Tensor, cu_seqlens: Tensor, budget: Budget | Tensor, backend: str) -> Tensor:
+    """(batch,) int32 counts for the strategy ``name``, which has no scores before it picks."""
     checks.check_rows("tokens", tokens)
     check_offsets("cu_seqlens", cu_seqlens, tokens.shape[0])
-    if not budget.static:
-        raise ValueError(f"budget must be static (count, ratio, total) for a greedy search; got {budget.kind}")
+    checks.check_device("cu_seqlens", cu_seqlens, "tokens", tokens)
+    if isinstance(budget, Budget) and not budget.by_length:
+        kind = 'total(by="score")' if budget.static else budget.kind
+        raise ValueError(
+            f"budget must be static (count, ratio, or total by length) for {name}, which has no scores before it picks "
+            f"tokens; got {kind}"
+        )
+    zeros = tokens.new_zeros(tokens.shape[0], dtype=torch.float32)
+    return counts_of(budget, zeros, cu_seqlens, None, backend)
+
+
+def _greedy(
+    name: str,
+    tokens: Tensor,
+    quality: Tensor | None,
+    cu_seqlens: Tensor,
+    budget: Budget | Tensor,
+    mode: int,
+    options: dict[str, Any],
+) -> Selection:
     backend, protected = options.get("backend", "auto"), options.get("protected")
-    counts = budget.counts(tokens.new_zeros(tokens.shape[0], dtype=torch.float32), cu_seqlens, None, backend=backend)
-    most = budget.per_sequence(tokens.shape[0], options.get("max_seqlen"))
+    counts = _counts(name, tokens, cu_seqlens, budget, backend)
+    if protected is not None:
+        checks.check_per_token("protected", protected, tokens, torch.bool)
+        protected = protected.contiguous()
+    checks.check_max_seqlen(options.get("max_seqlen"), cu_seqlens)
+    most = tokens.shape[0]
+    if isinstance(budget, Budget):
+        most = budget.per_sequence(most, options.get("max_seqlen"))
     flat = tokens.detach().flatten(1).contiguous()
-    scores = run("greedy", flat, backend, flat, quality, cu_seqlens, counts, protected, mode, most)
-    return select(scores, cu_seqlens, budget, **options)
+    scores = run("greedy", flat, backend, flat, quality, cu_seqlens.contiguous(), counts, protected, mode, most)
+    return select(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, **options)
 
 
 def divprune(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
     """DivPrune, Alvar et al., CVPR 2025 (arXiv 2503.02175): greedy max-min diversity in cosine distance."""
-    return _greedy(tokens, None, cu_seqlens, budget, MAX_MIN, options)
+    return _greedy("divprune", tokens, None, cu_seqlens, budget, MAX_MIN, options)
 
 
 def cdpruner(
@@ -83,12 +114,24 @@ def cdpruner(
     """CDPruner, Zhang et al. 2025 (arXiv 2506.10967): greedy MAP of a determinantal point process.
 
     The kernel is ``diag(r) S diag(r)`` with S the cosine similarity of tokens and ``r`` their ``relevance`` (total,) to
-    an instruction, for example :func:`text_relevance`; unconditioned when None.
+    an instruction, for example :func:`text_relevance`; unconditioned when None, and in each sequence without a finite
+    relevance other than 0. Only ratios of relevance within a sequence matter. Tokens of relevance NaN or infinity are
+    picked last.
     """
-    quality = None if relevance is None else relevance.detach().float().contiguous()
-    if quality is not None:
-        checks.check_vector("relevance", quality, tokens.shape[0], torch.float32)
-    return _greedy(tokens, quality, cu_seqlens, budget, DETERMINANT, options)
+    quality = None
+    if relevance is not None:
+        checks.check_rows("tokens", tokens)
+        check_offsets("cu_seqlens", cu_seqlens, tokens.shape[0])
+        checks.check_per_token("relevance", relevance, tokens)
+        quality = _relative(relevance.detach().double(), cu_seqlens)
+    return _greedy("cdpruner", tokens, quality, cu_seqlens, budget, DETERMINANT, options)
+
+
+def _relative(relevance: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(total,) float32 relevance as a share of each sequence's largest; 1 for all tokens of one that has none."""
+    finite = torch.where(relevance.isfinite(), relevance.abs(), 0.0)
+    largest = segments.spread(segments.segment_max(finite, cu_seqlens), cu_seqlens, relevance.shape[0])
+    return torch.where(largest > 0, relevance / torch.where(largest > 0, largest, 1.0), 1.0).float()
 
 
 def visionzip(
@@ -102,15 +145,30 @@ def visionzip(
 ) -> Selection:
     """VisionZip, Yang et al., CVPR 2025 (arXiv 2412.04467): dominant tokens by attention, contextual ones by merging.
 
-    ``budget`` must be a count; ``contextual`` of it (a sixth when None, the paper's 10 of 64) are contextual.
+    ``budget`` must be a count; ``contextual`` of it (a sixth when None, the paper's 10 of 64) are contextual, fewer
+    where protected tokens need the places. A contextual token becomes the average of what merges into it; the paper's
+    code adds that average to it.
     """
-    if budget.kind != "count":
-        raise ValueError(f"budget must be a count for visionzip; got {budget.kind}")
-    few = int(budget.value) // 6 if contextual is None else contextual
-    if few > budget.value:
-        raise ValueError(f"contextual must be at most the budget, {int(budget.value)}; got {few}")
-    dominant = select(attention, cu_seqlens, Budget.count(int(budget.value) - few), **options)
-    return merge.contextual(dominant, tokens, few, backend=options.get("backend", "auto"))
+    if not isinstance(budget, Budget):
+        counts_of(budget, attention, cu_seqlens, None, "auto")  # raises what it has to say
+    if not isinstance(budget, Budget) or budget.kind != "count":
+        got = budget.kind if isinstance(budget, Budget) else "a tensor of counts"
+        raise ValueError(f"budget must be a count for visionzip; got {got}")
+    wanted = int(budget.value)
+    few = wanted // 6 if contextual is None else contextual
+    if not isinstance(few, int) or isinstance(few, bool):
+        raise TypeError(f"contextual must be an int; got {type(few).__name__}")
+    if not 0 <= few <= wanted:
+        raise ValueError(f"contextual must lie between 0 and the budget, {wanted}; got {few}")
+    checks.check_scores(attention, cu_seqlens)
+    most = budget.counts(attention, cu_seqlens)
+    dominant = torch.minimum(most, torch.full_like(most, min(wanted - few, 2**31 - 1)))
+    if (protected := options.get("protected")) is not None:
+        checks.check_vector("protected", protected, attention.shape[0], torch.bool)
+        guarded = segments.segment_count(protected, cu_seqlens).to(torch.int32)
+        dominant = torch.maximum(dominant, torch.minimum(guarded, most))
+    kept = select(attention, cu_seqlens, dominant, **options)
+    return merge.contextual(kept, tokens, most - dominant, backend=options.get("backend", "auto"))
 
 
 def prumerge(
@@ -124,11 +182,56 @@ def prumerge(
     return merge.nearest(kept, tokens, weight=attention, backend=options.get("backend", "auto"))
 
 
-def random_tokens(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, seed: int = 0, **options: Any) -> Selection:
-    """Baseline: a random subset; the same one for a seed, on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(tokens.shape[0], generator=generator).to(tokens.device)
-    return select(scores, cu_seqlens, budget, **options)
+def random_tokens(
+    tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, seed: int = 0, backend: str = "auto", **options: Any
+) -> Selection:
+    """Baseline: a random subset, the same one for a seed on every device.
+
+    What is drawn in sequence b depends on ``seed``, b and its length, and on no other sequence.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int; got {type(seed).__name__}")
+    counts = _counts("random", tokens, cu_seqlens, budget, backend)
+    total = tokens.shape[0]
+    place = torch.arange(total, device=tokens.device) - segments.spread(cu_seqlens[:-1], cu_seqlens, total)
+    sequence = segments.sequence_ids(cu_seqlens, total)
+    # A counter for each (sequence, place), hashed with the seed: nothing is drawn in turn.
+    bits = _mixed(_mixed(sequence + _signed(seed * _GOLDEN)) + place)
+    scores = (bits >> 40).float() + 2**23  # 24 bits: exact in float32
+    return select(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, backend=backend, **options)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _signed(value: int) -> int:
+    """The int64 with the lowest 64 bits of ``value``."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """int64 scrambled by the finalizer of splitmix64 (Steele et al., OOPSLA 2014), in wrapping arithmetic."""
+    bits = bits + _signed(_GOLDEN)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        bits = (bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    return bits
+
+
+def _columns(columns: int | Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(batch,) widths of the images' grids."""
+    if isinstance(columns, Tensor):
+        if columns.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"columns must be an int or an integer tensor; got {columns.dtype}")
+        checks.check_vector("columns", columns, cu_seqlens.shape[0] - 1, columns.dtype)
+        checks.check_device("columns", columns, "cu_seqlens", cu_seqlens)
+        if readable(columns) and columns.numel() and int(columns.min()) < 1:
+            raise ValueError(f"columns must be at least 1; got {int(columns.min())}")
+        return columns.long()
+    if not isinstance(columns, int) or isinstance(columns, bool):
+        raise TypeError(f"columns must be an int or an integer tensor; got {type(columns).__name__}")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1; got {columns}")
+    return torch.full((cu_seqlens.shape[0] - 1,), columns, dtype=torch.int64, device=cu_seqlens.device)
 
 
 def _grid_places(
@@ -141,7 +244,7 @@ def _grid_places(
         counted = (~protected).to(torch.int64)
     before = torch.nn.functional.pad(counted.cumsum(0), (1, 0))[:-1]
     start = torch.nn.functional.pad(before, (0, 1))[torch.nn.functional.pad(cu_seqlens[:-1], (0, 1)).long()]
-    width = torch.as_tensor(columns, device=cu_seqlens.device).expand(cu_seqlens.shape[0] - 1)
+    width = _columns(columns, cu_seqlens)
     width = torch.nn.functional.pad(width, (0, 1), value=1)[sequence]
     place = before - start[sequence]
     return (place // width).double(), (place % width).double()
@@ -157,12 +260,15 @@ def uniform_grid(
     steps), where every n-th in sequence order would keep whole columns.
     """
     total = tokens.shape[0]
-    if columns is not None:
-        row, column = _grid_places(cu_seqlens, total, columns, options.get("protected"))
-        return select((row * 0.7548776662466927 + column * 0.5698402909980532) % 1, cu_seqlens, budget, **options)
-    zeros = tokens.new_zeros(total, dtype=torch.float32)
-    counts = budget.counts(zeros, cu_seqlens, None, backend=options.get("backend", "auto"))
-    return select(merge.even_spacing(cu_seqlens, total, counts).float(), cu_seqlens, budget, **options)
+    counts = _counts("uniform", tokens, cu_seqlens, budget, options.get("backend", "auto"))
+    if (protected := options.get("protected")) is not None:
+        checks.check_per_token("protected", protected, tokens, torch.bool)
+    if columns is None:
+        scores = merge.even_spacing(cu_seqlens, total, counts).float()
+    else:
+        row, column = _grid_places(cu_seqlens, total, columns, protected)
+        scores = (row * 0.7548776662466927 + column * 0.5698402909980532) % 1
+    return select(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, **options)
 
 
 def average_pool(
@@ -184,16 +290,18 @@ def average_pool(
         place = torch.where(finite[:, None], place, torch.nan)
         return merge.nearest(kept, place, backend=options.get("backend", "auto"))
     before = torch.nn.functional.pad((kept.assignment >= 0).cumsum(0), (1, 0))[:-1].to(torch.int32)
-    row = segments.sequence_ids(cu_seqlens, tokens.shape[0])
-    last = torch.nn.functional.pad(kept.cu_seqlens[1:], (0, 1))[row]
-    first = torch.nn.functional.pad(kept.cu_seqlens[:-1], (0, 1))[row]
+    last = segments.spread(kept.cu_seqlens[1:], cu_seqlens, tokens.shape[0])
+    first = segments.spread(kept.cu_seqlens[:-1], cu_seqlens, tokens.shape[0])
     place = torch.where(last > first, torch.minimum(before, last - 1), -1).to(torch.int32)
     return kept.merged(torch.where(finite, place, -1), torch.ones_like(kept.scores))
 
 
 def norm(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
     """Baseline: the longest token vectors."""
-    return select(tokens.detach().float().flatten(1).norm(dim=1), cu_seqlens, budget, **options)
+    checks.check_rows("tokens", tokens)
+    # Squares of float32 overflow from 1e19 on.
+    length = torch.linalg.vector_norm(tokens.detach().flatten(1), dim=1, dtype=torch.float64)
+    return select(length, cu_seqlens, budget, **options)
 
 
 STRATEGIES: dict[str, Callable[..., Selection]] = {
@@ -212,3 +320,33 @@ STRATEGIES: dict[str, Callable[..., Selection]] = {
 NEEDS_ATTENTION = frozenset({"attention", "evit", "visionzip", "prumerge"})
 TAKES_COLUMNS = frozenset({"uniform", "pool"})
 TAKES_SIZES = frozenset({"tome"})
+
+
+def check_selection(name: str, selection: object, protected: Tensor | None) -> None:
+    """Refuse what the strategy ``name`` returned if it is no selection, or if it drops protected tokens for others.
+
+    Where contents cannot be read without waiting for a device, the selection must at least name protected tokens.
+
+    Raises:
+        TypeError: not a selection.
+        ValueError: a sequence lost a protected token and kept an unprotected one.
+    """
+    if not isinstance(selection, Selection):
+        raise TypeError(f"strategy {name} must return a Selection; got {type(selection).__name__}")
+    if protected is None:
+        return
+    advice = "pass `protected` on, as in select(..., protected=protected)"
+    source, index = selection.source_cu_seqlens, selection.keep_index
+    if not (readable(index) and readable(source) and readable(protected)):
+        if selection.protected is None:
+            raise ValueError(f"strategy {name} must keep protected tokens; its selection names none: {advice}")
+        return
+    kept = torch.zeros_like(protected)
+    kept[index[index >= 0].long()] = True
+    lost = segments.segment_count(protected & ~kept, source)
+    wrong = (lost > 0) & (segments.segment_count(kept & ~protected, source) > 0)
+    if bool(wrong.any()):
+        at = int(wrong.to(torch.uint8).argmax())
+        raise ValueError(
+            f"strategy {name} must keep protected tokens; it dropped {int(lost[at])} of sequence {at}: {advice}"
+        )
