@@ -11,6 +11,7 @@ import fastxattn
 from benchmarks.soak.losses import losses
 from benchmarks.soak.models import model
 from benchmarks.soak.modules import MODULES
+from benchmarks.soak.pruning import PRUNING
 from benchmarks.soak.trials import Draw, Maker, Trial
 from fastxattn.ops.pruning import ops as pruning
 from fastxattn.ops.pruning.merge import best_match
@@ -215,6 +216,7 @@ MAKERS: dict[str, Maker] = {
     "match": match,
     "greedy": greedy,
     "quantile": quantile,
+    **PRUNING,
     **MODULES,
     "model": model,
 }

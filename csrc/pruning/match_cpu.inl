@@ -12,6 +12,16 @@ using namespace fastxattn::pruning;
 
 static_assert(kPanel % (kMaxN * W) == 0, "a panel must be whole column tiles");
 
+// Squares of float32 overflow from 1e19 on and vanish below 1e-19: such rows are measured in double.
+template <class T>
+static float inverse_norm_wide(const T* row, int64_t channels) {
+  double total = 0;
+  for (int64_t c = 0; c < channels; ++c) total += static_cast<double>(to_f32(row[c])) * to_f32(row[c]);
+  if (!(total < __builtin_inf())) return __builtin_nanf("");
+  const double inverse = total > 0 ? 1.0 / __builtin_sqrt(total) : 0.0;
+  return static_cast<float>(inverse < 3e38 ? inverse : 3e38);
+}
+
 template <class T>
 static float inverse_norm(const T* row, int64_t channels) {
   vf sum = zero();
@@ -22,8 +32,8 @@ static float inverse_norm(const T* row, int64_t channels) {
   }
   float total = reduce_add(sum);
   for (; c < channels; ++c) total += to_f32(row[c]) * to_f32(row[c]);
-  if (!(total < __builtin_inff())) return __builtin_nanf("");
-  return total > 0 ? 1.0f / __builtin_sqrtf(total) : 0.0f;
+  if (!(total < __builtin_inff()) || total < 1e-30f) return inverse_norm_wide(row, channels);
+  return 1.0f / __builtin_sqrtf(total);
 }
 
 // One panel of `rows` <= 64 rows x[index[j]] (or x[j] without an index); finite[j] says whether a row could be used.

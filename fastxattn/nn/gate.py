@@ -25,8 +25,8 @@ class ModalityGate(nn.Module):
         dropout: probability of dropping a modality of a sample, in training.
 
     Sources and differences from them: gated multimodal units (Arevalo et al., 2017) mix hidden vectors
-    ``tanh(x_m W_m)`` with sigmoid gates that need not sum to 1; here the vectors are mixed as they come, with softmax
-    gates. "ModDrop" (Neverova et al., 2015) may drop every modality of a sample.
+    ``tanh(x_m W_m)``, for more than two modalities with independent sigmoid gates; here the vectors are mixed as they
+    come, by a softmax. "ModDrop" (Neverova et al., 2015) may drop every modality of a sample.
     """
 
     def __init__(self, modalities: int, width: int, dropout: float = 0.0) -> None:

@@ -104,14 +104,14 @@ def text_relevance(image: Tensor, text: Tensor, cu_image: Tensor, cu_text: Tenso
             f"cu_text must have the shape of cu_image, {tuple(cu_image.shape)}; got {tuple(cu_text.shape)}"
         )
     total, batch = image.shape[0], cu_image.shape[0] - 1
-    unit_text = _unit(text)
+    unit_text = segments.unit_rows(text)
     useful = unit_text.isfinite().all(1)
     owner = torch.where(useful, segments.sequence_ids(cu_text, text.shape[0]), batch)
     mean = unit_text.new_zeros(batch + 1, text.shape[1])
     mean = mean.index_add(0, owner, torch.where(useful[:, None], unit_text, 0.0))[:batch]
     mean = mean / segments.segment_count(useful, cu_text).clamp_min(1)[:, None]
     row = segments.sequence_ids(cu_image, total)
-    cosine = (_unit(image) * torch.nn.functional.pad(mean, (0, 0, 0, 1))[row]).sum(1)
+    cosine = (segments.unit_rows(image) * torch.nn.functional.pad(mean, (0, 0, 0, 1))[row]).sum(1)
     known = ~cosine.isnan()
     high = segments.segment_max(torch.where(known, cosine, -torch.inf), cu_image)
     low = -segments.segment_max(torch.where(known, -cosine, -torch.inf), cu_image)
@@ -134,7 +134,7 @@ def frame_change(tokens: Tensor, tokens_per_frame: int) -> Tensor:
         raise ValueError(f"tokens must have shape (total, channels); got {tuple(tokens.shape)}")
     if tokens_per_frame < 1 or tokens.shape[0] % tokens_per_frame:
         raise ValueError(f"tokens_per_frame must divide the {tokens.shape[0]} tokens; got {tokens_per_frame}")
-    unit = _unit(tokens).unflatten(0, (-1, tokens_per_frame))
+    unit = segments.unit_rows(tokens).unflatten(0, (-1, tokens_per_frame))
     change = (1 - (unit[1:] * unit[:-1]).sum(-1)).clamp_min(0.0)
     change = torch.where((unit[1:] == unit[:-1]).all(-1), 0.0, change)
     return torch.cat([change.new_full((min(1, unit.shape[0]), tokens_per_frame), 2.0), change]).flatten()
@@ -154,7 +154,7 @@ def frame_counts(tokens: Tensor, cu_frames: Tensor, total: int) -> Tensor:
     check_device("cu_frames", cu_frames, "tokens", tokens)
     if not isinstance(total, int) or isinstance(total, bool) or total < 0:
         raise ValueError(f"total must be an int and not negative; got {total!r}")
-    unit = _unit(tokens)
+    unit = segments.unit_rows(tokens)
     useful = unit.isfinite().all(1) & segments.inside(cu_frames, tokens.shape[0])
     unit = torch.where(useful[:, None], unit, 0.0)
     likeness = unit @ torch.nn.functional.normalize(unit.sum(0, keepdim=True), dim=1).squeeze(0)
@@ -164,8 +164,3 @@ def frame_counts(tokens: Tensor, cu_frames: Tensor, total: int) -> Tensor:
     spread = uniqueness.std(unbiased=False).clamp_min(1e-6) if uniqueness.numel() else uniqueness.sum()
     shares = torch.softmax((uniqueness - uniqueness.mean()) / spread, 0)
     return segments.share(total, shares, cu_frames.diff())
-
-
-def _unit(x: Tensor) -> Tensor:
-    """(total, channels) float32 rows of length 1; zero rows stay zero, rows that are not finite become NaN."""
-    return x.float() * segments.inverse_norms(x)[:, None]

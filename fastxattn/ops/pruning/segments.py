@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FRACTION_BITS = 40
-"""Of a :func:`fixed_point` number; 22 are left for sums."""
+"""Of a :func:`fixed_point` number; 23 are left for sums."""
 
 
 def sequence_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -123,9 +123,20 @@ def _fill(amount: Tensor, weights: Tensor, limits: Tensor) -> Tensor:
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """(total,) float32: 1 / length of each row, 0 for a zero row, NaN for one that is not finite."""
+    """(total,) float32: 1 / length of each row, 0 for a zero row, NaN for one that is not finite.
+
+    For kernels that multiply rows before they normalise: a row longer than 1e18, whose products overflow float32,
+    counts as not finite, one shorter than 1e-18 as zero.
+    """
     norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)  # squares overflow float32 from 1e19 on
-    return torch.where(norm.isfinite(), torch.where(norm > 0, (1 / norm).clamp_max(3e38), 0.0), torch.nan).float()
+    return torch.where(norm <= 1e18, torch.where(norm >= 1e-18, 1 / norm, 0.0), torch.nan).float()
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """(total, channels) float32 rows of length 1; zero rows stay zero, rows that are not finite become NaN."""
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    inverse = torch.where(norm.isfinite(), torch.where(norm > 0, 1 / norm, 0.0), torch.nan)
+    return x.float() * inverse.clamp_max(3e38).float()[:, None]
 
 
 def members_by_row(assignment: Tensor, rows: int) -> tuple[Tensor, Tensor]:

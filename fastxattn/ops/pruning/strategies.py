@@ -279,6 +279,7 @@ def average_pool(
     Without ``columns`` the token at the end of each run of neighbours stands for the run (1-D pooling); with it each
     patch joins the nearest kept one of the grid (2-D pooling for any budget).
     """
+    _counts("pool", tokens, cu_seqlens, budget, options.get("backend", "auto"))  # refuses budgets by this name
     kept = uniform_grid(tokens, cu_seqlens, budget, columns=columns, **options)
     finite = tokens.detach().flatten(1).isfinite().all(1) | (kept.assignment >= 0)
     if columns is not None:
