@@ -1,5 +1,8 @@
 """kv_range builders against dense boolean masks written the slow way."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,8 +123,78 @@ def test_bad_arguments():
         ranges.causal_kv_range(cu.long(), cu)
     with pytest.raises(TypeError, match="media_locations must be boolean"):
         ranges.media_kv_range(torch.zeros(2), cu, 3)
-    with pytest.raises(TypeError, match="key_times must have the dtype of query_times"):
-        ranges.timestamp_kv_range(torch.zeros(2), torch.zeros(2, dtype=torch.int64), cu, cu, 1)
+    for change, error, words in (
+        (
+            {"query_times": torch.zeros(2, dtype=torch.bool)},
+            TypeError,
+            "query_times must be floating-point or integers",
+        ),
+        (
+            {"query_times": torch.tensor([0.0, float("nan")])},
+            ValueError,
+            "query_times must not be NaN; got NaN at row 1",
+        ),
+        ({"key_times": torch.tensor([1.0, 0.5])}, ValueError, r"key_times must ascend .*; got 1.0 then 0.5 at row 1"),
+        ({"key_times": torch.zeros(2, 1)}, ValueError, "key_times must have one axis"),
+        ({"key_times": torch.zeros(1)}, ValueError, "cu_seqlens_k must end within the 1 key_times; got 2"),
+        ({"key_times": torch.zeros(2, device="meta")}, ValueError, "key_times must be on the device of query_times"),
+        ({"key_times": torch.tensor([0, 2**53 + 1])}, ValueError, r"key_times must lie within 2\*\*53 beside floating"),
+        ({"cu_seqlens_k": offsets([1, 1])}, ValueError, "cu_seqlens_k must have the shape of cu_seqlens_q"),
+        ({"before": float("nan")}, ValueError, "before must not be NaN"),
+        ({"after": True}, TypeError, "after must be a number; got bool"),
+    ):
+        good = {"query_times": torch.zeros(2), "key_times": torch.zeros(2), "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+        with pytest.raises(error, match=words):
+            ranges.timestamp_kv_range(**{**good, "before": 1.0, **change})
+    with pytest.raises(TypeError, match="left must be an int; got float"):
+        ranges.sliding_window_kv_range(cu, cu, float("nan"), 0)
+    locations = torch.tensor([True, False])
+    for lengths, words in (
+        (torch.tensor([2, 2]), "media_lengths must have one entry per marker in media_locations, 1; got 2"),
+        (torch.tensor([-2]), "media_lengths must not be negative; got -2"),
+        (-3, "media_lengths must be at least 0; got -3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ranges.media_kv_range(locations, cu, lengths)
+    with pytest.raises(ValueError, match="tiles must have one entry per marker in media_locations, 1; got 0"):
+        ranges.tile_kv_range(locations, cu, torch.zeros(0, dtype=torch.int32), 2, 4)
+
+
+BASES = (0, 2**24, 2**53, 1_764_432_000_000_000_000, -(2**63) + 5, 2**63 - 40)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("before", "after"), [(1, 0), (0.5, 2.5), (0, 1), (-1, 3), (-0.5, 2.5), (math.inf, 0), (100, 100)]
+)
+def test_integer_timestamps_are_exact(base, before, after):
+    q, k = [base + i for i in (0, 3, 4, 9, 30)], [base + i for i in (0, 1, 1, 3, 5, 10, 29, 31)]
+    cu_q, cu_k = offsets([5]), offsets([8])
+    made = ranges.timestamp_kv_range(torch.tensor(q), torch.tensor(k), cu_q, cu_k, before, after)
+
+    def sees(b, i, j):
+        return (math.isinf(before) or q[i] - Fraction(before) <= k[j]) and k[j] <= q[i] + Fraction(after)
+
+    check(made, cu_q, [5], [8], sees)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.int32, torch.int64), (torch.float32, torch.int64), (torch.float64, torch.float32)]
+)
+def test_timestamps_of_two_dtypes(dtypes):
+    """A float32 sum would round these to even numbers."""
+    q, k = [2**24 + 2, 2**24 + 4], [2**24 - 1, 2**24 + 1, 2**24 + 2, 2**24 + 6]
+    of_q, of_k = torch.tensor(q, dtype=dtypes[0]), torch.tensor(k, dtype=torch.float64).to(dtypes[1])
+    cu_q, cu_k = offsets([2]), offsets([4])
+    made = ranges.timestamp_kv_range(of_q, of_k, cu_q, cu_k, 1, 1)
+    exact = of_k.tolist()
+    check(made, cu_q, [2], [4], lambda b, i, j: abs(q[i] - exact[j]) <= 1)
+
+
+def test_later_key_times_may_begin_anew_in_the_next_sequence():
+    made = ranges.timestamp_kv_range(torch.tensor([5.0, 1.0]), torch.tensor([4.0, 5.0, 1.0, 9.0, 0.0]), offsets([1, 1]),
+                                     offsets([2, 2]), 1.0)  # fmt: skip
+    assert made.tolist() == [[0, 2], [0, 1]]
 
 
 def test_in_attention():

@@ -210,9 +210,11 @@ def test_leftover_and_nearest_account_for_every_token(backend: str) -> None:
     one_more = leftover(kept, backend=backend)
     assert one_more.cu_seqlens.tolist() == [0, 5, 5, 10] and one_more.sizes().sum() == 30
     dropped = (kept.assignment < 0) & (torch.arange(30) < 12)
-    want = (x * scores[:, None])[dropped].sum(0) / scores[dropped].sum()
+    want = (x * scores[:, None])[dropped].sum(0)
     seat = one_more.assignment[dropped].unique()
     torch.testing.assert_close(one_more.reduce(x)[seat].squeeze(0), want)
+    average = leftover(kept, average=True, backend=backend).reduce(x)[seat].squeeze(0)
+    torch.testing.assert_close(average, want / scores[dropped].sum())
     near = nearest(kept, x, backend=backend)
     assert near.keep_index.tolist() == kept.keep_index.tolist() and near.sizes().sum() == 30
     x[5] = float("nan")

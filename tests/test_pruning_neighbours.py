@@ -351,3 +351,10 @@ def test_every_strategy_keeps_protected_tokens(name: str, backend: str) -> None:
         needs = {"attention": attention} if name in ("attention", "evit", "visionzip", "prumerge") else {}
         kept = STRATEGIES[name](x, cu, Budget.count(6), protected=protected, backend=backend, **needs)
         check_selection(name, kept, protected)
+
+
+def test_pooled_patches_never_join_protected_tokens(backend: str) -> None:
+    x, protected = torch.randn(10, 3), torch.arange(10) < 2
+    kept = STRATEGIES["pool"](x, offsets([10]), Budget.count(2), columns=4, protected=protected, backend=backend)
+    assert kept.assignment.tolist() == [0, 1] + [-1] * 8
+    assert torch.equal(kept.reduce(x), x[:2])

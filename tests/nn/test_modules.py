@@ -203,6 +203,19 @@ def test_projector_is_llavas_and_idefics3s() -> None:
     torch.testing.assert_close(packed.values, expected.flatten(0, 1))
     with pytest.raises(ValueError, match="multiples of factor"):
         pixel_shuffle(PackedTokens.from_padded(features), [(2, 8), (1, 16)], 2)
+    # Grids whose sizes add up but belong to other images would mix them.
+    with pytest.raises(ValueError, match="image 0 has 16 tokens and grid 2 x 4"):
+        pixel_shuffle(PackedTokens.from_padded(features), [(2, 4), (4, 6)], 2)
+    for grids, factor, error, words in (
+        ([(-4, -4), (4, 4)], 2, ValueError, "at least 0"),
+        ([(4, 4)], 2, ValueError, "one entry per image, 2; got 1"),
+        ([(4, 4), (4, 4)], 0, ValueError, "factor must be at least 1; got 0"),
+        ([(4, 4), (4, 4)], True, TypeError, "factor must be an int; got bool"),
+    ):
+        with pytest.raises(error, match=words):
+            pixel_shuffle(PackedTokens.from_padded(features), grids, factor)
+    with pytest.raises(ValueError, match="grids must be given where images are not square; got 15 tokens"):
+        shuffled(features[:, :15])
 
 
 @ABSORB
@@ -219,6 +232,30 @@ def test_temporal_window_is_a_mask(absorb: Any) -> None:
     expected = torch.where(seen.any(-1, keepdim=True), expected, plain.out_proj.bias)
     out = ours(query, context, times_q, times_k, query_mask=TEXT_MASK, context_mask=IMAGE_MASK)
     torch.testing.assert_close(out[TEXT_MASK], expected[TEXT_MASK], rtol=1e-4, atol=1e-5)
+
+
+def test_times_of_integers_are_exact() -> None:
+    """Nanoseconds since 1970 lie far beyond what float32 and float64 tell apart."""
+    torch.manual_seed(0)
+    ours = TemporalCrossAttention(WIDTH, HEADS, before=2, after=0)
+    query, context = torch.randn(1, 4, WIDTH), torch.randn(1, 6, WIDTH)
+    times_q, times_k = torch.tensor([[3, 5, 8, 9]]), torch.tensor([[0, 2, 3, 5, 6, 9]])
+    expected = ours(query, context, times_q.double(), times_k.double())
+    for base in (2**24 + 1, 2**53 + 1, 1_764_432_000_000_000_001):
+        torch.testing.assert_close(ours(query, context, times_q + base, times_k + base), expected, rtol=0, atol=0)
+    mixed = ours(query, context, times_q.float() + 2**24, (times_k + 2**24).int())
+    rounded = ours(query, context, (times_q.float() + 2**24).long(), times_k + 2**24)
+    torch.testing.assert_close(mixed, rounded, rtol=0, atol=0)
+    for before in (float("nan"), -1.0, True):
+        with pytest.raises((TypeError, ValueError), match="before must"):
+            TemporalCrossAttention(WIDTH, HEADS, before=before)
+    for times, words in (
+        (times_k.flip(1), "key_times must ascend within each sequence; got 9 then 6 at row 1"),
+        (times_k[:, :5], r"context_times must have shape \(1, 6\), like its tokens; got \(1, 5\)"),
+        (times_k / 0.0 * 0, "key_times must not be NaN"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ours(query, context, times_q, times)
 
 
 def test_modality_gate() -> None:

@@ -134,6 +134,8 @@ def nearest(
 ) -> Selection:
     """Merge every dropped token into the most similar kept one (PruMerge, Shang et al. 2024, arXiv 2403.15388).
 
+    A token that is not finite, or that finds only kept tokens that are not, stays dropped.
+
     Args:
         selection: what is kept.
         features: (total, channels) that similarity is measured on.
@@ -147,8 +149,8 @@ def nearest(
     # A token that is not finite would spoil the average it joined; it stays dropped.
     dropped = (selection.assignment < 0) & segments.inside(cu_seqlens, total) & features.isfinite().all(1)
     a_index, cu_a = _rows_where(dropped, cu_seqlens)
-    best, _ = best_match(features, a_index, cu_a, selection.keep_index, selection.cu_seqlens, backend=backend)
-    target = segments.scattered(a_index, best, total, -1)
+    best, likeness = best_match(features, a_index, cu_a, selection.keep_index, selection.cu_seqlens, backend=backend)
+    target = segments.scattered(a_index, torch.where(likeness.isnan(), -1, best), total, -1)
     return _join(selection, dropped, target, torch.ones_like(selection.scores) if weight is None else weight.float())
 
 

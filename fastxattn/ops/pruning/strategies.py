@@ -277,7 +277,7 @@ def average_pool(
     """Baseline: evenly spread tokens become the average of their neighbourhood; all tokens count.
 
     Without ``columns`` the token at the end of each run of neighbours stands for the run (1-D pooling); with it each
-    patch joins the nearest kept one of the grid (2-D pooling for any budget).
+    patch joins the nearest kept one of the grid (2-D pooling for any budget), none a protected token.
     """
     _counts("pool", tokens, cu_seqlens, budget, options.get("backend", "auto"))  # refuses budgets by this name
     kept = uniform_grid(tokens, cu_seqlens, budget, columns=columns, **options)
@@ -287,7 +287,7 @@ def average_pool(
         row, column = _grid_places(cu_seqlens, tokens.shape[0], columns, options.get("protected"))
         place = torch.stack([row, column, torch.full_like(row, 64.0)], 1).float()
         if (protected := options.get("protected")) is not None:
-            place = torch.where(protected[:, None], place * 0, place)  # no patch is near a CLS token
+            finite = finite & ~protected  # no patch is near a CLS token
         place = torch.where(finite[:, None], place, torch.nan)
         return merge.nearest(kept, place, backend=options.get("backend", "auto"))
     before = torch.nn.functional.pad((kept.assignment >= 0).cumsum(0), (1, 0))[:-1].to(torch.int32)
