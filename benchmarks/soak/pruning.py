@@ -64,7 +64,8 @@ class Problem:
         """Sequence ``b`` by itself; for ``random``, whose draw depends on b, among empty neighbours."""
         begin = sum(self.lengths[:b])
         rows = slice(begin, begin + self.lengths[b])
-        budget, options, lengths = self.budget, dict(self.options), (self.lengths[b],)
+        budget, options = self.budget, dict(self.options)
+        lengths: tuple[int, ...] = (self.lengths[b],)
         if self.strategy == "random":
             lengths = tuple(n if i == b else 0 for i, n in enumerate(self.lengths))
         elif isinstance(budget, Tensor):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastxattn.ops.offsets import readable
 from fastxattn.packed import PackedTokens
 
 Tokens = torch.Tensor | PackedTokens
@@ -103,6 +104,7 @@ class Layout:
         if isinstance(tokens, PackedTokens):
             if self.padded is not None:
                 raise ValueError(f"{name} must be padded like the tokens it goes with; got PackedTokens")
+            check_same_lengths(name, tokens.cu_seqlens, self.packed.cu_seqlens)
             rows = tokens.values
         elif self.padded is None:
             raise ValueError(f"{name} must be PackedTokens like the tokens it goes with; got a padded tensor")
@@ -114,6 +116,15 @@ class Layout:
         if packed.shape[0] != self.packed.values.shape[0]:
             raise ValueError(f"{name} must have {self.packed.values.shape[0]} rows; got {packed.shape[0]}")
         return packed
+
+
+def check_same_lengths(name: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Refuse offsets that cut rows into other sequences, where they can be read without waiting for a device."""
+    if got.shape != wanted.shape:
+        raise ValueError(f"{name} must have as many sequences as the tokens it goes with; got {got.shape[0] - 1}")
+    if readable(got) and readable(wanted) and not torch.equal(got, wanted):
+        lengths = [offsets.diff().tolist()[:8] for offsets in (wanted, got)]
+        raise ValueError(f"{name} must have the lengths of the tokens it goes with, {lengths[0]}; got {lengths[1]}")
 
 
 def check_same_batch(query: PackedTokens, context: PackedTokens) -> None:

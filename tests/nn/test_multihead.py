@@ -145,5 +145,11 @@ def test_refusals_name_the_argument() -> None:
         ours(query, context, context_mask=torch.ones(BATCH, LK))
     with pytest.raises(ValueError, match="query_mask must be None"):
         ours(PackedTokens.from_padded(query), context, query_mask=_masks()[0])
+    cu = torch.tensor([[0, 3, 7], [0, 4, 7]], dtype=torch.int32)
+    tokens, other = (PackedTokens(torch.randn(7, EMBED), row, 7) for row in cu)
+    with pytest.raises(ValueError, match=r"value must have the lengths .*, \[3, 4\]; got \[4, 3\]"):
+        ours(tokens, tokens, other)
+    with pytest.raises(ValueError, match="value must have as many sequences as the tokens it goes with; got 1"):
+        ours(tokens, tokens, PackedTokens(torch.randn(7, EMBED), cu[0, [0, 2]], 7))
     with pytest.raises(ValueError, match="value must be given"):
         MultiheadCrossAttention(EMBED, HEADS, kdim=EMBED, vdim=8)(query, context)
