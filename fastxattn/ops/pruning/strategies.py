@@ -150,7 +150,7 @@ def visionzip(
     code adds that average to it.
     """
     if not isinstance(budget, Budget):
-        counts_of(budget, attention, cu_seqlens, None, "auto")  # raises what it has to say
+        counts_of(budget, attention, cu_seqlens, None, "auto")  # names what is wrong with it
     if not isinstance(budget, Budget) or budget.kind != "count":
         got = budget.kind if isinstance(budget, Budget) else "a tensor of counts"
         raise ValueError(f"budget must be a count for visionzip; got {got}")
