@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "bindings/ort_op.h"
 
@@ -62,6 +63,8 @@ Status* guarded(const Api* api, const Spec& spec, F&& body) {
     return nullptr;
   } catch (const BadInput& error) {
     return status(ErrorCode::invalid_argument, error.what());
+  } catch (const std::bad_alloc&) {
+    return status(ErrorCode::runtime_exception, "out of memory for temporary results");
   } catch (const std::exception& error) {
     return status(ErrorCode::runtime_exception, error.what());
   } catch (...) {

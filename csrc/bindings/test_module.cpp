@@ -21,9 +21,8 @@ Parallel threads(int64_t count) {
   Parallel parallel;
   parallel.workers = count;
   parallel.run = [](void*, int64_t workers, Parallel::Body body, void* context) {
-    std::vector<std::thread> pool;
+    std::vector<std::jthread> pool;  // joins
     for (int64_t i = 0; i < workers; ++i) pool.emplace_back(body, i, context);
-    for (auto& thread : pool) thread.join();
   };
   return parallel;
 }
