@@ -60,7 +60,7 @@ FXA_INLINE vf load_elements(const T* p, int64_t left) {
   if constexpr (Operand<T>::kPair == 1) {
     return load_first_as_f32(p, left);
   } else {
-    if (left >= 2 * W) return load(reinterpret_cast<const float*>(p));
+    if (left >= 2 * W) return load_words(p);
 #if defined(FXA_HAS_BF16_DOT)
     const uint32_t mask = left > 0 ? (1u << left) - 1 : 0;
     return reinterpret_cast<vf>(_mm512_maskz_loadu_epi16(mask, p));

@@ -69,7 +69,7 @@ static void pack_rows(const T* const* rows, int64_t n, int64_t width, int64_t pa
       for (; c + W <= width; c += W) {
         const vu a = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(low + c), vu);
         const vu b = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(high + c), vu);
-        *reinterpret_cast<vu_unaligned*>(dst + c) = a | b << 16;
+        store_words(dst + c, reinterpret_cast<vf>(a | b << 16));
       }
     }
     for (; c < width; ++c) {

@@ -30,7 +30,7 @@ FXA_INLINE vf broadcast_fma(const bf16x2* a, vf b, vf c) {
   const __m512i pair = _mm512_set1_epi32(static_cast<int>(a->bits));
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(b));
 }
-FXA_INLINE vf load_operand(const bf16x2* p) { return load(reinterpret_cast<const float*>(p)); }
+FXA_INLINE vf load_operand(const bf16x2* p) { return load_words(p); }
 #endif
 
 template <class E, AOrder order, Init init, int M, int N>

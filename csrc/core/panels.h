@@ -50,7 +50,7 @@ static const float* f32_panel(const T* src, int64_t stride, int64_t rows, int64_
 // Rows of bf16 as rows of pairs.
 static const bf16x2* pair_panel(const bf16_t* src, int64_t stride, int64_t rows, int64_t d, bf16x2* copy, int64_t* ld) {
   const int64_t depth = panel_depth<bf16x2>(d);
-  if (2 * depth == d && stride % 2 == 0 && reinterpret_cast<uintptr_t>(src) % 4 == 0) {
+  if (2 * depth == d && stride % 2 == 0) {
     *ld = stride / 2;
     return reinterpret_cast<const bf16x2*>(src);
   }
@@ -82,14 +82,14 @@ FXA_INLINE void transpose_step(vf* r) {
 // are zero up to a whole vector and unset beyond it.
 template <class E>
 static void pack_strips(const E* panel, int64_t ld, int64_t rows, int64_t depth, E* out) {
-  const float* src = reinterpret_cast<const float*>(panel);
   for (int64_t base = 0; base < rows; base += kStrip) {
     float* strip = reinterpret_cast<float*>(out) + base * depth;
     for (int64_t lane = 0; lane < kStrip && base + lane < rows; lane += W) {
       for (int64_t k = 0; k < depth; k += W) {
         vf r[W];
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) r[i] = base + lane + i < rows ? load(src + (base + lane + i) * ld + k) : zero();
+        for (int i = 0; i < W; ++i)
+          r[i] = base + lane + i < rows ? load_words(panel + (base + lane + i) * ld + k) : zero();
         transpose_step<1>(r);
         transpose_step<2>(r);
         if constexpr (W > 4) transpose_step<4>(r);

@@ -39,13 +39,16 @@ using vf = float __attribute__((vector_size(W * 4)));
 using vi = int32_t __attribute__((vector_size(W * 4)));
 using vu = uint32_t __attribute__((vector_size(W * 4)));
 using vf_unaligned = float __attribute__((vector_size(W * 4), aligned(4), may_alias));
-using vu_unaligned = uint32_t __attribute__((vector_size(W * 4), aligned(4), may_alias));
+using vf_anywhere = float __attribute__((vector_size(W * 4), aligned(1), may_alias));
 using vh = uint16_t __attribute__((vector_size(W * 2)));
 using vh_unaligned = uint16_t __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
 #define FXA_INLINE static inline __attribute__((always_inline))
 
 FXA_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+// 32-bit lanes of memory of any type at any address, such as pairs of 16-bit values that start at an odd one.
+FXA_INLINE vf load_words(const void* p) { return *static_cast<const vf_anywhere*>(p); }
+FXA_INLINE void store_words(void* p, vf x) { *static_cast<vf_anywhere*>(p) = x; }
 FXA_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 FXA_INLINE vf splat(float x) { return x - vf{}; }  // x - 0 keeps the sign of zero and folds to a broadcast
 FXA_INLINE vi splat(int32_t x) { return x - vi{}; }
@@ -310,9 +313,12 @@ FXA_INLINE void transpose(vf (&x)[W]) {
   }
 }
 
-// Two bf16 in one 32-bit lane: the operand of the bf16 dot product, which sums the products of both.
-struct bf16x2 {
-  uint32_t bits;
+// Two bf16 in one 32-bit lane: the operand of the bf16 dot product, which sums the products of both. Rows of bf16 are
+// read as pairs where they lie, which may be at an odd element.
+using unaligned_pair = uint32_t __attribute__((aligned(2)));
+struct __attribute__((may_alias)) bf16x2 {
+  unaligned_pair bits;
 };
+static_assert(sizeof(bf16x2) == 4 && alignof(bf16x2) == 2);
 
 }  // namespace fastxattn::FXA_ISA

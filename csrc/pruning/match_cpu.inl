@@ -104,7 +104,7 @@ void pruning_match(const MatchParams& p, int64_t begin, int64_t end, int64_t b_b
     // Lanes that stand for no row, or for one that is not finite, must not win.
     vf usable[kPanel / W];
     for (int64_t j = 0; j < kPanel; ++j)
-      usable[j / W][j % W] = b + j < b_end && b_finite[b + j] ? 0.0f : __builtin_nanf("");
+      usable[j / W][j % W] = b + j < b_end && b_finite[b - b_begin + j] ? 0.0f : __builtin_nanf("");
     for (int64_t i = 0; i < rows; ++i) {
       vf top = load(best[i]);
       vi at;

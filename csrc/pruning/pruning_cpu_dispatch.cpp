@@ -119,7 +119,7 @@ void match(const MatchParams& p, const Parallel& parallel) {
     for_each_task(inner, panels(na), [&](int64_t i, int64_t inner_worker) {
       const int64_t worker = home + inner_worker;
       const int64_t begin = a0 + i * kPanel, end = begin + kPanel < a0 + na ? begin + kPanel : a0 + na;
-      kernel(p, begin, end, b0, b0 + nb, b_panels, finite - b0, a_memory.get() + worker * panel,
+      kernel(p, begin, end, b0, b0 + nb, b_panels, finite, a_memory.get() + worker * panel,
              tiles.get() + worker * kPanel * kPanel);
     });
   };

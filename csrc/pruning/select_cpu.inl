@@ -101,6 +101,7 @@ static void scaled_row(const T* from, float c, T* to, int64_t channels) {
 
 template <class T>
 static void gather_rows(const GatherParams& p, int64_t begin, int64_t end) {
+  if (p.channels == 0) return;  // the pointers may be null, which memset and memcpy may not be given
   const T* x = static_cast<const T*>(p.x);
   T* out = static_cast<T*>(p.out);
   for (int64_t j = begin; j < end; ++j) {
