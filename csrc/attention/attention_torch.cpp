@@ -181,6 +181,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op(
 }  // namespace fastxattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) {
-  m.impl("attention_cpu", TORCH_BOX(&fastxattn::attention));
-  m.impl("attention_backward_cpu", TORCH_BOX(&fastxattn::attention_backward_op));
+  m.impl("attention_cpu", FXA_OPERATOR(&fastxattn::attention));
+  m.impl("attention_backward_cpu", FXA_OPERATOR(&fastxattn::attention_backward_op));
 }

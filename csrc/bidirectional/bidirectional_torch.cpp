@@ -10,10 +10,6 @@ namespace {
 
 #define FXA_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastxattn::bidirectional: ", __VA_ARGS__)
 
-Tensor allocate(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
-}
-
 void check_rows(const Tensor& t, const char* name, const Tensor& query) {
   FXA_CHECK(t.is_cpu() && t.scalar_type() == query.scalar_type(), name,
             " must be on the CPU with the dtype of query_a");
@@ -83,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional(Tensor query_a, Tensor 
   Tensor out[2], lse[2];
   for (int i = 0; i < 2; ++i) {
     BidirectionalSide& s = p.side[i];
-    out[i] = allocate({s.rows, p.heads, p.side[1 - i].value_dim}, query_a.scalar_type(), query_a);
-    lse[i] = allocate({p.heads, s.rows}, ScalarType::Float, query_a);
+    out[i] = empty_cpu({s.rows, p.heads, p.side[1 - i].value_dim}, query_a.scalar_type());
+    lse[i] = empty_cpu({p.heads, s.rows}, ScalarType::Float);
     s.out = out[i].mutable_data_ptr();
     s.lse = static_cast<float*>(lse[i].mutable_data_ptr());
   }
@@ -124,15 +120,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backwar
   for (int i = 0; i < 2; ++i) {
     BidirectionalSide& s = p.side[i];
     const auto one = [&](int bit, int64_t dim) {
-      return needs >> (bit + i) & 1 ? allocate({s.rows, p.heads, dim}, query_a.scalar_type(), query_a)
-                                    : allocate({0}, query_a.scalar_type(), query_a);
+      return needs >> (bit + i) & 1 ? empty_cpu({s.rows, p.heads, dim}, query_a.scalar_type())
+                                    : empty_cpu({0}, query_a.scalar_type());
     };
     query[i] = one(0, p.head_dim);
     value[i] = one(2, s.value_dim);
     const bool with_bias = needs >> (4 + i) & 1;
     FXA_CHECK(!with_bias || s.bias != nullptr, "needs names a bias that is absent");
-    bias[i] =
-        with_bias ? allocate({p.heads, s.rows}, ScalarType::Float, query_a) : allocate({0}, ScalarType::Float, query_a);
+    bias[i] = with_bias ? empty_cpu({p.heads, s.rows}, ScalarType::Float) : empty_cpu({0}, ScalarType::Float);
     if (needs >> i & 1) s.grad_query = query[i].mutable_data_ptr();
     if (needs >> (2 + i) & 1) s.grad_value = value[i].mutable_data_ptr();
     if (with_bias) s.grad_bias = static_cast<float*>(bias[i].mutable_data_ptr());
@@ -145,6 +140,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backwar
 }  // namespace fastxattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) {
-  m.impl("bidirectional_cpu", TORCH_BOX(&fastxattn::bidirectional));
-  m.impl("bidirectional_backward_cpu", TORCH_BOX(&fastxattn::bidirectional_backward_op));
+  m.impl("bidirectional_cpu", FXA_OPERATOR(&fastxattn::bidirectional));
+  m.impl("bidirectional_backward_cpu", FXA_OPERATOR(&fastxattn::bidirectional_backward_op));
 }

@@ -5,6 +5,11 @@
 namespace fastxattn {
 namespace {
 
+void check_dims(const Tensor& query, const Tensor& context) {
+  STD_TORCH_CHECK(query.dim() == 3 && context.dim() == 2 && query.size(2) == context.size(1),
+                  "fastxattn: query must be (rows, heads, width) and context (rows, width)");
+}
+
 void check_offsets(const Tensor& offsets, int64_t rows, const char* name) {
   STD_TORCH_CHECK(
       offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) >= 1 && offsets.is_contiguous(),
@@ -18,14 +23,13 @@ void check_offsets(const Tensor& offsets, int64_t rows, const char* name) {
 ContextAttentionParams problem(const Tensor& query, const Tensor& context, const Tensor& cu_q, const Tensor& cu_k,
                                const OptionalTensor& kv_range, const OptionalTensor& key_bias, double scale,
                                const Tensor& out, const Tensor& lse, const Tensor& softmax) {
-  STD_TORCH_CHECK(query.dim() == 3 && context.dim() == 2 && query.size(2) == context.size(1),
-                  "fastxattn: query must be (rows, heads, width) and context (rows, width)");
+  check_dims(query, context);
   STD_TORCH_CHECK(query.scalar_type() == context.scalar_type(), "fastxattn: query and context must have one dtype");
   STD_TORCH_CHECK(context.is_contiguous() && (query.size(2) <= 1 || query.stride(2) == 1),
                   "fastxattn: context and the last axis of query must be contiguous");
-  STD_TORCH_CHECK(cu_q.size(0) == cu_k.size(0), "fastxattn: cu_seqlens_q and cu_seqlens_k must have one length");
   check_offsets(cu_q, query.size(0), "cu_seqlens_q");
   check_offsets(cu_k, context.size(0), "cu_seqlens_k");
+  STD_TORCH_CHECK(cu_q.size(0) == cu_k.size(0), "fastxattn: cu_seqlens_q and cu_seqlens_k must have one length");
   if (kv_range.has_value()) {
     STD_TORCH_CHECK(kv_range->scalar_type() == ScalarType::Int && kv_range->dim() == 2 && kv_range->is_contiguous() &&
                         kv_range->size(0) == query.size(0) && kv_range->size(1) == 2,
@@ -68,9 +72,10 @@ ContextAttentionParams problem(const Tensor& query, const Tensor& context, const
 
 std::tuple<Tensor, Tensor, Tensor> op_forward(Tensor query, Tensor context, Tensor cu_q, Tensor cu_k,
                                               OptionalTensor kv_range, OptionalTensor key_bias, double scale) {
-  Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
-  Tensor lse = torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float);
-  Tensor softmax = torch::stable::new_empty(query, {2, query.size(1), query.size(0)}, ScalarType::Float);
+  check_dims(query, context);
+  Tensor out = empty_cpu({query.size(0), query.size(1), query.size(2)}, query.scalar_type());
+  Tensor lse = empty_cpu({query.size(1), query.size(0)}, ScalarType::Float);
+  Tensor softmax = empty_cpu({2, query.size(1), query.size(0)}, ScalarType::Float);
   context_attention_forward(problem(query, context, cu_q, cu_k, kv_range, key_bias, scale, out, lse, softmax),
                             torch_parallel());
   return {out, lse, softmax};
@@ -89,12 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> op_backward(Tensor grad_out, OptionalTensor g
                   "fastxattn: grad_lse must be contiguous float32, of lse's shape");
   const bool bias = (needs & 4) != 0 && key_bias.has_value();
   const bool by_key = (needs & 2) != 0 || bias;
-  Tensor grad_query = (needs & 1) != 0 ? torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)})
-                                       : torch::stable::new_empty(query, {0});
-  Tensor grad_context = by_key ? torch::stable::new_empty(context, {context.size(0), context.size(1)})
-                               : torch::stable::new_empty(context, {0});
-  Tensor grad_bias =
-      bias ? torch::stable::new_empty(*key_bias, {key_bias->size(0)}) : torch::stable::new_empty(lse, {0});
+  Tensor grad_query = (needs & 1) != 0 ? empty_cpu({query.size(0), query.size(1), query.size(2)}, query.scalar_type())
+                                       : empty_cpu({0}, query.scalar_type());
+  Tensor grad_context =
+      by_key ? empty_cpu({context.size(0), context.size(1)}, query.scalar_type()) : empty_cpu({0}, query.scalar_type());
+  Tensor grad_bias = bias ? empty_cpu({key_bias->size(0)}, ScalarType::Float) : empty_cpu({0}, ScalarType::Float);
   ContextAttentionGrads g{};
   g.grad_out = grad_out.const_data_ptr();
   g.grad_lse = data_or_null<float>(grad_lse);
@@ -108,8 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> op_backward(Tensor grad_out, OptionalTensor g
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) {
-  m.impl("context_attention_cpu", TORCH_BOX(&op_forward));
-  m.impl("context_attention_backward_cpu", TORCH_BOX(&op_backward));
+  m.impl("context_attention_cpu", FXA_OPERATOR(&op_forward));
+  m.impl("context_attention_backward_cpu", FXA_OPERATOR(&op_backward));
 }
 
 }  // namespace fastxattn

@@ -41,9 +41,8 @@ int64_t block_of(int64_t count) {
   return std::clamp<int64_t>((quarter + 63) / 64 * 64, kMaxBlock / 2, kMaxBlock);
 }
 
-Tensor floats(const Tensor& like, std::initializer_list<int64_t> size, bool zero) {
-  const std::vector<int64_t> shape(size);
-  Tensor t = torch::stable::new_empty(like, shape, ScalarType::Float);
+Tensor floats(std::initializer_list<int64_t> shape, bool zero) {
+  Tensor t = empty_cpu(shape, ScalarType::Float);
   if (zero) std::fill_n(static_cast<float*>(t.mutable_data_ptr()), t.numel(), 0.0f);
   return t;
 }
@@ -123,9 +122,9 @@ void finish_rows(const ContrastiveSide& side, int64_t d, int64_t depth, T* out, 
 Tensor finish_gradient(const ContrastiveParams& p, const ContrastiveSide& side, const Tensor& like, const Tensor& sums,
                        bool keep_float, const Parallel& parallel) {
   if (side.count == 0) {
-    return keep_float ? floats(like, {0, p.d}, false) : torch::stable::new_empty(like, std::vector<int64_t>{0, p.d});
+    return keep_float ? floats({0, p.d}, false) : empty_cpu({0, p.d}, like.scalar_type());
   }
-  if (side.grad_data == nullptr) return floats(like, {0}, false);
+  if (side.grad_data == nullptr) return floats({0}, false);
   constexpr int64_t kChunk = 64;
   const auto each = [&](auto type, void* out) {
     using T = decltype(type);
@@ -136,8 +135,8 @@ Tensor finish_gradient(const ContrastiveParams& p, const ContrastiveSide& side, 
   };
   const bool in_place = p.depth == p.d && (keep_float || p.dtype == DType::f32);
   Tensor out = in_place     ? sums
-               : keep_float ? floats(like, {side.count, p.d}, false)
-                            : torch::stable::new_empty(like, std::vector<int64_t>{side.count, p.d});
+               : keep_float ? floats({side.count, p.d}, false)
+                            : empty_cpu({side.count, p.d}, like.scalar_type());
   void* to = in_place || keep_float ? nullptr : out.mutable_data_ptr();
   switch (p.dtype) {
     case DType::bf16: each(bf16_t{}, to); break;
@@ -164,7 +163,7 @@ Tensor positive_logits_cpu(FXA_PROBLEM, bool blocked) {
   for (int64_t i = 0; i < p.a.count; ++i) {
     STD_TORCH_CHECK(p.a.id[i] < p.b.count, "fastxattn: a target is out of range");
   }
-  Tensor out = floats(a, {p.a.count}, false);
+  Tensor out = floats({p.a.count}, false);
   const Parallel parallel = torch_parallel();
   if (!blocked) {
     positive_logits(p, p.a.id, data(out), parallel);
@@ -203,7 +202,7 @@ std::tuple<Tensor, Tensor> contrastive_stats_cpu(FXA_PROBLEM, const OptionalTens
   std::vector<float> state(static_cast<size_t>(kStatePlanes * (p.a.count + p.b.count)));
   p.a.state = state.data();
   p.b.state = state.data() + kStatePlanes * p.a.count;
-  Tensor row_stats = floats(a, {kStatPlanes, p.a.count}, false), col_stats = floats(a, {kStatPlanes, p.b.count}, false);
+  Tensor row_stats = floats({kStatPlanes, p.a.count}, false), col_stats = floats({kStatPlanes, p.b.count}, false);
   contrastive_forward(p, data(row_stats), data(col_stats), scratch.aligned, parallel);
   return {row_stats, col_stats};
 }
@@ -222,9 +221,9 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward_cpu(const Tensor& grad_r
   check_planes(col_stats, "col_stats", kStatPlanes, p.b.count);
   p.a.grad = data(grad_row), p.a.stats = data(row_stats);
   p.b.grad = data(grad_col), p.b.stats = data(col_stats);
-  Tensor grad_a = floats(a, {needs & 1 ? p.a.count : 0, p.depth}, true);
-  Tensor grad_b = floats(a, {needs & 2 ? p.b.count : 0, p.depth}, true);
-  Tensor dots = floats(a, {p.a.count}, true);
+  Tensor grad_a = floats({needs & 1 ? p.a.count : 0, p.depth}, true);
+  Tensor grad_b = floats({needs & 2 ? p.b.count : 0, p.depth}, true);
+  Tensor dots = floats({p.a.count}, true);
   if (needs & 1) p.a.grad_data = data(grad_a);
   if (needs & 2) p.b.grad_data = data(grad_b);
   p.a.dot = data(dots);
@@ -246,10 +245,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_cpu(FXA_PROBLEM, cons
   set_limits(p, std::nullopt, std::nullopt, true, false);
   check_vector(weight, "weight", p.a.count, ScalarType::Float);
   p.a.weight = data_or_null<float>(weight);
-  Tensor loss = floats(a, {p.a.count}, true), dots = floats(a, {needs ? p.a.count : 0}, true);
-  Tensor row_dz = floats(a, {needs ? p.a.count : 0}, true);
-  Tensor grad_a = floats(a, {needs & 1 ? p.a.count : 0, p.depth}, true);
-  Tensor grad_b = floats(a, {needs & 2 ? p.b.count : 0, p.depth}, true);
+  Tensor loss = floats({p.a.count}, true), dots = floats({needs ? p.a.count : 0}, true);
+  Tensor row_dz = floats({needs ? p.a.count : 0}, true);
+  Tensor grad_a = floats({needs & 1 ? p.a.count : 0, p.depth}, true);
+  Tensor grad_b = floats({needs & 2 ? p.b.count : 0, p.depth}, true);
   p.loss = data(loss);
   std::vector<float> rows, columns;
   if (needs) {
@@ -281,8 +280,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_cpu(FXA_PROBLEM, cons
 }  // namespace fastxattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) {
-  m.impl("positive_logits_cpu", TORCH_BOX(&fastxattn::positive_logits_cpu));
-  m.impl("contrastive_stats_cpu", TORCH_BOX(&fastxattn::contrastive_stats_cpu));
-  m.impl("contrastive_backward_cpu", TORCH_BOX(&fastxattn::contrastive_backward_cpu));
-  m.impl("sigmoid_cpu", TORCH_BOX(&fastxattn::sigmoid_cpu));
+  m.impl("positive_logits_cpu", FXA_OPERATOR(&fastxattn::positive_logits_cpu));
+  m.impl("contrastive_stats_cpu", FXA_OPERATOR(&fastxattn::contrastive_stats_cpu));
+  m.impl("contrastive_backward_cpu", FXA_OPERATOR(&fastxattn::contrastive_backward_cpu));
+  m.impl("sigmoid_cpu", FXA_OPERATOR(&fastxattn::sigmoid_cpu));
 }

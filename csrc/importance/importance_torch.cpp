@@ -81,8 +81,7 @@ Tensor importance(Tensor query, Tensor key, Tensor lse, Tensor cu_q, Tensor cu_k
   std::string fault = check_attention_content(p, content);
   if (fault.empty()) fault = check_attention_ranges(p);
   FXA_CHECK(fault.empty(), fault);
-  const int64_t shape[] = {p.heads, p.slots_k};
-  Tensor score = torch::stable::new_empty(query, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2), ScalarType::Float);
+  Tensor score = empty_cpu({p.heads, p.slots_k}, ScalarType::Float);
   params.score = static_cast<float*>(score.mutable_data_ptr());
   key_importance(params, torch_parallel(), active_isa());
   return score;
@@ -91,4 +90,4 @@ Tensor importance(Tensor query, Tensor key, Tensor lse, Tensor cu_q, Tensor cu_k
 }  // namespace
 }  // namespace fastxattn
 
-STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) { m.impl("importance_cpu", TORCH_BOX(&fastxattn::importance)); }
+STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) { m.impl("importance_cpu", FXA_OPERATOR(&fastxattn::importance)); }

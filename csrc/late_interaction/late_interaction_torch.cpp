@@ -34,8 +34,8 @@ std::vector<int32_t> group_sets(TokenSets& side) {
   return first;
 }
 
-Tensor make(const Tensor& like, int64_t rows, int64_t columns, ScalarType type, int fill) {
-  Tensor t = torch::stable::new_empty(like, std::vector<int64_t>{rows, columns}, type);
+Tensor make(int64_t rows, int64_t columns, ScalarType type, int fill) {
+  Tensor t = empty_cpu({rows, columns}, type);
   // An empty tensor's pointer is null, which memset may not be given.
   if (t.numel() > 0) std::memset(t.mutable_data_ptr(), fill, static_cast<size_t>(t.numel()) * 4);
   return t;
@@ -58,10 +58,10 @@ LateInteractionParams params(const Tensor& a, const Tensor& b, const Tensor& cu_
 std::tuple<Tensor, Tensor, Tensor, Tensor> maxsim_cpu(const Tensor& a, const Tensor& b, const Tensor& cu_a,
                                                       const Tensor& cu_b, bool from_a, bool from_b) {
   LateInteractionParams p = params(a, b, cu_a, cu_b, from_a, from_b);
-  const auto sum = [&](bool wanted) { return make(a, wanted ? p.a.sets : 0, p.b.sets, ScalarType::Float, 0); };
+  const auto sum = [&](bool wanted) { return make(wanted ? p.a.sets : 0, p.b.sets, ScalarType::Float, 0); };
   Tensor sum_a = sum(from_a), sum_b = sum(from_b);
-  Tensor best_a = make(a, from_a ? p.a.tokens : 0, p.b.sets, ScalarType::Int, 0xff);
-  Tensor best_b = make(a, from_b ? p.b.tokens : 0, p.a.sets, ScalarType::Int, 0xff);
+  Tensor best_a = make(from_a ? p.a.tokens : 0, p.b.sets, ScalarType::Int, 0xff);
+  Tensor best_b = make(from_b ? p.b.tokens : 0, p.a.sets, ScalarType::Int, 0xff);
   p.a.best_sum = static_cast<float*>(sum_a.mutable_data_ptr());
   p.b.best_sum = static_cast<float*>(sum_b.mutable_data_ptr());
   p.a.best = static_cast<int32_t*>(best_a.mutable_data_ptr());
@@ -110,8 +110,8 @@ std::tuple<Tensor, Tensor> maxsim_backward_cpu(const Tensor& grad_a, const Tenso
   p.b.grad = static_cast<const float*>(grad_b.const_data_ptr());
   p.a.best = static_cast<int32_t*>(best_a.mutable_data_ptr());
   p.b.best = static_cast<int32_t*>(best_b.mutable_data_ptr());
-  Tensor out_a = make(a, needs & 1 ? p.a.tokens : 0, p.d, ScalarType::Float, 0);
-  Tensor out_b = make(a, needs & 2 ? p.b.tokens : 0, p.d, ScalarType::Float, 0);
+  Tensor out_a = make(needs & 1 ? p.a.tokens : 0, p.d, ScalarType::Float, 0);
+  Tensor out_b = make(needs & 2 ? p.b.tokens : 0, p.d, ScalarType::Float, 0);
   if (needs & 1) p.a.grad_data = static_cast<float*>(out_a.mutable_data_ptr());
   if (needs & 2) p.b.grad_data = static_cast<float*>(out_b.mutable_data_ptr());
   late_interaction_backward(p, torch_parallel());
@@ -122,6 +122,6 @@ std::tuple<Tensor, Tensor> maxsim_backward_cpu(const Tensor& grad_a, const Tenso
 }  // namespace fastxattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) {
-  m.impl("maxsim_cpu", TORCH_BOX(&fastxattn::maxsim_cpu));
-  m.impl("maxsim_backward_cpu", TORCH_BOX(&fastxattn::maxsim_backward_cpu));
+  m.impl("maxsim_cpu", FXA_OPERATOR(&fastxattn::maxsim_cpu));
+  m.impl("maxsim_backward_cpu", FXA_OPERATOR(&fastxattn::maxsim_backward_cpu));
 }

@@ -16,6 +16,7 @@ struct RetrievalParams {
   int64_t stride = 0;             // elements from one corpus row to the next
   const float* factor = nullptr;  // (rows) multiplies each row's scores (1 / |x|, int8 scales); null: 1
   int64_t q = 0, rows = 0, d = 0, k = 0;
+  int64_t kept = 0;            // min(k, rows of a chunk): length of a chunk's list of best rows; set by the dispatcher
   int64_t first = 0;           // index of the first corpus row, for chunks of a larger corpus
   float* scores = nullptr;     // (q, k) best scores, descending; -inf where there are fewer rows than k
   int64_t* indices = nullptr;  // (q, k) their rows; -1 where there are none. Of equal scores the first row wins
@@ -29,6 +30,6 @@ inline constexpr int64_t kCorpusBlock = 192;
 int64_t retrieval_scratch(const RetrievalParams& p);
 
 struct Parallel;
-void topk_similarity(const RetrievalParams& p, char* scratch, const Parallel&);
+void topk_similarity(RetrievalParams p, char* scratch, const Parallel&);
 
 }  // namespace fastxattn

@@ -50,7 +50,7 @@ void retrieval_chunk(const RetrievalParams& p, int64_t chunk, int64_t query_bloc
   int64_t ldq = 0;
   const float* query = f32_panel(p.queries + q0 * p.d, p.d, queries, p.d, copy_q, &ldq);
   pack_strips(query, ldq, queries, depth, strip);
-  for (int64_t i = 0; i < queries * p.k; ++i) {
+  for (int64_t i = 0; i < queries * p.kept; ++i) {
     scores[i] = -__builtin_inff();
     rows[i] = -1;
   }
@@ -83,15 +83,16 @@ void retrieval_chunk(const RetrievalParams& p, int64_t chunk, int64_t query_bloc
         for (; some != 0; some &= some - 1) {
           const int64_t q = l + __builtin_ctz(static_cast<unsigned>(some));
           const float score = x[q - l];
-          if (score == -__builtin_inff() && rows[q * p.k + p.k - 1] >= 0) continue;  // a full list keeps the first
+          if (score == -__builtin_inff() && rows[q * p.kept + p.kept - 1] >= 0)
+            continue;  // a full list keeps the first
           if (score == -__builtin_inff()) {
             int64_t at = 0;
-            while (rows[q * p.k + at] >= 0) ++at;
-            rows[q * p.k + at] = p.first + r0 + r;
+            while (rows[q * p.kept + at] >= 0) ++at;
+            rows[q * p.kept + at] = p.first + r0 + r;
             continue;
           }
-          insert_best(score, p.first + r0 + r, scores + q * p.k, rows + q * p.k, p.k);
-          worst[q] = scores[q * p.k + p.k - 1];
+          insert_best(score, p.first + r0 + r, scores + q * p.kept, rows + q * p.kept, p.kept);
+          worst[q] = scores[q * p.kept + p.kept - 1];
         }
       }
     }

@@ -23,8 +23,8 @@ void merge(const RetrievalParams& p, int64_t query, int64_t chunks, const float*
   for (int64_t i = 0; i < p.k; ++i) {
     int64_t from = -1, at = 0;
     for (int64_t c = 0; c < chunks; ++c) {
-      if (next[c] >= p.k) continue;
-      const int64_t here = ((c * blocks + block) * kQueryBlock + lane) * p.k + next[c];
+      if (next[c] >= p.kept) continue;
+      const int64_t here = ((c * blocks + block) * kQueryBlock + lane) * p.kept + next[c];
       if (rows[here] >= 0 && (from < 0 || above(scores[here], scores[at]))) from = c, at = here;
     }
     p.scores[query * p.k + i] = from < 0 ? -__builtin_inff() : scores[at];
@@ -40,10 +40,12 @@ int64_t retrieval_scratch(const RetrievalParams& p) {
   return 4 * ((2 * kQueryBlock + kCorpusBlock) * depth + (kCorpusBlock + 1) * kQueryBlock + 1024) / 64 * 64;
 }
 
-void topk_similarity(const RetrievalParams& p, char* scratch, const Parallel& parallel) {
+void topk_similarity(RetrievalParams p, char* scratch, const Parallel& parallel) {
   const int64_t chunks = (p.rows + kCorpusChunk - 1) / kCorpusChunk, blocks = (p.q + kQueryBlock - 1) / kQueryBlock;
   const ChunkFunction chunk = pick();
-  const int64_t list = kQueryBlock * p.k, bytes = retrieval_scratch(p);
+  // A chunk cannot fill a longer list: memory follows from the data, whatever k is.
+  p.kept = std::min({p.k, p.rows, kCorpusChunk});
+  const int64_t list = kQueryBlock * p.kept, bytes = retrieval_scratch(p);
   std::vector<float> scores(static_cast<size_t>(chunks * blocks * list));
   std::vector<int64_t> rows(scores.size(), -1);
   for_each_task(parallel, chunks * blocks, [&](int64_t task, int64_t worker) {

@@ -15,7 +15,10 @@ std::tuple<Tensor, Tensor> topk_similarity_cpu(const Tensor& queries, const Tens
   STD_TORCH_CHECK(
       corpus.dim() == 2 && corpus.size(1) == queries.size(1) && (corpus.size(1) == 1 || corpus.stride(1) == 1),
       "fastxattn: corpus must be a matrix of the queries' features with stride 1 along them");
-  STD_TORCH_CHECK(k >= 1 && queries.size(1) >= 1, "fastxattn: k and the number of features must be at least 1");
+  STD_TORCH_CHECK(k >= 1 && k <= INT32_MAX, "fastxattn: k must be in 1..2^31 - 1; got ", k);
+  STD_TORCH_CHECK(queries.size(1) >= 1, "fastxattn: queries must have at least 1 feature");
+  STD_TORCH_CHECK(first >= 0 && first <= INT64_MAX - corpus.size(0),
+                  "fastxattn: first must be at least 0, and small enough to number the corpus from; got ", first);
   RetrievalParams p;
   switch (corpus.scalar_type()) {
     case ScalarType::Char: p.type = CorpusType::i8; break;
@@ -32,8 +35,8 @@ std::tuple<Tensor, Tensor> topk_similarity_cpu(const Tensor& queries, const Tens
   p.stride = corpus.size(0) > 1 ? corpus.stride(0) : corpus.size(1);
   p.factor = data_or_null<float>(factor);
   p.q = queries.size(0), p.rows = corpus.size(0), p.d = queries.size(1), p.k = k, p.first = first;
-  Tensor scores = torch::stable::new_empty(queries, std::vector<int64_t>{p.q, k});
-  Tensor indices = torch::stable::new_empty(queries, std::vector<int64_t>{p.q, k}, ScalarType::Long);
+  Tensor scores = empty_cpu({p.q, k}, ScalarType::Float);
+  Tensor indices = empty_cpu({p.q, k}, ScalarType::Long);
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   const Parallel parallel = torch_parallel();
@@ -46,5 +49,5 @@ std::tuple<Tensor, Tensor> topk_similarity_cpu(const Tensor& queries, const Tens
 }  // namespace fastxattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastxattn, CPU, m) {
-  m.impl("topk_similarity_cpu", TORCH_BOX(&fastxattn::topk_similarity_cpu));
+  m.impl("topk_similarity_cpu", FXA_OPERATOR(&fastxattn::topk_similarity_cpu));
 }
