@@ -25,7 +25,9 @@ LIMIT = 4.0
 """A result outside its budget by less than this is counted as such and is no failure. Of thousands of problems some are
 outside by luck: numbers of one row err together, and a long sum that cancels may fall on the right float in the
 yardstick. What is wrong is wrong by far more."""
-SHARES = {"ranks": 0.1, "files": 0.1, "options": 0.25, "triton": 0.15, "sanitized": 0.15, "cpu": 0.25}
+SHARES = {
+    "ranks": 0.1, "files": 0.1, "options": 0.2, "hostile": 0.1, "triton": 0.15, "sanitized": 0.15, "cpu": 0.2,
+}  # fmt: skip
 """Of the time. What takes longest a piece comes first; each part shares out what is left."""
 LONGEST = 300.0
 """Seconds that one problem may take before it counts as hanging."""
@@ -43,27 +45,31 @@ def environment(part: str) -> tuple[dict[str, str], str]:
     if needs is not None:
         missing = importlib.util.find_spec(needs) is None
         return {"TRITON_INTERPRET": "1"} if part == "triton" else {}, f"{needs} is not installed" if missing else ""
-    if part in PROBLEMS and (reason := native.cpu_library().reason):
+    if part in (*PROBLEMS, "hostile") and (reason := native.cpu_library().reason):
         return {}, reason
-    return parts.sanitizers() if part == "sanitized" else ({}, "")
+    return parts.sanitizers() if part in ("sanitized", "hostile") else ({}, "")
 
 
 def problems(seconds: float, seed: int, part: str, more: dict[str, str]) -> Outcome:
-    """Random problems on a backend; a crash loses one problem and goes on with the next."""
-    outcome, backend = Outcome(), "cpu" if part == "sanitized" else part
+    """Random problems on a backend, or hostile calls; a crash loses one seed and goes on with the next."""
+    outcome = Outcome()
+    module, *options = ["hostile"] if part == "hostile" else ["problems", "cpu" if part == "sanitized" else part]
     end = time.monotonic() + seconds
     left = seconds
     while left > 0 or not (outcome.counts or outcome.failures):
         left = max(left, 0.0)
-        command = [sys.executable, "-m", "benchmarks.soak.problems", str(left), str(seed), backend]
+        command = [sys.executable, "-m", f"benchmarks.soak.{module}", str(left), str(seed), *options]
         code, said, error = parts.run(command, left + LONGEST, more)
         begun: dict[str, object] = {}
         for text in said.splitlines():
             line = json.loads(text)
             seed = line["seed"] + 1
-            begun = {} if "case" in line else line
-            if not begun:
+            begun = {} if "case" in line or "counts" in line else line
+            if "case" in line:
                 record(outcome, line)
+            for what, count in line.get("counts", {}).items():
+                outcome.counts[f"hostile call of {what}"] += count
+                outcome.counts[f"hostile call on {line['isa']}"] += count
         if code != 0:
             found = re.search(r".*(runtime error|ERROR: AddressSanitizer).*(\n.*){0,6}", error)  # its stack is long
             outcome.failures.append(f"problem {json.dumps(begun)}: exit {code}: {found[0] if found else error[-1500:]}")
@@ -141,7 +147,7 @@ def main() -> int:
         seconds = left * SHARES[parts_left[0]] / sum(SHARES[name] for name in parts_left)
         name = parts_left.pop(0)
         print(f"soak: {name} for {seconds:.0f} s", flush=True)
-        if name in PROBLEMS:
+        if name in (*PROBLEMS, "hostile"):
             outcomes[name] = problems(seconds, options.seed, name, settings[name][0])
         else:
             outcomes[name] = getattr(parts, name)(seconds, options.seed)

@@ -72,7 +72,7 @@ def sanitizers() -> tuple[dict[str, str], str]:
     runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "FASTXATTN_SOAK_LIBRARY": str(library.parent), "LD_PRELOAD": runtime, "OPENBLAS_NUM_THREADS": "1",
-        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1",
     }, ""  # fmt: skip
 
 

@@ -149,8 +149,8 @@ def judge(trial: Trial, backend: str) -> Judgement:
     return worst
 
 
-def judge_attention(draw: Draw, backend: str) -> tuple[str, Judgement]:
-    """A random case of the attention contract, under the tests' own yardstick: plain PyTorch in the same dtype."""
+def attention_problem(draw: Draw) -> tuple[str, contract.Problem]:
+    """A random case of the attention contract."""
     r = draw.r
     batch, kv_heads = r.randint(1, 4), r.choice((1, 2, 3))
     of_q, of_k = draw.lengths(batch), draw.lengths(batch)
@@ -163,17 +163,26 @@ def judge_attention(draw: Draw, backend: str) -> tuple[str, Judgement]:
         r.choice((0.0, 0.0, 3.0)), r.choice((0.0, 0.0, 0.3)), r.choice(("", "", "random", "causal")),
         r.choice(("", "", "row", "head")), None, not padded and r.random() < 0.3, padded,
     )  # fmt: skip
-    problem = case.problem(draw.dtype, seed=r.randrange(1 << 30))
+    return repr(case), case.problem(draw.dtype, seed=r.randrange(1 << 30))
 
-    ours = contract.results(functools.partial(attention_dispatch.run, backend), problem)
+
+def attention_results(problem: contract.Problem, backend: str) -> dict[str, Tensor]:
+    """Results and gradients of attention."""
+    return contract.results(functools.partial(attention_dispatch.run, backend), problem)
+
+
+def judge_attention(draw: Draw, backend: str) -> tuple[str, Judgement]:
+    """A random attention problem, under the tests' own yardstick: plain PyTorch in the same dtype."""
+    case, problem = attention_problem(draw)
+    ours = attention_results(problem, backend)
     truth, eager = contract.expectations(problem)
     worst = Judgement("none", 0.0, 1.0)
     for name, value in ours.items():
         report = measure_error(name, value, truth[name], eager[name], backward=name.startswith("grad"))
         if not report.same_nonfinite:
-            return repr(case), Judgement(name, report.max_error, report.max_budget, "NaN or infinity in other places")
+            return case, Judgement(name, report.max_error, report.max_budget, "NaN or infinity in other places")
         few = of_few(name, truth, computed_in(name, value, draw.dtype))
         found = Judgement(name, report.max_error, max(report.max_budget, few))
         if found.error * worst.budget > worst.error * found.budget:
             worst = found
-    return repr(case), worst
+    return case, worst
