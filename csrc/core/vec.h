@@ -316,7 +316,7 @@ FXA_INLINE void transpose(vf (&x)[W]) {
 // Two bf16 in one 32-bit lane: the operand of the bf16 dot product, which sums the products of both. Rows of bf16 are
 // read as pairs where they lie, which may be at an odd element.
 using unaligned_pair = uint32_t __attribute__((aligned(2)));
-struct __attribute__((may_alias)) bf16x2 {
+struct bf16x2 {
   unaligned_pair bits;
 };
 static_assert(sizeof(bf16x2) == 4 && alignof(bf16x2) == 2);
