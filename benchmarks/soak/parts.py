@@ -68,10 +68,11 @@ def sanitizers() -> tuple[dict[str, str], str]:
         library = build_native.build_cpu(ROOT / "build/asan", tool, sanitize=True)
     except build_native.NativeBuildError as error:
         return {}, str(error)
-    command = [tool.cxx[-1], "-print-file-name=libasan.so"]
-    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    # AddressSanitizer looks for the C++ runtime's throw when it starts, before Python has loaded that runtime.
+    wanted = [[tool.cxx[-1], f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in wanted]
     return {
-        "FASTXATTN_SOAK_LIBRARY": str(library.parent), "LD_PRELOAD": runtime, "OPENBLAS_NUM_THREADS": "1",
+        "FASTXATTN_SOAK_LIBRARY": str(library.parent), "LD_PRELOAD": " ".join(found), "OPENBLAS_NUM_THREADS": "1",
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1",
     }, ""  # fmt: skip
 

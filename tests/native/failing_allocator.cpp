@@ -1,5 +1,6 @@
 // Preloaded, makes one allocation of at least `least` bytes fail: the one after `after` others. Everything that kernels
 // and torch's CPU allocator ask with is here.
+#include <dlfcn.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -7,8 +8,6 @@
 #include <cerrno>
 #include <cstdlib>
 #include <new>
-
-#include <dlfcn.h>
 
 namespace {
 
