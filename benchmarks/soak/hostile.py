@@ -88,7 +88,7 @@ def at_odd_byte(x: Tensor) -> Tensor:
     if size == 0:
         return x
     memory = torch.zeros(size + 1, dtype=torch.uint8)
-    memory[1:] = x.contiguous().view(-1).view(torch.uint8)
+    memory[1:] = x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
     return torch.frombuffer(memory.numpy(), dtype=x.dtype, offset=1).view(x.shape)
 
 
