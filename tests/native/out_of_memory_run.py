@@ -17,6 +17,7 @@ import torch
 import fastxattn
 from benchmarks.soak.hostile import operators, recorded
 from fastxattn.runtime import native
+from fastxattn.runtime.operators import run as below_autograd
 
 ALLOCATOR = ctypes.CDLL(sys.argv[1])
 ALLOCATOR.fail_allocation.argtypes = [ctypes.c_long, ctypes.c_size_t, ctypes.c_int]
@@ -49,7 +50,9 @@ def every_operator() -> None:
             if operator._opname not in missing:
                 continue
             for after in range(MOST):
-                if not run(operator._opname, after, False, lambda operator=operator, args=args: operator(*args)):
+                if not run(
+                    operator._opname, after, False, lambda operator=operator, args=args: below_autograd(operator, *args)
+                ):
                     break
             if after > 0:  # smaller problems allocate nothing of the size
                 missing.discard(operator._opname)
