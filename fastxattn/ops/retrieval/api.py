@@ -13,6 +13,7 @@ from fastxattn.ops.retrieval.problem import Problem
 from fastxattn.ops.retrieval.reference import topk_reference
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.backend import Backend, Explanation
+from fastxattn.runtime.operators import derivative_wanted
 
 if TYPE_CHECKING:
     import numpy
@@ -49,7 +50,9 @@ def topk_similarity(
 
     Returns:
         Scores (Q, k) float32, descending, and int64 row indices. Of equal scores the first row comes first. Where the
-        corpus has fewer than ``k`` rows: -inf and -1.
+        corpus has fewer than ``k`` rows: -inf and -1. Scores are differentiable in ``queries``, ``corpus`` and
+        ``corpus_scale``, any number of times: those of the rows found, which are gathered (Q, k, D) for it; the choice of
+        rows has no gradient, nor has a missing row.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
@@ -58,7 +61,10 @@ def topk_similarity(
     checks.check_arguments(queries, corpus, k, metric, corpus_scale)
     k = int(k)
     if isinstance(corpus, torch.Tensor):
-        return _search(queries, corpus, k, metric, corpus_scale, 0, backend)
+        scores, found = _search(queries, corpus, k, metric, corpus_scale, 0, backend)
+        if derivative_wanted(queries, corpus, corpus_scale):
+            scores = _with_derivative(scores, found, queries, corpus, corpus_scale, metric)
+        return scores, found
     total, width = corpus.shape
     rows = max(1, CHUNK_BYTES // (width * corpus.dtype.itemsize))
     best: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -68,7 +74,42 @@ def topk_similarity(
         found = _search(queries, chunk, k, metric, scale, first, backend)
         best = found if best is None else _merge(best, found, k)
     assert best is not None
-    return best
+    scores, found = best
+    if total and derivative_wanted(queries, corpus_scale):
+        flat = torch.unique(found.clamp(min=0))
+        places = torch.searchsorted(flat, found.clamp(min=0))
+        near = torch.where(found < 0, -1, places)
+        scale = None if corpus_scale is None else corpus_scale[flat]
+        scores = _with_derivative(scores, near, queries, _as_tensor(corpus[flat.numpy()]), scale, metric)
+    return scores, found
+
+
+def _with_derivative(
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    queries: torch.Tensor,
+    corpus: torch.Tensor,
+    scale: torch.Tensor | None,
+    metric: str,
+) -> torch.Tensor:
+    """``scores`` as they are, with the derivative of plain PyTorch's similarity of these rows."""
+    if corpus.shape[0] == 0:
+        return scores
+    chosen, at = rows.clamp(min=0), scores.dtype
+    left, right = queries.to(at)[:, None], corpus[chosen].to(at)  # (Q, 1, D) and (Q, k, D)
+    if metric == "cosine":
+        left, right = _unit(left), _unit(right)
+    again = (left * right).sum(-1)
+    if scale is not None and metric != "cosine":  # under cosine a row's own scale cancels
+        again = again * scale.to(at)[chosen]
+    # The difference is 0: it adds a derivative and no rounding, so that scores stay in descending order.
+    return torch.where((rows >= 0) & again.isfinite(), scores + (again - again.detach()), scores)
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1; a zero vector stays zero, with a zero gradient."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.where(length > 0, 1 / torch.where(length > 0, length, 1.0), 0.0)
 
 
 def _as_tensor(chunk: numpy.ndarray) -> torch.Tensor:
@@ -101,13 +142,13 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     checks.check_rows(corpus, queries)
     name = choose.resolve("topk_similarity", BACKENDS, Problem(corpus.device.type, corpus.dtype, k), backend)
+    corpus = corpus.detach()
     query = queries.detach() if name == "reference" and queries.dtype == torch.float64 else queries.detach().float()
     factor = None if scale is None else scale.detach().to(query.dtype)
     if metric == "cosine":
         query = query / torch.linalg.vector_norm(query, dim=1, keepdim=True).clamp(min=1e-12)
         length = _lengths(corpus, computed_in(query.dtype))
         factor = torch.where(length > 0, 1 / length, 0.0)  # a row's own scale cancels
-    corpus = corpus.detach()
     if name == "reference":
         with no_autocast(corpus.device):
             return topk_reference(query, corpus, factor, k, first)
