@@ -120,7 +120,9 @@ def _columns(problem: ImportanceProblem, grad: Tensor) -> tuple[Tensor, Tensor]:
     )
     pairs = [(w, g) for i, w in enumerate(ws) for j, g in enumerate(gs) if i + j < 2]  # low * low is below rounding
     value = torch.stack([g for _, g in pairs], 2)  # (heads, slots, parts)
-    value = value.unflatten(0, (kv_heads, -1)).permute(2, 0, 1, 3).flatten(2)  # (slots, kv_heads, group * parts)
+    # (slots, kv_heads, group * parts); view and reshape, which is_grads_batched=True knows
+    value = value.view(kv_heads, heads // kv_heads, *value.shape[1:]).permute(2, 0, 1, 3)
+    value = value.reshape(value.shape[0], kv_heads, -1)
     rows = torch.stack([w.expand(heads, query.shape[0]) for w, _ in pairs], 2).transpose(0, 1)  # (rows, heads, parts)
     own = torch.eye(heads // kv_heads, dtype=query.dtype, device=query.device).repeat(kv_heads, 1)  # (heads, group)
     return value.contiguous(), (own[None, :, :, None] * rows[:, :, None, :]).flatten(2)
