@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastxattn.ops.pruning.checks import check_device
 from fastxattn.ops.pruning.ops import BACKENDS, backends, implementation
 from fastxattn.ops.pruning.schema import BACKENDS as COMPILED
 from fastxattn.runtime.backend import resolve
@@ -101,6 +102,15 @@ def _as_rows(x: Tensor) -> Tensor:
     return (x.flatten(1) if x.ndim > 1 else x[:, None]).contiguous()
 
 
+def _checked(x: Tensor, name: str, index: Tensor, coefficient: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Index and coefficient as kernels want them, refused where they are on another device than ``x``."""
+    check_device(name, index, "x", x)
+    if coefficient is not None:
+        check_device("coefficient", coefficient, "x", x)
+        coefficient = coefficient.contiguous()
+    return index.contiguous(), coefficient
+
+
 def gather_rows(x: Tensor, index: Tensor, coefficient: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """``out[j] = coefficient[j] * x[index[j]]``, 0 where the index is -1. Differentiable in ``x`` and ``coefficient``.
 
@@ -110,6 +120,7 @@ def gather_rows(x: Tensor, index: Tensor, coefficient: Tensor | None = None, *, 
         coefficient: (n,) float32 or None for 1.
         backend: auto, triton, cpu or reference.
     """
+    index, coefficient = _checked(x, "index", index, coefficient)
     chosen = resolve("pruning.gather", BACKENDS, x, backend)
     return _apply("gather", chosen, _as_rows(x), index, coefficient).reshape(index.shape[0], *x.shape[1:])
 
@@ -126,5 +137,6 @@ def merge_rows(
         rows: of the result.
         backend: auto, triton, cpu or reference.
     """
+    assignment, coefficient = _checked(x, "assignment", assignment, coefficient)
     chosen = resolve("pruning.merge", backends("merge"), x, backend)
     return _apply("merge", chosen, _as_rows(x), assignment, coefficient, rows).reshape(rows, *x.shape[1:])
