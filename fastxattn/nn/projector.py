@@ -55,7 +55,7 @@ def pixel_shuffle(tokens: PackedTokens, grids: Sequence[tuple[int, int]], factor
         raise ValueError(f"grids must cover the {tokens.values.shape[0]} tokens; they cover {start}")
     order = torch.cat(places).to(tokens.values.device) if places else tokens.cu_seqlens[:0].long()
     merged = tokens.values.index_select(0, order).reshape(-1, tokens.values.shape[1] * factor**2)
-    longest = max((rows * columns // factor**2 for rows, columns in grids), default=0)
+    longest = max([0, *(rows * columns // factor**2 for rows, columns in grids)])  # Dynamo knows no default
     return PackedTokens(merged, tokens.cu_seqlens // factor**2, longest)
 
 
