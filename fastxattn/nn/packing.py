@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastxattn.ops.offsets import readable
+from fastxattn.ops.offsets import has_contents, readable
 from fastxattn.packed import PackedTokens
 
 Tokens = torch.Tensor | PackedTokens
@@ -28,7 +28,7 @@ def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query
         if mask is not None:
             raise ValueError(f"{name}_mask must be None when {name} is PackedTokens: its lengths say what is there")
         rows = tokens.values.shape[0]
-        if tokens.values.device.type == "cpu" and not torch.compiler.is_compiling():
+        if tokens.values.device.type == "cpu" and readable(tokens.cu_seqlens):
             # Rows past the last sequence may hold anything, and 0 * NaN in a weight's gradient is NaN.
             used = int(tokens.cu_seqlens[-1])
             if used != rows:
@@ -48,8 +48,10 @@ def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query
         raise TypeError(f"{name}_mask must be boolean, True = the token is there; got {mask.dtype}")
     if mask.shape != (batch, length):
         raise ValueError(f"{name}_mask must have shape {(batch, length)}; got {tuple(mask.shape)}")
+    if mask.device != tokens.device:
+        raise ValueError(f"{name}_mask must be on the device of {name}, {tokens.device}; got {mask.device}")
     starts = torch.nn.functional.pad(mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    if torch.compiler.is_compiling():
+    if not has_contents(mask):
         # No size may depend on the contents of a mask: valid tokens go to the front, and zeros keep the rows behind
         # them, which no sequence has. They cost their share of the projections.
         flat = mask.reshape(-1)

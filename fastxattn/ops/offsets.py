@@ -17,6 +17,11 @@ def readable(t: Tensor) -> bool:
     return t.device.type == "cpu" or (t.is_cuda and env.validate_on_gpu)
 
 
+def has_contents(t: Tensor) -> bool:
+    """Whether a size may depend on the contents of ``t``: not while tracing, and fake and meta tensors have none."""
+    return not torch.compiler.is_compiling() and type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta"
+
+
 def check_offsets(name: str, offsets: object, rows: int) -> None:
     """That ``offsets`` are (batch + 1,) int32 and, where they may be read, cut ``rows`` rows into sequences.
 

@@ -15,6 +15,7 @@ from fastxattn.ops.attention.autograd import FORWARD, Attention, wants_gradient
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
 from fastxattn.ops.attention.triton.config import kind_of, padded_dim
+from fastxattn.ops.offsets import readable
 from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env, tuning
 from fastxattn.runtime.backend import Backend, preferring, resolve
@@ -118,7 +119,7 @@ def _checked(*arguments: Any, backend: str, refused: RuntimeError | None) -> tup
     problem = prepare(*arguments)
     if not torch.compiler.is_compiling():  # while tracing, the operator's fake checks
         checks.check_shapes(problem)
-        if problem.query.is_cpu or env.validate_on_gpu:
+        if readable(problem.cu_seqlens_q):
             checks.check_contents(problem)
     name = resolve("attention", in_order(problem), problem, backend)
     if refused is not None and name == "cpu" and all(map(operator.is_, problem[:_TENSORS], arguments)):
@@ -144,6 +145,8 @@ def in_order(problem: Problem) -> tuple[Backend, ...]:
 def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """Run a backend on a problem that is known to be sound, differentiably."""
     if name == "reference":
+        if autocast_dtype(problem.query) is None:
+            return attention_reference(*problem)
         # Its inputs are cast already; autocast would round the products inside it too.
         with torch.autocast(problem.query.device.type, enabled=False):
             return attention_reference(*problem)
@@ -185,17 +188,17 @@ def prepare(*arguments: Any) -> Problem:
     return problem._replace(**changes)
 
 
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts on the device of ``t``; None where it is off."""
+    kind = t.device.type
+    # meta has no autocast to ask about; torch 2.10 does not compile is_autocast_available
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
 def _autocast(t: Tensor) -> Tensor:
     """Cast as autocast casts the arguments of a matrix product."""
-    kind = t.device.type
-    if (
-        kind == "meta"  # has no autocast to ask about; torch 2.10 does not compile is_autocast_available
-        or not torch.is_autocast_enabled(kind)
-        or not t.is_floating_point()
-        or t.dtype == torch.float64
-    ):
-        return t
-    return t.to(torch.get_autocast_dtype(kind))
+    dtype = autocast_dtype(t)
+    return t if dtype is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Any:

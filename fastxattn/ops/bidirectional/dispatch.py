@@ -11,7 +11,7 @@ from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.bidirectional import cpu, triton
 from fastxattn.ops.bidirectional.autograd import FORWARD, Bidirectional
 from fastxattn.ops.bidirectional.problem import BidirectionalProblem
-from fastxattn.runtime import env
+from fastxattn.ops.offsets import readable
 from fastxattn.runtime.backend import Backend, preferring, resolve
 from fastxattn.runtime.operators import needs_function, plain
 
@@ -39,7 +39,7 @@ def attend(problem: BidirectionalProblem, scale: float | None, backend: str) -> 
     if not torch.compiler.is_compiling():  # while tracing, the operator's fake checks
         for direction in directions:
             attention_checks.check_shapes(direction)
-            if direction.query.is_cpu or env.validate_on_gpu:
+            if readable(direction.cu_seqlens_q):
                 attention_checks.check_contents(direction)
     query = directions[0].query
     order = preferring(BACKENDS, "cuda" if query.is_cuda and query.dtype == torch.float32 else None)

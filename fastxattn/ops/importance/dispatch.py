@@ -14,7 +14,7 @@ from fastxattn.ops.importance import checks, cpu, triton
 from fastxattn.ops.importance.autograd import FORWARD, Importance
 from fastxattn.ops.importance.problem import ImportanceProblem
 from fastxattn.ops.importance.reference import importance_reference
-from fastxattn.runtime import env
+from fastxattn.ops.offsets import readable
 from fastxattn.runtime.backend import Backend, resolve
 from fastxattn.runtime.operators import needs_function, plain
 
@@ -39,7 +39,7 @@ def score_of(problem: ImportanceProblem, scale: float | None, backend: str) -> T
     problem = _prepare(problem, scale)
     if not is_compiling():  # while tracing, the operator's fake checks
         checks.check_shapes(problem)
-        if problem.query.is_cpu or env.validate_on_gpu:
+        if readable(problem.cu_seqlens_q):
             attention_checks.check_contents(problem.attention())
     return _run(resolve("importance", BACKENDS, problem, backend), problem)
 
