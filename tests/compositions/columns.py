@@ -46,7 +46,7 @@ def export(p: Problem) -> None:
     with torch.no_grad():
         exported = torch.export.export(Whole(), (p.copied(),), dynamic_shapes=(shapes,), strict=False).module()
         for inputs in (p.inputs, larger):
-            found = {f"out {i}": t for i, t in enumerate(exported(inputs))}
+            found = {f"out {i}": t for i, t in enumerate(p.trimmed(exported(inputs)))}
             same(found, outputs(p, inputs), "exported")
 
 
@@ -252,6 +252,8 @@ def copies(p: Problem) -> None:
 def _shapes(p: Problem, found: tuple[Any, ...]) -> None:
     wanted = p(p.inputs)
     for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        if p.row.ragged is not None and i == p.row.ragged[0]:
+            a = a[: b.shape[0]]
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             raise Wrong(f"out {i} is {a.dtype} {tuple(a.shape)}; eager gives {b.dtype} {tuple(b.shape)}")
 
@@ -320,7 +322,7 @@ def strided(p: Problem) -> None:
     """Inputs that are not leaves and lie in memory in every other way."""
 
     def every_second(t: Tensor) -> Tensor:
-        return torch.stack([t, t.flip(0) if t.ndim else t], -1)[..., 0]
+        return torch.stack([t, t], -1)[..., 0]
 
     def transposed(t: Tensor) -> Tensor:
         return t.mT.contiguous().mT if t.ndim > 1 else t * 1

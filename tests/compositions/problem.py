@@ -54,6 +54,13 @@ class Problem:
         out = self.row.call(self.module, inputs)
         return tuple(pytree.tree_leaves(out))
 
+    def trimmed(self, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Results without the rows that only a traced call gives."""
+        if self.row.ragged is None:
+            return out
+        rows, cu = self.row.ragged
+        return tuple(t[: int(out[cu][-1])] if i == rows else t for i, t in enumerate(out))
+
     def parameters(self) -> dict[str, Tensor]:
         """Of the module, by name."""
         return {} if self.module is None else {f"parameter {n}": p for n, p in self.module.named_parameters()}
@@ -80,7 +87,7 @@ def weigh(out: tuple[Tensor, ...]) -> Tensor:
 
 def outputs(problem: Problem, inputs: Inputs) -> Results:
     """What the call gives, detached."""
-    return {f"out {i}": t.detach() for i, t in enumerate(problem(inputs))}
+    return {f"out {i}": t.detach() for i, t in enumerate(problem.trimmed(problem(inputs)))}
 
 
 def results(problem: Problem, inputs: Inputs | None = None, call: Callable[[Inputs], Any] | None = None) -> Results:
@@ -90,6 +97,7 @@ def results(problem: Problem, inputs: Inputs | None = None, call: Callable[[Inpu
     for p in parameters.values():
         p.grad = None
     out = pytree.tree_leaves((call or problem)(given))
+    out = list(problem.trimmed(tuple(out)))
     found = {f"out {i}": t.detach() for i, t in enumerate(out)}
     total = weigh(tuple(out))
     if not total.requires_grad:

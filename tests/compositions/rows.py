@@ -37,6 +37,8 @@ class Row:
     """False: indices, masks and metrics, which have none."""
     same: tuple[tuple[str, ...], ...] = ()
     """Groups of inputs that may be one tensor."""
+    ragged: tuple[int, int] | None = None
+    """Results (i, j) of which i has as many rows as offsets j say; a traced call may give more, which nothing reads."""
     constant: tuple[str, ...] = ()
     """Floating point inputs without a gradient: teachers, scores that rank."""
     inductor: bool = False
@@ -60,6 +62,11 @@ class Make:
     def positive(self, *shape: int) -> Tensor:
         """Weights."""
         return torch.rand(*shape, generator=self.g) + 0.1
+
+
+def only(*names: str, of: Callable[[Make, int], Inputs]) -> Callable[[Make, int], Inputs]:
+    """These inputs of a larger problem."""
+    return lambda m, size: {name: t for name, t in of(m, size).items() if name in names}
 
 
 def lengths(size: int) -> tuple[list[int], list[int]]:
@@ -277,6 +284,17 @@ def corpus(m: Make, size: int) -> Inputs:
     return {"queries": m.rows(4 + size, DIM), "corpus": m.rows(7 + 2 * size, DIM)}
 
 
+def small_corpus(m: Make, size: int) -> Inputs:
+    """int8 rows with a scale, fewer than are asked for."""
+    rows = (m.rows(2 + size, DIM) * 40).round().clamp(-127, 127).to(torch.int8)
+    return {"queries": m.rows(4 + size, DIM), "corpus": rows, "corpus_scale": m.positive(2 + size)}
+
+
+def quantized(_: Any, x: Inputs) -> Any:
+    scores, rows = fx.topk_similarity(x["queries"], x["corpus"], 5, corpus_scale=x["corpus_scale"])
+    return scores.clamp(min=-500), rows  # a missing row scores -inf, which no cotangent may meet
+
+
 def topk(metric: str) -> Callable[[Any, Inputs], Any]:
     return lambda _, x: fx.topk_similarity(x["queries"], x["corpus"], 3, metric=metric)
 
@@ -300,13 +318,13 @@ def select(_: Any, x: Inputs) -> Any:
 
 def prune_tokens(_: Any, x: Inputs) -> Any:
     rows, kept = fx.prune_tokens(x["x"], x["scores"], x["cu"], fx.Budget.ratio(0.5))
-    return rows, kept.keep_index
+    return rows, kept.cu_seqlens
 
 
 def selection(_: Any, x: Inputs) -> Any:
     kept = fx.select(x["scores"], x["cu"], fx.Budget.count(3))
     kept = kept.merged(kept.assignment, torch.ones_like(x["scores"]))
-    return kept.reduce(x["x"]), kept.scatter_back(kept.gather(x["x"]), x["x"])
+    return kept.reduce(x["x"]), kept.cu_seqlens, kept.scatter_back(kept.gather(x["x"]), x["x"])
 
 
 def indexed(m: Make, size: int) -> Inputs:
@@ -461,7 +479,7 @@ def shuffle(_: Any, x: Inputs) -> Any:
 
 def pruned(module: Any, x: Inputs) -> Any:
     fewer, kept = module(PackedTokens(x["x"], x["cu"], 8) if "cu" in x else x["x"])
-    return fewer.values, kept.keep_index
+    return fewer.values, fewer.cu_seqlens, kept.assignment
 
 
 def scalar_tokens(of_packed: bool) -> Callable[[Make, int], Inputs]:
@@ -527,7 +545,7 @@ def _modules() -> list[Row]:
             Row(f"QFormer, {form}", ("QFormer",), former(of_packed), qformer,
                 functools.partial(fnn.QFormer, WIDTH, 2, HEADS, 24, WIDTH, text=True)),
             Row(f"TokenPruner, {form.split(',')[0]}", ("TokenPruner",), scalar_tokens(of_packed), pruned,
-                functools.partial(fnn.TokenPruner, 0.5, learned=True, width=DIM)),
+                functools.partial(fnn.TokenPruner, 0.5, learned=True, width=DIM), ragged=(0, 1)),
         ]  # fmt: skip
     return rows
 
@@ -557,13 +575,15 @@ ROWS = [
         same=(LOSS, ("cu_a", "cu_b"))),
     Row("topk_similarity", ("topk_similarity",), corpus, topk("inner")),
     Row("topk_similarity, cosine", ("topk_similarity",), corpus, topk("cosine")),
-    Row("recall_at_k", ("recall_at_k",), scaled, recall, derivative=False, same=(LOSS,)),
-    Row("select", ("select", "Budget"), tokens, select, derivative=False),
-    Row("prune_tokens", ("prune_tokens",), tokens, prune_tokens, constant=("scores",), inductor=True),
+    Row("topk_similarity, int8", ("topk_similarity",), small_corpus, quantized),
+    Row("recall_at_k", ("recall_at_k",), only("a", "b", of=scaled), recall, derivative=False, same=(LOSS,)),
+    Row("select", ("select", "Budget"), only("scores", "cu", of=tokens), select, derivative=False, ragged=(0, 1)),
+    Row("prune_tokens", ("prune_tokens",), tokens, prune_tokens, constant=("scores",), inductor=True,
+        ragged=(0, 1)),
     Row("gather_rows", (), indexed, gather),
     Row("merge_rows", (), indexed, merge),
-    Row("Selection", ("Selection",), tokens, selection, constant=("scores",)),
-    Row("PackedTokens", ("PackedTokens",), tokens, unpack, constant=("scores",)),
+    Row("Selection", ("Selection",), tokens, selection, constant=("scores",), ragged=(0, 1)),
+    Row("PackedTokens", ("PackedTokens",), only("x", "cu", of=tokens), unpack),
     *_modules(),
     Row("MultiheadCrossAttention, value", ("MultiheadCrossAttention",), three, self_attention,
         functools.partial(fnn.MultiheadCrossAttention, WIDTH, HEADS), same=(("query", "context", "value"),),
@@ -585,7 +605,7 @@ ROWS = [
         fnn.FILIPLoss, same=(LOSS, ("cu_a", "cu_b"))),
     Row("BLIP2ITCLoss", ("BLIP2ITCLoss",), query_tokens, lambda m, x: m(x["image"], x["text"], x["scale"]),
         fnn.BLIP2ITCLoss),
-    Row("MultiTaskLoss", ("MultiTaskLoss",), modalities, tasks,
+    Row("MultiTaskLoss", ("MultiTaskLoss",), only("a", "b", of=modalities), tasks,
         functools.partial(fnn.MultiTaskLoss, {"contrast": 1.0, "match": 0.5}), same=(LOSS,)),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
