@@ -24,7 +24,11 @@ Column = Callable[[Problem], None]
 
 
 def eager(p: Problem) -> None:
-    near(results(p), reference(p.row, torch.float64), reference(p.row, torch.float32), torch.float32)
+    found = results(p)
+    without = [name for name in (*p.names, *p.parameters()) if f"grad {name}" not in found]
+    if without:
+        raise Wrong(f"no gradient for {without}")
+    near(found, reference(p.row, torch.float64), reference(p.row, torch.float32), torch.float32)
 
 
 def export(p: Problem) -> None:
@@ -196,7 +200,7 @@ def aliased(p: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs in which each group of ``row.same`` is one tensor, and with copies in its place."""
     one, copies = p.copied(), p.copied()
     for first, *others in p.row.same:
-        one |= {n: one[first] for n in others}
+        one |= dict.fromkeys(others, one[first])
         copies |= {n: copies[first].clone() for n in others}
     return one, copies
 
@@ -214,7 +218,7 @@ def twice_found(p: Problem, call: Callable[[Any], Any] | None = None) -> dict[st
     """The same with one tensor."""
     given = p.leaves(inputs=aliased(p)[1])
     for first, *others in p.row.same:
-        given |= {n: given[first] for n in others}
+        given |= dict.fromkeys(others, given[first])
     found = results(p, given, call)
     return {n: t for n, t in found.items() if not any(n == f"grad {o}" for _, *os in p.row.same for o in os)}
 
@@ -325,7 +329,7 @@ def strided(p: Problem) -> None:
         return torch.stack([t, t], -1)[..., 0]
 
     def transposed(t: Tensor) -> Tensor:
-        return t.mT.contiguous().mT if t.ndim > 1 else t * 1
+        return t.mT.contiguous().mT if t.ndim > 1 else t.clone()
 
     def shifted(t: Tensor) -> Tensor:
         return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)

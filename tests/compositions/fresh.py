@@ -1,4 +1,6 @@
-"""Cells that need a process in which nothing has run: ``python -m tests.compositions.fresh [ROW...]`` prints JSON lines.
+"""Cells that need a process in which nothing has run: ``python -m tests.compositions.fresh [ROW...]``.
+
+Prints a line of JSON for each.
 
 The process imports torch, fastxattn and Dynamo, loads no library and runs no operation; each row is tried in a fork of
 it, so that a compiled call is the first use.
@@ -37,6 +39,7 @@ def first(p: Problem, backend: str = "aot_eager") -> None:
 
 
 def inductor(p: Problem) -> None:
+    """Compiled to machine code."""
     first(p, "inductor")
 
 
@@ -56,6 +59,20 @@ def func_grad(p: Problem) -> None:
     f(leaf, *ts[1:]).backward()
     assert leaf.grad is not None
     same(found.detach(), leaf.grad, "compiled func.grad")
+
+
+def fork(p: Problem) -> None:
+    """Used before a fork and after it. The child has one thread, as PyTorch's own pool does not survive a fork."""
+    wanted = results(p)
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        same(results(p), wanted, "after fork")
+        print("right")
+
+    code, said = forked(work)
+    if code != 0 or said != b"right\n":
+        raise Wrong(f"the child ended with {code} and said {said.decode()!r}")
 
 
 FRESH: dict[str, Callable[[Problem], None]] = {
@@ -81,11 +98,15 @@ def forked(work: Callable[[], None]) -> tuple[int, bytes]:
     if child == 0:
         os.close(read)
         os.dup2(write, 1)
+        code = 1
         try:
             work()
             sys.stdout.flush()
+            code = 0
+        except BaseException as error:
+            print(type(error).__name__, error, flush=True)
         finally:
-            os._exit(0)
+            os._exit(code)
     os.close(write)
     deadline, said = time.monotonic() + LONGEST, b""
     with os.fdopen(read, "rb") as pipe:
@@ -113,7 +134,7 @@ def cells(names: list[str]) -> Iterator[dict[str, Any]]:
         return run
 
     for name in names:
-        for columns in (FRESH, {"inductor": inductor}):
+        for columns in (FRESH, {"inductor": inductor, "fork": fork}):
             code, said = forked(work(columns, name))
             done = [json.loads(line) for line in said.decode().splitlines()]
             yield from done

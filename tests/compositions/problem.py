@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fastxattn.runtime.backend import use_backend
 from fastxattn.testing import measure_error
 from fastxattn.testing.budget import UNITS, largest
-from tests.compositions.rows import Inputs, Make, Row
+from tests.compositions.row import Inputs, Row
 
 Results = dict[str, Tensor]
 
@@ -36,8 +36,8 @@ class Problem:
 
     def make(self, size: int) -> Inputs:
         """Inputs of a size, in this problem's dtype; the same each time."""
-        made = self.row.inputs(Make(size), size)
-        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in made.items()}
+        made = self.row.made(size).items()
+        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in made}
 
     def copied(self) -> Inputs:
         """The inputs, cloned."""

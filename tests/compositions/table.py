@@ -1,32 +1,129 @@
-"""What every cell of the composition table must be."""
+"""What every cell of the composition table must be: right, or refused with a text; docs/guide/transforms.md."""
 
-from tests.compositions.rows import Row
+from __future__ import annotations
 
-NEEDS_DERIVATIVE = {
-    "autocast": False,
-    "checkpoint": True,
-    "checkpoint, reentrant": True,
-    "saved-tensor hooks": True,
-    "second derivative": True,
-    "forward mode": True,
-    "vmap": True,
-    "func.grad": True,
-    "vmap(grad)": True,
-    "jacrev(jacrev)": True,
-    "is_grads_batched": True,
-    "backward twice": True,
-    "some gradients": True,
-    "compiled func.grad": True,
+from tests.compositions.row import Row
+from tests.compositions.rows import ROWS
+
+SECOND = "cannot be differentiated again"
+FORWARD = "do not support forward-mode differentiation"
+TRANSFORMED = "torch.func transforms go through fastxattn's functions in eager mode"
+DEVICE = "device: "
+CONTENTS = "(?i)data|contents|item|nonzero|dynamic"
+"""Of a result whose shape or value depends on what meta and fake tensors lack: PyTorch's own messages, any of them."""
+
+HEADINGS = {
+    "eager": "eager, forward and backward",
+    "compile": "`torch.compile(fullgraph=True)`",
+    "inductor": "inductor",
+    "one tensor twice, compiled": "compiled, one tensor twice",
+    "compiled func.grad": "compiled `torch.func.grad`",
+    "export": "`torch.export`",
+    "autocast": "autocast",
+    "checkpoint": "checkpoint",
+    "checkpoint, reentrant": "checkpoint, reentrant",
+    "saved-tensor hooks": "`save_on_cpu`, hooks",
+    "second derivative": "`create_graph=True`",
+    "forward mode": "forward mode, `jvp`",
+    "vmap": "`vmap`",
+    "func.grad": "`func.grad`",
+    "vmap(grad)": "`vmap(grad)`",
+    "jacrev(jacrev)": "`jacrev(jacrev)`",
+    "is_grads_batched": "`is_grads_batched`",
+    "one tensor twice": "one tensor twice",
+    "backward twice": "backward twice",
+    "deepcopy, pickle": "`deepcopy`, `pickle`",
+    "meta": "meta device",
+    "FakeTensorMode": "`FakeTensorMode`",
+    "one argument on meta": "one argument on meta",
+    "no_grad, inference": "`no_grad`, `inference_mode`",
+    "some gradients": "some gradients",
+    "strides": "any strides",
+    "threads": "threads",
+    "fork": "after `fork`",
 }
+"""Columns in the order of the page."""
+OF_DERIVATIVES = {
+    "checkpoint", "checkpoint, reentrant", "saved-tensor hooks", "second derivative", "forward mode", "vmap",
+    "func.grad", "vmap(grad)", "jacrev(jacrev)", "is_grads_batched", "backward twice", "some gradients",
+    "compiled func.grad",
+}  # fmt: skip
+SLOW = {"compiled func.grad", "inductor"}
+"""Columns that compile for long and ask the same of every row: some rows stand for all."""
+SAMPLED = ("varlen_cross_attention", "infonce_loss", "maxsim", "prune_tokens", "topk_similarity", "QFormerLayer")
+
+PLAIN = {
+    "topk_similarity", "topk_similarity, cosine", "topk_similarity, int8", "PackedTokens", "pixel_shuffle",
+    "VisualProjector", "ModalityGate", "MultiTaskLoss",
+}  # fmt: skip
+"""Made of PyTorch's operations where derivatives are concerned: of any order and mode."""
+LINEAR = {"gather_rows", "merge_rows", "prune_tokens", "Selection", "TokenPruner, packed", "TokenPruner, padded"}
+"""Kernels that are each other's derivative: of any order, in reverse mode."""
+WITHOUT_SHAPES = {
+    "meta": {
+        "maxsim", "late_interaction_loss", "FILIPLoss", "BLIP2ITCLoss", "infonce_loss", "infonce_loss, options",
+        "infonce_loss, teacher", "infonce_loss, targets, metrics", "sigmoid_loss", "sigmoid_loss, none",
+        "sigmoid_loss, weights", "InfoNCELoss", "SigmoidLoss", "recall_at_k", "select", "prune_tokens", "Selection",
+        "merge_rows", "TokenPruner, packed", "TokenPruner, padded",
+    },
+    "FakeTensorMode": {"infonce_loss, options", "infonce_loss, targets, metrics", "recall_at_k"},
+}  # fmt: skip
+"""Rows that read contents of their arguments, on these devices."""
 
 
 def applies(row: Row, column: str) -> bool:
-    if NEEDS_DERIVATIVE.get(column) and not row.derivative:
+    """Whether the cell means anything."""
+    if column in OF_DERIVATIVES and not row.derivative:
         return False
-    if column == "deepcopy, pickle" and row.build is None:
-        return False
-    if column in ("one tensor twice", "one tensor twice, compiled") and not row.same:
-        return False
-    if column == "inductor" and not row.inductor:
-        return False
-    return True
+    if column == "deepcopy, pickle":
+        return row.build is not None
+    if column in ("one tensor twice", "one tensor twice, compiled"):
+        return bool(row.same)
+    if column == "one argument on meta":
+        return len(row.made(0)) > 1
+    return column not in SLOW or row.name in SAMPLED
+
+
+def expected(row: Row, column: str) -> str:
+    """Empty: right. Else a regular expression that the error matches."""
+    if column == "one argument on meta":
+        return DEVICE
+    kernels = row.name not in PLAIN and row.derivative
+    if column in ("second derivative", "jacrev(jacrev)") and kernels and row.name not in LINEAR:
+        return SECOND
+    if column == "forward mode" and kernels:
+        return FORWARD
+    if column == "compiled func.grad" and kernels:
+        return TRANSFORMED
+    if column in ("vmap", "vmap(grad)") and row.name.startswith("TokenPruner"):
+        return "vmap: It looks like"
+    if row.name in WITHOUT_SHAPES.get(column, ()):
+        return CONTENTS
+    return ""
+
+
+def mark(row: Row, column: str) -> str:
+    """The cell on the page."""
+    return "" if not applies(row, column) else "refused" if expected(row, column) else "yes"
+
+
+def markdown() -> str:
+    """The page's table: columns in which every row is right are one line of words."""
+    everywhere = [c for c in HEADINGS if all(mark(row, c) in ("", "yes") for row in ROWS)]
+    refused = [c for c in HEADINGS if c not in everywhere and any(mark(row, c) == "yes" for row in ROWS)]
+    nowhere = [c for c in HEADINGS if c not in everywhere and c not in refused]
+    lines = [
+        f"Right for every row: {', '.join(HEADINGS[c] for c in everywhere)}.",
+        "",
+        f"Refused for every row: {', '.join(HEADINGS[c] for c in nowhere)}.",
+        "",
+        f"| | {' | '.join(HEADINGS[c] for c in refused)} |",
+        f"|---|{'---|' * len(refused)}",
+    ]
+    lines += [f"| {_code(row.name)} | {' | '.join(mark(row, c) for c in refused)} |" for row in ROWS]
+    return "\n".join(lines) + "\n"
+
+
+def _code(name: str) -> str:
+    first, comma, rest = name.partition(",")
+    return f"`{first}`{comma}{rest}"
