@@ -2,8 +2,8 @@
 
 A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``, where NAME is a file of benchmarks/results,
 ``highlights`` for a few rows of every file (drawn as a chart, too), ``roofline`` for what every CPU kernel reaches of
-what the machine does at most, ``gpu`` for every provider's time there, or ``backends`` for what runs where, which is
-asked of the code. No number in a table is typed by hand.
+what the machine does at most, ``gpu`` for every provider's time there, ``backends`` for what runs where, which is
+asked of the code, or ``transforms`` for what the composition table of the tests holds every operation to. No number in a table is typed by hand.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def updated(text: str) -> str:
             return match[1] + (backends() or match[0].removeprefix(match[1]).removesuffix(match[3])) + match[3]
         if match[2] == "roofline":
             return match[1] + roofline() + match[3]
+        if match[2] == "transforms":
+            return match[1] + transforms() + match[3]
         if match[2] == "highlights":
             return match[1] + highlights() + match[3]
         if match[2] == "gpu":
@@ -170,6 +172,13 @@ def backends() -> str:
         cells = ["any dtype", on_cpu or "no", *("yes" if b in names else "no" for b in ("triton", "cuda")), onnx]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def transforms() -> str:
+    """What is right and what is refused under PyTorch's transforms, as the tests check it."""
+    from tests.compositions import table
+
+    return table.markdown()
 
 
 def stale(root: Path = ROOT) -> list[Path]:

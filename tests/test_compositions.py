@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastxattn
 import fastxattn.nn
@@ -90,7 +91,7 @@ def test_what_is_refused_works_on_the_reference_backend() -> None:
     ("what", "broken", "row", "column"),
     [
         ("fastxattn.runtime.operators.refuse", lambda message, results, sources: results, "maxsim", "second derivative"),
-        ("fastxattn.runtime.operators.KernelFunction.jvp", lambda ctx, *t: (None,) * 2, "varlen_cross_attention",
+        ("fastxattn.runtime.operators.KernelFunction.jvp", lambda ctx, *t: (torch.zeros(9, 2, 8), torch.zeros(2, 9).double()), "varlen_cross_attention",
          "forward mode"),
         ("fastxattn.ops.retrieval.api.derivative_wanted", lambda *t: False, "topk_similarity", "eager"),
         ("fastxattn.ops.attention.autograd.NEEDS", {"key": 1, "query": 2, "value": 4, "key_bias": 8, "bias": 16},

@@ -24,7 +24,7 @@ CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Pages whose snippets need no more than tests/doc_setup.py gives. The operations' pages are held to being Python.
 RUN = [
     "README.md", "docs/index.md", "docs/accelerate.md", "docs/pruning.md", "docs/distributed.md", "docs/export.md",
-    "docs/extending.md", "docs/concepts.md",
+    "docs/extending.md", "docs/concepts.md", "docs/guide/transforms.md",
 ]  # fmt: skip
 
 

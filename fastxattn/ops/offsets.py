@@ -8,18 +8,21 @@ from torch import Tensor
 from fastxattn.runtime import env
 
 
+def has_contents(t: Tensor) -> bool:
+    """Whether a size may depend on the contents of ``t``: not while tracing, nor for fake, meta or vmapped tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
 def readable(t: Tensor) -> bool:
     """Whether a check may read the contents of ``t``: not while tracing, and on a GPU only with FASTXATTN_VALIDATE=1,
     because it would wait for the device.
     """
-    if torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
-        return False
-    return t.device.type == "cpu" or (t.is_cuda and env.validate_on_gpu)
-
-
-def has_contents(t: Tensor) -> bool:
-    """Whether a size may depend on the contents of ``t``: not while tracing, and fake and meta tensors have none."""
-    return not torch.compiler.is_compiling() and type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta"
+    return has_contents(t) and (t.device.type == "cpu" or (t.is_cuda and env.validate_on_gpu))
 
 
 def check_offsets(name: str, offsets: object, rows: int) -> None:

@@ -52,7 +52,7 @@ def composite(name: str, signature: str, apply: Callable[..., Any]) -> None:
     """
     qualified = f"fastxattn::{name}"
     torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(qualified, "CompositeImplicitAutograd", apply)
+    torch.library.impl(qualified, "CompositeImplicitAutograd", functools.partial(_composite, name, apply))
 
 
 class KernelFunction(torch.autograd.Function):
@@ -181,16 +181,27 @@ def _loading(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _autograd(name: str, *arguments: Any) -> Any:
-    """The Autograd kernel of operator ``name``."""
-    operator = getattr(torch.ops.fastxattn, name).default
-    if not any(isinstance(t, Tensor) and _tracked(t) for t in arguments):
-        return run(operator, *arguments)
+def _refuse_transforms(name: str) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"fastxattn::{name}: torch.func transforms go through fastxattn's functions in eager mode; neither the "
             "bare operator nor a compiled program has them. Pass backend='reference' there"
         )
+
+
+def _composite(name: str, apply: Callable[..., Any], *arguments: Any) -> Any:
+    """The kernel of composite operator ``name``, for every dispatch key."""
+    if any(isinstance(t, Tensor) and _tracked(t) for t in arguments):
+        _refuse_transforms(name)
+    return apply(*arguments)
+
+
+def _autograd(name: str, *arguments: Any) -> Any:
+    """The Autograd kernel of operator ``name``."""
+    operator = getattr(torch.ops.fastxattn, name).default
+    if not any(isinstance(t, Tensor) and _tracked(t) for t in arguments):
+        return run(operator, *arguments)
+    _refuse_transforms(name)
     if name in _derivatives:
         return _derivatives[name](*arguments)
     return refuse(f"fastxattn::{name} has no derivative", run(operator, *arguments), arguments)

@@ -284,7 +284,7 @@ FUNCTIONS = [
         same=(("query_a", "value_a"), ("query_b", "value_b"))),
     Row("context_attention", ("context_attention",), features, context_attention),
     Row("key_importance", ("key_importance",), scored, importance, same=(("query", "key"), ("cu_q", "cu_k"))),
-    Row("ranges", ("ranges",), builders, all_ranges, derivative=False, same=(("cu_q", "cu_k"),)),
+    Row("ranges", ("ranges",), builders, all_ranges, derivative=False),
     Row("infonce_loss", ("infonce_loss",), scaled, infonce, same=(LOSS,)),
     Row("infonce_loss, options", ("infonce_loss",), negatives, infonce_options, same=(LOSS,)),
     Row("infonce_loss, teacher", ("infonce_loss",), taught, infonce_teacher, same=(LOSS,),

@@ -178,7 +178,7 @@ class SoftTargets(KernelFunction):
         """The targets of a block are forgotten with it."""
         wide = b.float()
         mixed = torch.cat([a.new_empty((0, b.shape[1]), dtype=torch.float32)] + [
-            target @ wide for _, target in SoftTargets.targets(ta, tb)
+            target @ wide for target in SoftTargets.targets(ta, tb)
         ])  # fmt: skip
         dots = (a.float() * mixed).sum(1)
         return dots * scale, mixed, dots
@@ -191,11 +191,10 @@ class SoftTargets(KernelFunction):
 
     @staticmethod
     def targets(ta: Tensor, tb: Tensor) -> Any:
-        """Blocks of rows with their soft targets."""
+        """Soft targets of blocks of rows; split, because a loop over a number fixes it in an exported program."""
         wide = tb.float().T
-        for first in range(0, ta.shape[0], SoftTargets.ROWS):
-            rows = slice(first, first + SoftTargets.ROWS)
-            yield rows, (ta[rows].float() @ wide).softmax(1)
+        for rows in ta.split(SoftTargets.ROWS):
+            yield (rows.float() @ wide).softmax(1)
 
     @staticmethod
     @first_order("infonce_loss with a teacher")
@@ -204,8 +203,9 @@ class SoftTargets(KernelFunction):
         a, b, scale, ta, tb, mixed, dots = saved
         factor = (grad * scale)[:, None]
         grad_b = torch.zeros(b.shape, dtype=torch.float32, device=b.device)
-        for rows, target in SoftTargets.targets(ta, tb):
-            grad_b = grad_b.addmm(target.T, factor[rows] * a[rows].float())
+        blocks = SoftTargets.targets(ta, tb), factor.split(SoftTargets.ROWS), a.split(SoftTargets.ROWS)
+        for target, weight, rows in zip(*blocks, strict=True):
+            grad_b = grad_b.addmm(target.T, weight * rows.float())
         return (factor * mixed).to(a.dtype), grad_b.to(b.dtype), (grad * dots).sum(), None, None
 
 

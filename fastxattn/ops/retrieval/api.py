@@ -62,7 +62,7 @@ def topk_similarity(
     k = int(k)
     if isinstance(corpus, torch.Tensor):
         scores, found = _search(queries, corpus, k, metric, corpus_scale, 0, backend)
-        if derivative_wanted(queries, corpus, corpus_scale):
+        if derivative_wanted(queries, corpus, corpus_scale) or _maybe_transformed():
             scores = _with_derivative(scores, found, queries, corpus, corpus_scale, metric)
         return scores, found
     total, width = corpus.shape
@@ -82,6 +82,11 @@ def topk_similarity(
         scale = None if corpus_scale is None else corpus_scale[flat]
         scores = _with_derivative(scores, near, queries, _as_tensor(corpus[flat.numpy()]), scale, metric)
     return scores, found
+
+
+def _maybe_transformed() -> bool:
+    """Whether a ``torch.func`` transform may be compiled around the call, of which a trace of it shows nothing."""
+    return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
 
 
 def _with_derivative(
