@@ -45,12 +45,12 @@ HEADINGS = {
 """Columns in the order of the page."""
 OF_DERIVATIVES = {
     "checkpoint", "checkpoint, reentrant", "saved-tensor hooks", "second derivative", "forward mode", "vmap",
-    "func.grad", "vmap(grad)", "jacrev(jacrev)", "is_grads_batched", "backward twice", "gradients of some arguments",
+    "func.grad", "vmap(grad)", "jacrev(jacrev)", "is_grads_batched", "backward twice", "some gradients",
     "compiled func.grad",
 }  # fmt: skip
 SLOW = {"inductor"}
 """Columns that compile for long and ask the same of every row: some rows stand for all."""
-SAMPLED = ("varlen_cross_attention", "infonce_loss", "maxsim", "prune_tokens", "topk_similarity", "QFormerLayer")
+SAMPLED = ("varlen_cross_attention", "infonce_loss", "MultiheadCrossAttention, padded, masks")
 
 PLAIN = {
     "topk_similarity", "topk_similarity, cosine", "topk_similarity, int8", "PackedTokens", "pixel_shuffle",
