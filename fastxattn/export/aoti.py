@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastxattn import ops
 from fastxattn.export.flat import Flat, bind, tensors
 from fastxattn.runtime import native
 
@@ -80,7 +83,7 @@ def to_aoti(
 
 
 def load_kernels() -> None:
-    """Load the CPU kernels that packages call.
+    """Define every operator and load the CPU kernels: what a saved program needs before it is loaded.
 
     Raises:
         RuntimeError: they are not there; the message says why.
@@ -88,3 +91,6 @@ def load_kernels() -> None:
     reason = native.cpu_library().reason
     if reason is not None:
         raise RuntimeError(f"AOTInductor packages need the CPU kernels: {reason}")
+    for package in pkgutil.iter_modules(ops.__path__):
+        if package.ispkg:
+            importlib.import_module(f"fastxattn.ops.{package.name}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,10 @@ import torch
 from fastxattn.runtime import env
 
 LIBRARY_DIR = Path(__file__).resolve().parent.parent / "_lib"
+before_cpu: list[Callable[[], None]] = []
+"""Called before the CPU library registers its kernels."""
+after_cuda: list[Callable[[], None]] = []
+"""Called when the CUDA library has defined its operators."""
 CPU_ISAS = ("generic", "neon", "avx2", "avx512", "avx512bf16", "amx")
 
 
@@ -30,6 +35,8 @@ class Loaded:
 @functools.cache
 def cpu_library() -> Loaded:
     """The CPU kernels (``libfastxattn_cpu.so``), loaded at the first call."""
+    for prepare in before_cpu:
+        prepare()
     loaded = _load(LIBRARY_DIR / "libfastxattn_cpu.so", "the CPU kernels", "pip install --no-build-isolation .")
     library = loaded.library
     if library is None:
@@ -54,6 +61,8 @@ def cuda_library() -> Loaded:
         "FASTXATTN_BUILD_CUDA=1 pip install --no-build-isolation .",
     )
     if loaded.library is not None:
+        for finish in after_cuda:
+            finish()
         loaded.library.fastxattn_cuda_archs.restype = ctypes.c_char_p
     return loaded
 

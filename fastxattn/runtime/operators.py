@@ -4,7 +4,7 @@ Kernels have first derivatives in reverse mode. Whatever else PyTorch can ask of
 forward mode, a gradient of an operator that has none) raises when it is asked for, and never gives 0 instead:
 
 * :func:`define` registers an Autograd kernel with every operator: the derivative that :func:`differentiable` gives it
-  later, or the refusal.
+  later, or the refusal. :func:`refuse_rest` does so for operators that a library defines.
 * :class:`KernelFunction` is the base of every ``autograd.Function`` here: it works under ``torch.func.grad`` and
   ``vmap``, and refuses forward mode.
 * :func:`first_order` wraps its backward: under ``create_graph=True`` the results refuse to be differentiated again.
@@ -24,6 +24,8 @@ from torch.autograd import forward_ad
 from fastxattn.runtime import native
 
 _derivatives: dict[str, Callable[..., Any]] = {}
+_first_calls = torch.library.Library("fastxattn", "IMPL")
+native.before_cpu.append(_first_calls._destroy)
 
 
 def define(name: str, signature: str, fake: Callable[..., Any]) -> None:
@@ -38,6 +40,20 @@ def define(name: str, signature: str, fake: Callable[..., Any]) -> None:
     torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
     torch.library.register_fake(qualified, _loading(name, fake) if name.endswith("_cpu") else fake)
     torch.library.impl(qualified, "Autograd", functools.partial(_autograd, name))
+    if name.endswith("_cpu") and not native.cpu_library.cache_info().currsize:
+        _first_calls.impl(name, functools.partial(_first_call, name), "CPU")
+
+
+def refuse_rest() -> None:
+    """Give every operator of the namespace that has no Autograd kernel the refusing one."""
+    for qualified in torch._C._dispatch_get_all_op_names():
+        name, _, overload = qualified.removeprefix("fastxattn::").partition(".")
+        if not qualified.startswith("fastxattn::") or any(
+            torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+            for key in ("CompositeImplicitAutograd", "AutogradCPU")
+        ):
+            continue
+        torch.library.impl(qualified, "Autograd", functools.partial(_autograd, name, overload=overload or "default"))
 
 
 def differentiable(name: str, apply: Callable[..., Any]) -> None:
@@ -196,12 +212,24 @@ def _composite(name: str, apply: Callable[..., Any], *arguments: Any) -> Any:
     return apply(*arguments)
 
 
-def _autograd(name: str, *arguments: Any) -> Any:
+def _first_call(name: str, *arguments: Any) -> Any:
+    """Load the CPU library, which replaces this kernel, and call the operator again: a saved program's first use."""
+    if (reason := native.cpu_library().reason) is not None:
+        raise RuntimeError(f"fastxattn::{name}: the cpu backend cannot run: {reason}")
+    return getattr(torch.ops.fastxattn, name)(*arguments)
+
+
+def _autograd(name: str, *arguments: Any, overload: str = "default") -> Any:
     """The Autograd kernel of operator ``name``."""
-    operator = getattr(torch.ops.fastxattn, name).default
+    operator = getattr(getattr(torch.ops.fastxattn, name), overload)
     if not any(isinstance(t, Tensor) and _tracked(t) for t in arguments):
         return run(operator, *arguments)
     _refuse_transforms(name)
+    if operator._schema.is_mutable:
+        raise RuntimeError(f"fastxattn::{name} has no derivative; call it under torch.no_grad()")
     if name in _derivatives:
         return _derivatives[name](*arguments)
     return refuse(f"fastxattn::{name} has no derivative", run(operator, *arguments), arguments)
+
+
+native.after_cuda.append(refuse_rest)
