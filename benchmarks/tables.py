@@ -3,7 +3,8 @@
 A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``, where NAME is a file of benchmarks/results,
 ``highlights`` for a few rows of every file (drawn as a chart, too), ``roofline`` for what every CPU kernel reaches of
 what the machine does at most, ``gpu`` for every provider's time there, ``backends`` for what runs where, which is
-asked of the code, or ``transforms`` for what the composition table of the tests holds every operation to. No number in a table is typed by hand.
+asked of the code, or ``transforms`` for what the composition table of the tests holds every operation to. No number in
+a table is typed by hand.
 """
 
 from __future__ import annotations

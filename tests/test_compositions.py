@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,31 +19,11 @@ import fastxattn.nn
 from tests.compositions import table
 from tests.compositions.columns import COLUMNS
 from tests.compositions.fresh import FRESH
-from tests.compositions.problem import Problem
+from tests.compositions.judge import judge, outcome
 from tests.compositions.rows import BY_NAME, NOT_COMPUTING, ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_OTHER_PROCESSES = (*FRESH, "inductor", "fork")
-
-
-def judge(row: str, column: str, said: str) -> str:
-    """What is wrong with a cell that ended with ``said``, empty where nothing was raised."""
-    wanted = table.expected(BY_NAME[row], column)
-    if said.startswith("Wrong: ") or (said and not wanted):
-        return f"{row} | {column}: {said}"
-    if wanted and not said:
-        return f"{row} | {column} is right; the table says that it is refused with {wanted!r}"
-    return "" if re.search(wanted, said) else f"{row} | {column}: refused, but not with {wanted!r}: {said}"
-
-
-def outcome(cell: Callable[[Problem], None], row: str) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            cell(Problem(BY_NAME[row]))
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-    return ""
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -87,17 +64,24 @@ def test_what_is_refused_works_on_the_reference_backend() -> None:
                     assert outcome(COLUMNS[column], row.name) == "", (row.name, column)
 
 
-@pytest.mark.parametrize(
-    ("what", "broken", "row", "column"),
-    [
-        ("fastxattn.runtime.operators.refuse", lambda message, results, sources: results, "maxsim", "second derivative"),
-        ("fastxattn.runtime.operators.KernelFunction.jvp", lambda ctx, *t: (torch.zeros(9, 2, 8), torch.zeros(2, 9).double()), "varlen_cross_attention",
-         "forward mode"),
-        ("fastxattn.ops.retrieval.api.derivative_wanted", lambda *t: False, "topk_similarity", "eager"),
-        ("fastxattn.ops.attention.autograd.NEEDS", {"key": 1, "query": 2, "value": 4, "key_bias": 8, "bias": 16},
-         "MultiheadCrossAttention, value", "eager"),
-    ],
-)  # fmt: skip
+def no_tangent(ctx: object, *tangents: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros for attention's two results."""
+    return torch.zeros(9, 2, 8), torch.zeros(2, 9, dtype=torch.float64)
+
+
+BROKEN = {
+    "second derivatives of 0": ("fastxattn.runtime.operators.refuse", lambda message, results, sources: results,
+                                "maxsim", "second derivative"),
+    "tangents of 0": ("fastxattn.runtime.operators.KernelFunction.jvp", no_tangent, "varlen_cross_attention",
+                      "forward mode"),
+    "no gradient": ("fastxattn.ops.retrieval.api.derivative_wanted", lambda *t: False, "topk_similarity", "eager"),
+    "another's gradient": ("fastxattn.ops.attention.autograd.NEEDS",
+                           {"key": 1, "query": 2, "value": 4, "key_bias": 8, "bias": 16},
+                           "MultiheadCrossAttention, value", "eager"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "broken", "row", "column"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_library_fails(
     what: str, broken: object, row: str, column: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

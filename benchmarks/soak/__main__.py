@@ -26,7 +26,8 @@ LIMIT = 4.0
 outside by luck: numbers of one row err together, and a long sum that cancels may fall on the right float in the
 yardstick. What is wrong is wrong by far more."""
 SHARES = {
-    "ranks": 0.1, "files": 0.1, "options": 0.2, "hostile": 0.1, "triton": 0.15, "sanitized": 0.15, "cpu": 0.2,
+    "ranks": 0.1, "files": 0.1, "options": 0.2, "compositions": 0.05, "hostile": 0.1, "triton": 0.15, "sanitized": 0.15,
+    "cpu": 0.15,
 }  # fmt: skip
 """Of the time. What takes longest a piece comes first; each part shares out what is left."""
 LONGEST = 300.0

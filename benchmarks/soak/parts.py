@@ -99,6 +99,18 @@ def ranks(seconds: float, seed: int) -> Outcome:
             return outcome
 
 
+def compositions(seconds: float, seed: int) -> Outcome:
+    """Random cells of the composition table, in a process of their own."""
+    outcome = Outcome()
+    command = [sys.executable, "-m", "benchmarks.soak.compositions", "--seconds", str(seconds), "--seed", str(seed)]
+    code, said, error = run(command, seconds + 3 * LONGEST)
+    *failures, last = said.splitlines() or [""]
+    outcome.counts["cell of the composition table"] += int(last.split()[0]) if last[:1].isdigit() else 0
+    if code != 0:
+        outcome.failures.append("\n".join(failures) or f"exit {code}: {error[-1500:]}")
+    return outcome
+
+
 def _launch(worker: Path, world: int, kill: random.Random | None) -> list[tuple[int, str]]:
     """Exit code and output of every rank; with ``kill`` the last one gets SIGKILL after up to 6 s."""
     with tempfile.TemporaryDirectory() as folder:

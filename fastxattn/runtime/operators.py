@@ -50,7 +50,7 @@ def refuse_rest() -> None:
         name, _, overload = qualified.removeprefix("fastxattn::").partition(".")
         if not qualified.startswith("fastxattn::") or any(
             torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
-            for key in ("CompositeImplicitAutograd", "AutogradCPU")
+            for key in ("CompositeImplicitAutograd", "Autograd")
         ):
             continue
         torch.library.impl(qualified, "Autograd", functools.partial(_autograd, name, overload=overload or "default"))

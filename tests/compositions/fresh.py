@@ -22,6 +22,7 @@ import torch._dynamo
 
 from fastxattn.runtime import native
 from tests.compositions.columns import twice_found, twice_wanted
+from tests.compositions.judge import outcome
 from tests.compositions.problem import Problem, Wrong, results, same
 from tests.compositions.rows import BY_NAME, ROWS
 from tests.compositions.table import SAMPLED, applies
@@ -80,15 +81,6 @@ FRESH: dict[str, Callable[[Problem], None]] = {
     "one tensor twice, compiled": twice,
     "compiled func.grad": func_grad,
 }
-
-
-def outcome(cell: Callable[[Problem], None], row: str) -> str:
-    """Empty where the cell is right, else what was raised."""
-    try:
-        cell(Problem(BY_NAME[row]))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def forked(work: Callable[[], None]) -> tuple[int, bytes]:

@@ -216,7 +216,7 @@ def corpus(m: Make, size: int) -> Inputs:
 def small_corpus(m: Make, size: int) -> Inputs:
     """int8 rows with a scale, fewer than are asked for."""
     rows = (m.rows(2 + size, DIM) * 40).round().clamp(-127, 127).to(torch.int8)
-    return {"queries": m.rows(4 + size, DIM), "corpus": rows, "corpus_scale": m.positive(2 + size)}
+    return {"queries": m.rows(4 + size, DIM), "corpus": rows, "corpus_scale": m.positive(2 + size) / 40}
 
 
 def quantized(_: Any, x: Inputs) -> Any:

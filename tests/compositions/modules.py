@@ -163,7 +163,7 @@ def query_tokens(m: Make, size: int) -> Inputs:
 
 
 def tasks(module: Any, x: Inputs) -> Any:
-    return module({"contrast": x["a"].square().sum(), "match": (x["a"] * x["b"]).sum()})
+    return module({"contrast": x["a"].square().mean(), "match": (x["a"] * x["b"]).mean()})
 
 
 def open_gates(block: nn.Module) -> nn.Module:

@@ -42,8 +42,11 @@ class Row:
 class Make:
     """Random inputs of a row."""
 
+    shift = 0
+    """Added to every seed: other inputs of the same shapes."""
+
     def __init__(self, seed: int) -> None:
-        self.g = torch.Generator().manual_seed(seed)
+        self.g = torch.Generator().manual_seed(seed + self.shift)
 
     def rows(self, *shape: int) -> Tensor:
         """Normal numbers."""

@@ -61,8 +61,8 @@ LINEAR = {"gather_rows", "merge_rows", "prune_tokens", "Selection", "TokenPruner
 """Kernels that are each other's derivative: of any order, in reverse mode."""
 WITHOUT_SHAPES = {
     "meta": {
-        "maxsim", "late_interaction_loss", "FILIPLoss", "BLIP2ITCLoss", "recall_at_k", "select", "prune_tokens", "Selection",
-        "merge_rows", "TokenPruner, packed", "TokenPruner, padded",
+        "maxsim", "late_interaction_loss", "FILIPLoss", "BLIP2ITCLoss", "recall_at_k", "select", "prune_tokens",
+        "Selection", "merge_rows", "TokenPruner, packed", "TokenPruner, padded",
     },
     "FakeTensorMode": {"recall_at_k"},
 }  # fmt: skip

@@ -50,9 +50,9 @@ def topk_similarity(
 
     Returns:
         Scores (Q, k) float32, descending, and int64 row indices. Of equal scores the first row comes first. Where the
-        corpus has fewer than ``k`` rows: -inf and -1. Scores are differentiable in ``queries``, ``corpus`` and
-        ``corpus_scale``, any number of times: those of the rows found, which are gathered (Q, k, D) for it; the choice of
-        rows has no gradient, nor has a missing row.
+        corpus has fewer than ``k`` rows: -inf and -1. Scores are differentiable any number of times in ``queries``,
+        ``corpus`` (not a memmap) and ``corpus_scale``, through the rows found, which are gathered for it, (Q, k, D); the
+        choice of rows has no gradient, nor has a missing row.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
