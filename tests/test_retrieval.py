@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy
 import pytest
 import torch
@@ -126,3 +128,31 @@ def test_recall_both_ways():
 def test_bad_input(change, error, words):
     with pytest.raises(error, match=words):
         topk_similarity(**{"queries": torch.zeros(2, 8), "corpus": torch.zeros(4, 8), "k": 1, **change})
+
+
+@pytest.mark.parametrize("metric", ["inner", "cosine"])
+def test_scores_of_a_memory_mapped_corpus_have_the_same_gradient(
+    metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunk by chunk as at once, with missing rows and a zero vector."""
+    corpus, queries = torch.randn(7, 8), torch.randn(4, 8)
+    corpus[2] = 0
+    queries[1] = 0
+    numpy.save(tmp_path / "corpus.npy", corpus.numpy())
+    monkeypatch.setattr(api, "CHUNK_BYTES", 3 * 8 * 4)
+    grads = []
+    for rows in (corpus, numpy.load(tmp_path / "corpus.npy", mmap_mode="r")):
+        leaf = queries.clone().requires_grad_()
+        scores, found = topk_similarity(leaf, rows, 9, metric=metric)
+        assert torch.equal(found[:, 7:], torch.full((4, 2), -1))
+        scores.masked_fill(scores == -torch.inf, 0).sin().sum().backward()
+        grads.append(leaf.grad)
+    leaf = queries.clone().requires_grad_()
+    left, right = leaf, corpus
+    if metric == "cosine":
+        left, right = (torch.nn.functional.normalize(t, dim=1) for t in (leaf, corpus))
+    (left @ right.T).sin().sum().backward()
+    zero = queries.abs().sum(1) == 0
+    for grad in grads:
+        torch.testing.assert_close(grad[~zero], leaf.grad[~zero])
+        assert torch.isfinite(grad).all()

@@ -51,8 +51,8 @@ def topk_similarity(
     Returns:
         Scores (Q, k) float32, descending, and int64 row indices. Of equal scores the first row comes first. Where the
         corpus has fewer than ``k`` rows: -inf and -1. Scores are differentiable any number of times in ``queries``,
-        ``corpus`` (not a memmap) and ``corpus_scale``, through the rows found, which are gathered for it, (Q, k, D); the
-        choice of rows has no gradient, nor has a missing row.
+        ``corpus`` (not a memmap) and ``corpus_scale``, through the rows found, which are gathered for it, (Q, k, D);
+        the choice of rows has no gradient, nor has a missing row.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
@@ -61,10 +61,10 @@ def topk_similarity(
     checks.check_arguments(queries, corpus, k, metric, corpus_scale)
     k = int(k)
     if isinstance(corpus, torch.Tensor):
-        scores, found = _search(queries, corpus, k, metric, corpus_scale, 0, backend)
+        scores, indices = _search(queries, corpus, k, metric, corpus_scale, 0, backend)
         if derivative_wanted(queries, corpus, corpus_scale) or _maybe_transformed():
-            scores = _with_derivative(scores, found, queries, corpus, corpus_scale, metric)
-        return scores, found
+            scores = _with_derivative(scores, indices, queries, corpus, corpus_scale, metric)
+        return scores, indices
     total, width = corpus.shape
     rows = max(1, CHUNK_BYTES // (width * corpus.dtype.itemsize))
     best: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -74,14 +74,13 @@ def topk_similarity(
         found = _search(queries, chunk, k, metric, scale, first, backend)
         best = found if best is None else _merge(best, found, k)
     assert best is not None
-    scores, found = best
+    scores, indices = best
     if total and derivative_wanted(queries, corpus_scale):
-        flat = torch.unique(found.clamp(min=0))
-        places = torch.searchsorted(flat, found.clamp(min=0))
-        near = torch.where(found < 0, -1, places)
-        scale = None if corpus_scale is None else corpus_scale[flat]
-        scores = _with_derivative(scores, near, queries, _as_tensor(corpus[flat.numpy()]), scale, metric)
-    return scores, found
+        chosen, places = torch.unique(indices.clamp(min=0), return_inverse=True)
+        places = torch.where(indices < 0, -1, places)
+        kept = None if corpus_scale is None else corpus_scale[chosen]
+        scores = _with_derivative(scores, places, queries, _as_tensor(corpus[chosen.numpy()]), kept, metric)
+    return scores, indices
 
 
 def _maybe_transformed() -> bool:
