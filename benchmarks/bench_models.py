@@ -26,7 +26,9 @@ from torch.utils import _pytree as pytree
 from benchmarks import models_zoo, models_zoo_open_clip
 from benchmarks.models_zoo import System
 from fastxattn.bench import Case, Record, Workload, read_csv, write_csv
+from fastxattn.bench.records import device_name
 from fastxattn.bench.registry import Pending, run_case
+from fastxattn.bench.report import short_device
 from fastxattn.integrations import accelerate
 from fastxattn.testing import ErrorReport, measure_error
 
@@ -194,6 +196,7 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
             "budget": worst.max_budget,
             "share": share,
             "seconds": seconds,
+            "device": device_name(),
             "swapped": sorted({f"{s.module.rpartition('.')[2]}" for s in report.swapped}),
         }
         return "ok" if all(r.same_nonfinite and r.max_error <= r.max_budget for r in reports) else str(worst)
@@ -204,23 +207,25 @@ def workload(system: System, dtype: torch.dtype, train: bool, facts: dict[str, A
 def table(facts: dict[str, Any]) -> str:
     """The table, one row per measured system, dtype and pass, and where they were measured."""
     records = read_csv(CSV) if CSV.exists() else []
-    sdpa = {(r.case, r.direction, r.dtype, r.threads): r for r in records if r.provider == "sdpa"}
+    sdpa = {(r.case, r.direction, r.dtype, r.threads, r.device): r for r in records if r.provider == "sdpa"}
     lines = [
-        "| system | swapped classes | pass | dtype | threads | original ms | ms | speed-up | error | in attention "
+        "| system | swapped classes | pass | dtype | machine | original ms | ms | speed-up | error | in attention "
         "| bound by |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
     places = set()
     for system in SYSTEMS:
         for r in (r for r in records if r.provider == "fastxattn" and r.case == system.name):
             fact = facts[r.case][f"{r.dtype} {r.direction}"]
-            rival = sdpa[r.case, r.direction, r.dtype, r.threads]
-            threads = "1 (processor time)" if r.threads == 1 else r.threads
+            rival = sdpa[r.case, r.direction, r.dtype, r.threads, r.device]
+            machine = short_device(r.device) + (", 1 thread (processor time)" if r.threads == 1 else "")
+            here = fact["device"] == r.device  # the machine that error and share were taken on
+            error, share = (f"{fact['error']:.1e}", f"{fact['share']:.0%}") if here else ("", "")
             speed = f"{r.ratio:.2f}x" if r.gate == "ok" else "outside its error budget"
             places.add((r.device, r.versions))
             lines.append(
-                f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {threads} "
-                f"| {rival.median_ms:.3g} | {r.median_ms:.3g} | {speed} | {fact['error']:.1e} | {fact['share']:.0%} "
+                f"| {r.case} | {', '.join(fact['swapped'])} | {r.direction} | {r.dtype} | {machine} "
+                f"| {rival.median_ms:.3g} | {r.median_ms:.3g} | {speed} | {error} | {share} "
                 f"| {system.note} |"
             )
     measured = [f"\nMeasured on {device}; {versions}." for device, versions in sorted(places)]

@@ -1,10 +1,10 @@
 """Rewrites the tables in README.md and docs/: ``python -m benchmarks.tables [--check]``.
 
-A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``, where NAME is a file of benchmarks/results,
-``highlights`` for a few rows of every file (drawn as a chart, too), ``roofline`` for what every CPU kernel reaches of
-what the machine does at most, ``gpu`` for every provider's time there, ``backends`` for what runs where, which is
-asked of the code, or ``transforms`` for what the composition table of the tests holds every operation to. No number in
-a table is typed by hand.
+A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``. NAME is a file of benchmarks/results or
+``headline`` (three results), ``highlights`` (README's rows, drawn as a chart too), ``speed`` (every speed-up on CPUs),
+``below`` (those below 1x), ``roofline`` (the share of its bound that each CPU kernel reaches), ``gpu`` (each
+provider's time on the GPU), ``transforms`` (what the tests check under each), or ``backends`` (which backend runs what, read from the code). No number in a table is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import IMAGES, RESULTS
 from fastxattn.bench import Record, read_csv, sections
-from fastxattn.bench.report import markdown_table, plot_ratios, roofline_table, short_device
+from fastxattn.bench.report import markdown_table, plot_ratios, roofline_table
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
@@ -31,61 +31,123 @@ def updated(text: str) -> str:
     def redraw(match: re.Match[str]) -> str:
         if match[2] == "backends":
             return match[1] + (backends() or match[0].removeprefix(match[1]).removesuffix(match[3])) + match[3]
-        if match[2] == "roofline":
-            return match[1] + roofline() + match[3]
         if match[2] == "transforms":
             return match[1] + transforms() + match[3]
-        if match[2] == "highlights":
-            return match[1] + highlights() + match[3]
-        if match[2] == "gpu":
-            return match[1] + gpu() + match[3]
+        if match[2] in DRAWN:
+            return match[1] + DRAWN[match[2]]() + match[3]
         records = read_csv(RESULTS / f"{match[2]}.csv")
         places = dict.fromkeys(f"{r.device}, {r.threads} threads; {r.versions}" for r in records)
-        measured = f"\nMeasured on {'. And on '.join(places)}.\n"
-        return match[1] + markdown_table(records, "fastxattn cpu") + measured + match[3]
+        where = f"\nMeasured on {'. And on '.join(places)}.\n"
+        return match[1] + markdown_table(records, "fastxattn cpu") + where + match[3]
 
     return BLOCK.sub(redraw, text)
 
 
-HIGHLIGHTS = {
-    "models": ("BLIP-2 Q-Former.* forward ", "BLIP ITM.* forward ", "CLIP text tower.*captions", "LXMERT base"),
-    "attention": ("attention (text to image|image to text), 16 ragged ", "dense 8x32x257 ", "dense 8x77x577 "),
-    "importance": ("text to image",), "bidirectional": (r"2 x \(1024 patches.* forward ",),
-    "pruning": ("select .* gather.*50 %", "encoder .*keep 50%"), "contrastive": ("infonce N=8192", "sigmoid N=8192"),
-    "late_interaction": ("256 x 256",), "retrieval": ("1000000 x 256",), "export": ("node, text to image",),
-}  # fmt: skip
-"""By file, what a float32 row's ``op title`` contains: what each room is for, where it wins little or nothing too."""
+HIGHLIGHTS = (
+    ("models", "BLIP ITM"), ("models", "CLIP text tower.*captions"), ("models", "BLIP-2 Q-Former.*backward"),
+    ("models", "Whisper.*module, cached"), ("attention", "attention text to image, 16 ragged"),
+    ("attention", "dense 8x32x257"), ("importance", "importance text to image"), ("bidirectional", "LXMERT.* forward "),
+    ("pruning", "gather.*50 %"), ("contrastive", "infonce N=(256|8192)"), ("contrastive", "sigmoid N=8192"),
+    ("late_interaction", "maxsim"), ("export", "node, text to image"), ("export", "1000 nodes"),
+)  # fmt: skip
+"""File and what ``op case direction`` contains, of README's rows: each operation's main use, losses included."""
+HEADLINES = (
+    ("models", "CLIP text tower.*captions", "float32",
+     "CLIP text tower after `accelerate`, batch 16, captions of up to 77 tokens, forward"),
+    ("attention", "attention text to image, 16 ragged forward ", "bfloat16",
+     "packed text-to-image attention, 16 samples of unequal length, forward"),
+    ("contrastive", "infonce N=8192", "float32",
+     "InfoNCE of 8192 pairs of width 512, forward and backward, without the N x N logits"),
+)  # fmt: skip
+"""The first numbers of README: file, what the row contains, its dtype, and how to describe it."""
+COLUMNS = tuple((isa, dtype) for isa in ("avx512bf16", "avx2") for dtype in ("float32", "bfloat16"))
+ISAS = {"avx512bf16": "AVX-512-BF16", "avx2": "AVX2"}
+SPEEDS = ("models", "attention", "importance", "bidirectional", "context", "pruning", "contrastive", "late_interaction",
+          "retrieval", "export")  # fmt: skip
+"""Files of speed-ups on CPUs."""
+
+Measured = dict[tuple[str, str], Record]  # of one case: by instruction set and dtype
 
 
-def highlighted() -> Iterator[tuple[Record, Record]]:
-    """Our row and its rival's, where several machines measured one the last."""
-    for name, patterns in HIGHLIGHTS.items():
-        records = [r for r in read_csv(RESULTS / f"{name}.csv") if r.dtype == "float32"]
-        best = {}
-        for r in records:
-            title = f"{r.op} {r.case} {r.direction} "
-            if r.provider.startswith("fastxattn") and r.gate == "ok" and any(re.search(p, title) for p in patterns):
-                rival = [t for t in records if (t.case, t.direction, t.device, t.threads, t.provider) == (
-                    r.case, r.direction, r.device, r.threads, r.rival)]  # fmt: skip
-                best[title] = (r, rival[-1])
-        yield from best.values()
+def measured(name: str) -> dict[tuple[str, str, str, str], Measured]:
+    """Results of one file by (op, case, direction, rival), side by side.
+
+    Of several results for one machine and dtype the one with the most threads counts. A pruned model differs from its
+    rival by design and is not compared here.
+    """
+    found: dict[tuple[str, str, str, str], Measured] = {}
+    records = [r for r in read_csv(RESULTS / f"{name}.csv") if r.provider.startswith("fastxattn")]
+    several = {r.case for r in records if r.provider == "fastxattn packed only"}
+    for r in sorted(records, key=lambda r: r.threads):
+        if r.gate.startswith("prunes"):
+            continue
+        case = f"{r.case}, {'packed only' if r.provider != 'fastxattn' else 'auto'}" if r.case in several else r.case
+        isa = r.device.partition("[")[2].partition("]")[0]
+        found.setdefault((r.op, case, r.direction, r.rival), {})[isa, r.dtype] = r
+    order = {r.case: place for place, r in enumerate(reversed(records))}  # cases in the file's order
+    return dict(sorted(found.items(), key=lambda item: -max(order[r.case] for r in item[1].values())))
 
 
-def highlights() -> str:
-    """A row for each thing that a newcomer may want, and where it was measured."""
-    columns = ("what", "pass", "rival", "rival ms", "ms", "speed-up", "machine")
-    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---:|---:|---:|---|"]
-    for ours, rival in highlighted():
-        machine = f"{short_device(ours.device)}, {ours.threads} thread{'s' * (ours.threads > 1)}"
-        lines.append(
-            f"| {_what(ours)} | {ours.direction} | {ours.rival} | {rival.median_ms:.3g} | {ours.median_ms:.3g} "
-            f"| {ours.ratio:.2f}x | {machine} |"
-        )
+def side_by_side(rows: Iterable[tuple[tuple[str, str, str, str], Measured]]) -> str:
+    """One markdown row per case, a column per machine and dtype: the speed-up and the time it took."""
+    titles = [f"{ISAS[isa]}, {dtype}" for isa, dtype in COLUMNS]
+    lines = [f"| case | pass | rival | {' | '.join(titles)} |", "|---|---|---|---:|---:|---:|---:|"]
+    for (op, case, direction, rival), results in rows:
+        cells = " | ".join(_cell(results.get(column)) for column in COLUMNS)
+        lines.append(f"| {op}: {case} | {direction} | {rival} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def _what(r: Record) -> str:
-    return f"{r.op}: {r.case}"
+def _cell(r: Record | None) -> str:
+    if r is None:
+        return "-"
+    if r.gate != "ok":
+        return "outside its error budget"
+    return f"{r.ratio:.3g}x, {_time(r.median_ms)}" + (", 1 thread" if r.threads == 1 else "")
+
+
+def _time(ms: float) -> str:
+    return f"{ms / 1000:.3g} s" if ms >= 999.5 else f"{ms:.3g} ms" if ms >= 0.1 else f"{1000 * ms:.3g} us"
+
+
+def highlighted() -> Iterator[tuple[tuple[str, str, str, str], Measured]]:
+    """README's rows."""
+    for name, pattern in HIGHLIGHTS:
+        for key, results in measured(name).items():
+            if re.search(pattern, " ".join((*key[:3], ""))):
+                yield key, results
+
+
+def below() -> list[tuple[tuple[str, str, str, str], Measured]]:
+    """Of every file the cases where some result is slower than its rival; only those results."""
+    cases = [item for name in SPEEDS for item in measured(name).items()]
+    slower = [(key, {c: r for c, r in results.items() if r.gate != "ok" or r.ratio < 1}) for key, results in cases]
+    return [(key, results) for key, results in slower if results]
+
+
+def highlights() -> str:
+    """README's table, and how many results of the full one are below 1x."""
+    total = sum(len(results) for name in SPEEDS for results in measured(name).values())
+    slower = sum(len(results) for _, results in below())
+    return side_by_side(highlighted()) + (
+        f"\n{slower} of {total} results on these CPUs are below 1x or outside their error budget: "
+        "[all of them](docs/guide/performance.md#below-1x).\n"
+    )
+
+
+def headline() -> str:
+    """Three results on the machine of the first column, a line each."""
+    lines = []
+    for name, pattern, dtype, words in HEADLINES:
+        key, results = next(i for i in measured(name).items() if re.search(pattern, " ".join((*i[0][:3], ""))))
+        r = results[COLUMNS[0][0], dtype]
+        lines.append(f"- **{r.ratio:.1f}x** the speed of {key[3]}: {words}, {dtype}")
+    return "\n".join(lines) + "\n"
+
+
+def speed() -> str:
+    """Every result of every file of speed-ups on CPUs."""
+    return side_by_side(item for name in SPEEDS for item in measured(name).items())
 
 
 def draw() -> None:
@@ -97,8 +159,14 @@ def draw() -> None:
             ours = Counter(r.provider for r in records if r.provider.startswith("fastxattn")).most_common(1)[0][0]
             devices = ", ".join(dict.fromkeys(r.device for r in records))
             plot_ratios(records, ours, image, f"{path.stem}: {devices}")
-    rows = [replace(ours, case=_what(ours), provider="fastxattn", device="") for ours, _ in highlighted()]
-    plot_ratios(rows, "fastxattn", IMAGES / "highlights.png", "float32 on a CPU, against the rival in the table")
+    isa = COLUMNS[0][0]  # one machine, to fit a screen
+    rows = [
+        replace(r, case=f"{key[0]}: {key[1]}", provider="fastxattn", device="", op="")
+        for key, results in highlighted()
+        for (of, _), r in results.items()
+        if of == isa
+    ]
+    plot_ratios(rows, "fastxattn", IMAGES / "highlights.png", f"AMD EPYC, {ISAS[isa]}, 2 threads: rivals in the table")
 
 
 def roofline() -> str:
@@ -138,6 +206,12 @@ def gpu() -> str:
     places = dict.fromkeys(f"{r.device}; {r.versions}" for r in records)
     return "\n".join(lines) + f"\n\nMeasured on {'. And on '.join(places)}.\n"
 
+
+DRAWN: dict[str, Callable[[], str]] = {
+    "roofline": roofline, "highlights": highlights, "headline": headline, "gpu": gpu, "speed": speed,
+    "below": lambda: side_by_side(below()),
+}  # fmt: skip
+"""Tables that are not one file's."""
 
 OPERATIONS = {
     "attention": ("cross-attention, forward and backward", "node with portable body"),
