@@ -1,6 +1,6 @@
 """accelerate() on real models: ``python -m benchmarks.bench_models --missing --minutes 5``, until nothing is missing.
 
-Rows go to ``benchmarks/results/models.csv``; the table ``docs/models.md`` is written from them and from what
+Rows go to ``benchmarks/results/models.csv``; the table ``docs/guide/models.md`` is written from them and from what
 ``accelerate`` reports (``--table`` alone rewrites it).
 """
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSV, FACTS, DOC = (
     ROOT / "benchmarks/results/models.csv",
     ROOT / "benchmarks/results/models_facts.json",
-    ROOT / "docs/models.md",
+    ROOT / "docs/guide/models.md",
 )
 
 Row = tuple[System, torch.dtype, str]
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40, help="timed per row, in 3 to 15 interleaved rounds")
     parser.add_argument("--threads", type=int, default=2, help="1: processor time is measured")
     parser.add_argument("--list", action="store_true", help="name the rows, and measure nothing")
-    parser.add_argument("--table", action="store_true", help="only rewrite docs/models.md")
+    parser.add_argument("--table", action="store_true", help="only rewrite docs/guide/models.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     facts = json.loads(FACTS.read_text()) if FACTS.exists() else {}

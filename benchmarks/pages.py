@@ -1,6 +1,6 @@
 """Runs the examples and writes a page for each: ``python -m benchmarks.pages [NAME...]`` (``make pages``).
 
-A page of docs/examples holds the script, what it printed and the figure it drew, all of one run. The tests compare the
+A page of docs/guide/examples holds the script, its output and its figure, all of one run. The tests compare the
 page's code with the script; a script that was changed has to be run again.
 """
 
@@ -18,7 +18,7 @@ import torch
 from fastxattn.bench.records import device_name, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ROOT / "docs/examples"
+PAGES = ROOT / "docs/guide/examples"
 IMAGES = ROOT / "docs/images"
 EXAMPLES = {"swap_qformer": True, "train_clip": True, "prune_vlm": True, "deploy_onnx": False}
 """Which have a page, and whether they draw a figure."""
@@ -53,7 +53,7 @@ def page(name: str, output: str) -> str:
     headline, _, more = title.rstrip(".").partition(": ")
     parts = [f"# {headline}", *([f"{more[0].upper()}{more[1:]}."] if more else []), *told]
     if EXAMPLES[name]:
-        parts.append(f"![what {name}.py drew](../images/{picture(name).name})")
+        parts.append(f"![what {name}.py drew](../../images/{picture(name).name})")
     threads = torch.get_num_threads()
     where = f"Executed on {device_name()}, {threads} thread{'s' * (threads > 1)}, shared with other work; {versions()}."
     parts += [
@@ -78,7 +78,7 @@ def main() -> None:
             raise SystemExit(f"pages: NAME must be one of {', '.join(EXAMPLES)}; got {name!r}")
         output = run(name, *(["--out", str(picture(name))] if EXAMPLES[name] else []))
         (PAGES / f"{name}.md").write_text(page(name, output))
-        print(f"docs/examples/{name}.md", flush=True)
+        print(f"docs/guide/examples/{name}.md", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of docs/performance/triton.md: offline figures and estimates. ``python -m benchmarks.roofline [--check]``.
+"""Tables of docs/design/triton.md: offline figures and estimates. ``python -m benchmarks.roofline [--check]``.
 
 A roofline estimate is the longer of two times: multiply-adds at the card's dense 16-bit peak, and every operand moved
 once at its memory bandwidth. It is what no kernel can beat, and not a measurement.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/performance/triton.md"
+PAGE = ROOT / "docs/design/triton.md"
 TABLE = ROOT / "benchmarks/results/offline.csv"
 HEADS, DIM, BYTES = 16, 64, 2
 # Dense bfloat16 TFLOP/s and TB/s of the vendors' data sheets.
@@ -97,5 +97,5 @@ if __name__ == "__main__":
     before = PAGE.read_text()
     after = updated(before)
     if "--check" in sys.argv:
-        sys.exit("docs/performance/triton.md is older than its tables" if after != before else 0)
+        sys.exit("docs/design/triton.md is older than its tables" if after != before else 0)
     PAGE.write_text(after)

@@ -3,8 +3,8 @@
 A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``. NAME is a file of benchmarks/results or
 ``headline`` (three results), ``highlights`` (README's rows, drawn as a chart too), ``speed`` (every speed-up on CPUs),
 ``below`` (those below 1x), ``roofline`` (the share of its bound that each CPU kernel reaches), ``gpu`` (each
-provider's time on the GPU), ``transforms`` (what the tests check under each), or ``backends`` (which backend runs what, read from the code). No number in a table is
-typed by hand.
+provider's time on the GPU), ``transforms`` (what the tests check under each), or ``backends`` (which backend runs what,
+read from the code). No number in a table is typed by hand.
 """
 
 from __future__ import annotations

@@ -13,18 +13,26 @@ def title(page: Path) -> str:
     return found[1] if found else page.stem
 
 
-def expand(entry: Any, docs: Path) -> list[Any]:
-    """One entry of the navigation, its wildcards replaced by pages."""
+def named(entry: Any) -> set[str]:
+    """Pages and wildcards that an entry of the navigation names."""
+    if isinstance(entry, dict):
+        return {name for inside in entry.values() for name in named(inside)}
+    return {name for inside in entry for name in named(inside)} if isinstance(entry, list) else {entry}
+
+
+def expand(entry: Any, docs: Path, others: set[str]) -> list[Any]:
+    """Replace the wildcards of one entry by the pages that are not among ``others``."""
     if isinstance(entry, dict):
         ((name, inside),) = entry.items()
-        return [{name: inside if isinstance(inside, str) else [e for i in inside for e in expand(i, docs)]}]
+        return [{name: inside if isinstance(inside, str) else [e for i in inside for e in expand(i, docs, others)]}]
     if isinstance(entry, str) and entry.endswith("/*"):
         pages = sorted((docs / entry[:-2]).glob("*.md"), key=lambda page: (page.stem != "index", title(page)))
-        return [page.relative_to(docs).as_posix() for page in pages]
+        return [name for page in pages if (name := page.relative_to(docs).as_posix()) not in others]
     return [entry]
 
 
 def on_config(config: Any) -> Any:
-    """Called by mkdocs before it reads the navigation."""
-    config.nav = [e for entry in config.nav for e in expand(entry, Path(config.docs_dir))]
+    """Expand the navigation; mkdocs calls this before it reads it."""
+    others = named(config.nav)
+    config.nav = [e for entry in config.nav for e in expand(entry, Path(config.docs_dir), others)]
     return config

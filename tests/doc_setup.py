@@ -98,18 +98,18 @@ def names(page: str) -> dict[str, Any]:
         "logit_bias": torch.tensor(-10.0),
         "tokens": torch.randn(3, 9, DIM), "mask": mask_k,
     }  # fmt: skip
-    if page in ("README.md", "docs/index.md", "docs/accelerate.md"):
+    if page in ("README.md", "docs/guide/index.md", "docs/guide/accelerate.md"):
         found["model"], found["inputs"] = qformer()
-    if page in ("docs/accelerate.md", "docs/extending.md"):
+    if page in ("docs/guide/accelerate.md", "docs/design/extending.md"):
         found["MyPooler"] = type("MyPooler", (MyPooler,), {})  # a class of its own for each page's adapter
         found["pooler"] = found["MyPooler"]().eval()
         found["pooler_inputs"] = (
             torch.randn(4, 8, 64), torch.randn(4, 512, 64), torch.arange(512) < torch.tensor([512, 9, 3, 40])[:, None],
         )  # fmt: skip
-    if page == "docs/pruning.md":
+    if page == "docs/guide/pruning.md":
         found["vision_model"], found["pixels"] = vision(), torch.randn(2, 3, 32, 32)
         found["vlm"], found["vlm_inputs"] = llava()
-    if page == "docs/export.md":
+    if page == "docs/guide/export.md":
         found["model"] = Reader()
         found["text"] = PackedTokens(torch.randn(sum(LENGTHS_Q), HEADS * DIM), cu_q, max(LENGTHS_Q))
         found["image"] = PackedTokens(torch.randn(sum(LENGTHS_K), HEADS * DIM), cu_k, max(LENGTHS_K))

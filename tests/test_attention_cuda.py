@@ -12,7 +12,7 @@ pytestmark = [
 ]
 CASES = {case.name: case for case in contract.ATTENTION_CASES if case.bias is None and not case.dropout_p}
 
-# Known, from an H200: docs/performance/gpu.md.
+# Known, from an H200: docs/design/gpu.md.
 MISSES = {
     "decode": "mean error of dQ 1.04 times its budget, over four problems",
     "dims_1_1": "errors of out 1.23 (largest) and 1.37 (mean) times their budgets in one of four problems",

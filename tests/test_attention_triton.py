@@ -59,7 +59,7 @@ def split(monkeypatch):
     monkeypatch.setattr(config, "MAX_SPLITS", 2)
 
 
-# Known, from an H200: docs/performance/gpu.md. In the interpreter, whose exponential is exact, it is inside its budget.
+# Known, from an H200: docs/design/gpu.md. In the interpreter, whose exponential is exact, it is inside its budget.
 MISSES_ON_A_GPU = {"decode": "errors of out 1.09 (largest) and 1.01 (mean) times their budgets in one of four problems"}
 
 

@@ -23,8 +23,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Pages whose snippets need no more than tests/doc_setup.py gives. The operations' pages are held to being Python.
 RUN = [
-    "README.md", "docs/index.md", "docs/accelerate.md", "docs/pruning.md", "docs/distributed.md", "docs/export.md",
-    "docs/extending.md", "docs/concepts.md", "docs/guide/transforms.md",
+    "README.md", "docs/guide/index.md", "docs/guide/accelerate.md", "docs/guide/pruning.md",
+    "docs/guide/distributed.md", "docs/guide/export.md", "docs/guide/concepts.md", "docs/guide/transforms.md",
+    "docs/design/extending.md",
 ]  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(swap, "_adapters", dict(swap._adapters))
     strategies = dict(STRATEGIES)
     namespace = doc_setup.names(page)
-    if page == "docs/distributed.md":
+    if page == "docs/guide/distributed.md":
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     blocks = CODE.findall((ROOT / page).read_text())
     assert blocks
@@ -81,13 +82,14 @@ def test_executed_pages_are_of_the_scripts_that_are_there(name: str) -> None:
     assert pages.code_of(text) == script, f"run `python -m benchmarks.pages {name}`"
     assert pages.code_of(pages.page(name, "said").replace("import torch", "")) != script
     assert re.search(rf"^```\n\$ python examples/{name}\.py\n.+\n```$", text, re.DOTALL | re.MULTILINE)
-    assert (f"](../images/{pages.picture(name).name})" in text and pages.picture(name).exists()) == pages.EXAMPLES[name]
+    shown = f"](../../images/{pages.picture(name).name})" in text and pages.picture(name).exists()
+    assert shown == pages.EXAMPLES[name]
 
 
 def test_troubleshooting_quotes_messages_that_exist() -> None:
     sources = [*(ROOT / "fastxattn").rglob("*.py"), ROOT / "build_native.py"]
     said = "\n".join(path.read_text() for path in sources)
-    quoted = re.findall(r"\*\*`([^`]+)`\*\*|\*\*`([^`]+)`\.\*\*", (ROOT / "docs/troubleshooting.md").read_text())
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*|\*\*`([^`]+)`\.\*\*", (ROOT / "docs/guide/troubleshooting.md").read_text())
     assert len(quoted) > 15
     assert [a or b for a, b in quoted if (a or b) not in said] == []
 

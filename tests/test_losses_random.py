@@ -38,7 +38,7 @@ def test_kernels(op: str, backend: str, number: int) -> None:
         assert not found.fault, (seed, problem.case, found)
         assert found.error <= LIMIT * found.budget, (seed, problem.case, found)
         outside += found.error > found.budget
-    assert outside <= number / 100  # by luck, see docs/reliability.md
+    assert outside <= number / 100  # by luck, see docs/design/reliability.md
 
 
 @pytest.mark.parametrize("op", OPTIONS)

@@ -1,7 +1,7 @@
 """Runs the soak: ``python -m benchmarks.soak [--minutes 20] [--seed N] [--write] [--part NAME]``.
 
-Exit code 1 on any failure. ``--write`` puts the record into docs/reliability.md. A failing problem is run again with
-``python -m benchmarks.soak.problems 0 SEED BACKEND``.
+Exit code 1 on any failure. ``--write`` puts the record into docs/design/reliability.md. A failing problem is run
+again with ``python -m benchmarks.soak.problems 0 SEED BACKEND``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.soak.parts import ROOT, Outcome
 from fastxattn.bench.records import device_name, git_sha, versions
 from fastxattn.runtime import native
 
-DOC = ROOT / "docs/reliability.md"
+DOC = ROOT / "docs/design/reliability.md"
 MARKS = re.compile(r"(<!-- soak -->\n).*?(<!-- end soak -->)", re.DOTALL)
 LIMIT = 4.0
 """A result outside its budget by less than this is counted as such and is no failure. Of thousands of problems some are
@@ -135,7 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6 * 1000)
-    parser.add_argument("--write", action="store_true", help="put the record into docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="put the record into docs/design/reliability.md")
     parser.add_argument("--part", choices=tuple(SHARES), action="append")
     options = parser.parse_args()
     wanted = [name for name in SHARES if name in (options.part or SHARES)]

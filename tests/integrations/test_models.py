@@ -27,7 +27,7 @@ def _even_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_of_models_holds_every_measured_system_and_no_other() -> None:
-    """docs/models.md and the registry that ``benchmarks.bench_models`` measures."""
+    """docs/guide/models.md and the registry that ``benchmarks.bench_models`` measures."""
     from benchmarks.bench_models import DOC, SYSTEMS
 
     table = DOC.read_text().partition("<!-- table -->")[2].partition("<!-- /table -->")[0]

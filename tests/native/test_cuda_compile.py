@@ -107,7 +107,7 @@ SPILLS = {
     for dtype in ("f16_t", "bf16_t")
     for arch in ("sm_80", "sm_90a")
 }
-"""The known misses, in bytes; see docs/performance/cuda.md."""
+"""The known misses, in bytes; see docs/design/cuda.md."""
 
 
 def test_every_row_of_the_table_passes_the_gates(offline: ModuleType) -> None:

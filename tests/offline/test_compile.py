@@ -41,7 +41,7 @@ def test_a_kernel_compiles_and_passes_the_gates(arch, case):
     assert done.stdout.count(", ok") == 1, done.stdout
 
 
-# Named in docs/performance/triton.md, with what was tried: bytes spilled by (op, kernel, dtype, dim, variant, target).
+# Named in docs/design/triton.md, with what was tried: bytes spilled by (op, kernel, dtype, dim, variant, target).
 SPILLS = {
     ("attention", "backward_key", "fp32", 256, "rich", "sm_80"): 32,
     ("attention", "backward_key", "fp32", 256, "rich", "sm_90"): 64,

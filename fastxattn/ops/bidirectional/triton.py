@@ -2,7 +2,7 @@
 
 One forward pass over the scores would save one product of four, but the programs that own rows of one side would have
 to leave partial sums of the other in memory: for every 128 rows as many bytes as the product saves in time on no GPU
-that was considered (docs/performance/triton.md). Backward needs no such sums: a program owns rows of one side, meets
+that was considered (docs/design/triton.md). Backward needs no such sums: a program owns rows of one side, meets
 all of the other, and computes both directions' share of its own rows from one tile of scores, so that two launches
 with the sides swapped make ten products where four launches made fourteen.
 """
@@ -21,7 +21,7 @@ from fastxattn.ops.bidirectional.problem import BidirectionalProblem
 def pays(problem: BidirectionalProblem) -> bool:
     """Whether the kernel of this room is used rather than two calls of attention.
 
-    Not yet: on an H200 two calls took 0.57 to 0.77 of its time at every size (docs/performance/gpu.md). It remains for
+    Not yet: on an H200 two calls took 0.57 to 0.77 of its time at every size (docs/design/gpu.md). It remains for
     devices where products cost more, and for tiles that nobody has tried.
     """
     return False

@@ -11,7 +11,7 @@ A backward pass adds the gradients of weights and, where they have one, of the f
 projection. Attention adds 5 products to its 2, context attention 3, or 5 with a gradient for the features.
 
 Each term is divided by the speed its step was measured to reach, relative to the others; see
-``docs/performance/context.md`` for the measurements. Absorbing wins when queries per sequence are fewer than about D,
+``docs/design/context.md`` for the measurements. Absorbing wins when queries per sequence are fewer than about D,
 weighted by how much faster this library's kernels run than the projections' matrix product.
 """
 
