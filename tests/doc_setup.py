@@ -109,8 +109,8 @@ def names(page: str) -> dict[str, Any]:
     if page == "docs/guide/pruning.md":
         found["vision_model"], found["pixels"] = vision(), torch.randn(2, 3, 32, 32)
         found["vlm"], found["vlm_inputs"] = llava()
-    if page == "docs/guide/export.md":
-        found["model"] = Reader()
+    if page in ("README.md", "docs/guide/export.md"):
+        found["module" if page == "README.md" else "model"] = Reader()
         found["text"] = PackedTokens(torch.randn(sum(LENGTHS_Q), HEADS * DIM), cu_q, max(LENGTHS_Q))
         found["image"] = PackedTokens(torch.randn(sum(LENGTHS_K), HEADS * DIM), cu_k, max(LENGTHS_K))
     return found
