@@ -109,6 +109,21 @@ def names(page: str) -> dict[str, Any]:
     if page == "docs/guide/pruning.md":
         found["vision_model"], found["pixels"] = vision(), torch.randn(2, 3, 32, 32)
         found["vlm"], found["vlm_inputs"] = llava()
+    if page == "docs/guide/modules.md":
+        found["qformer"], inputs = qformer()
+        found["query_tokens"], found["image_features"], mask = inputs.values()
+        found["mask"] = mask.bool()
+    if page == "docs/guide/ops/pruning.md":
+        import transformers
+
+        from tests import test_pruning_models as models
+
+        deep = transformers.Dinov2Config(**{**models.VISION, "num_hidden_layers": 12})
+        found["cls_query"], found["cu_seqlens"] = torch.randn(3, HEADS, DIM), cu_k
+        found["x"], found["layer"] = torch.randn(sum(LENGTHS_K), DIM), nn.Linear(DIM, DIM)
+        found["max_q"], found["pixels"] = max(LENGTHS_Q), torch.randn(2, 3, 32, 32)
+        found["clip_vision_model"], found["dinov2"] = vision(), transformers.Dinov2Model(deep).eval()
+        found["llava"], found["qwen2_vl"] = llava()[0], models.qwen()
     if page in ("README.md", "docs/guide/export.md"):
         found["module" if page == "README.md" else "model"] = Reader()
         found["text"] = PackedTokens(torch.randn(sum(LENGTHS_Q), HEADS * DIM), cu_q, max(LENGTHS_Q))

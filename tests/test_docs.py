@@ -21,11 +21,12 @@ from tests import doc_setup
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# Pages whose snippets need no more than tests/doc_setup.py gives. The operations' pages are held to being Python.
+# Pages whose snippets run with the names of tests/doc_setup.py: all of the guide's that have any.
 RUN = [
     "README.md", "docs/guide/index.md", "docs/guide/accelerate.md", "docs/guide/pruning.md",
-    "docs/guide/distributed.md", "docs/guide/export.md", "docs/guide/concepts.md", "docs/guide/transforms.md",
-    "docs/design/extending.md",
+    "docs/guide/distributed.md", "docs/guide/export.md", "docs/guide/concepts.md", "docs/guide/modules.md",
+    "docs/guide/ops/attention.md", "docs/guide/ops/contrastive.md", "docs/guide/ops/importance.md",
+    "docs/guide/ops/pruning.md", "docs/guide/transforms.md", "docs/design/extending.md",
 ]  # fmt: skip
 
 
@@ -48,6 +49,12 @@ def test_relative_links_exist(page: Path) -> None:
 def test_snippets_are_python(page: Path) -> None:
     for block in CODE.findall(page.read_text()):
         ast.parse(block)
+
+
+def test_every_page_of_the_guide_runs() -> None:
+    """Pages of examples are compared with their scripts instead, which have tests of their own."""
+    guide = [page for page in (ROOT / "docs/guide").rglob("*.md") if page.parent != pages.PAGES]
+    assert {str(p.relative_to(ROOT)) for p in guide if CODE.search(p.read_text())} <= set(RUN)
 
 
 @pytest.mark.parametrize("page", RUN)
