@@ -2,9 +2,9 @@
 
 A table lives between ``<!-- table: NAME -->`` and ``<!-- end table -->``. NAME is a file of benchmarks/results or
 ``headline`` (three results), ``highlights`` (README's rows, drawn as a chart too), ``speed`` (every speed-up on CPUs),
-``below`` (those below 1x), ``roofline`` (the share of its bound that each CPU kernel reaches), ``gpu`` (each
-provider's time on the GPU), ``transforms`` (what the tests check under each), or ``backends`` (which backend runs what,
-read from the code). No number in a table is typed by hand.
+``below`` (those below 1x), ``roofline`` (the share of its bound that each CPU kernel reaches), ``gpu`` (each provider's
+time on the GPU), ``gpu_ranges`` (their speed-ups in short), ``transforms`` (what the tests check under each), or
+``backends`` (which backend runs what, read from the code). No number in a table is typed by hand.
 """
 
 from __future__ import annotations
@@ -208,9 +208,26 @@ def gpu() -> str:
     return "\n".join(lines) + f"\n\nMeasured on {'. And on '.join(places)}.\n"
 
 
+def gpu_ranges() -> str:
+    """Lowest and highest speed-up of the fastest backend over each rival of gpu.csv, by operation, dtype and pass."""
+    records = read_csv(RESULTS / "gpu.csv")
+    best = {(r.op, r.case, r.direction, r.dtype): r.median_ms for r in fastest(records)}
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for r in records:
+        if not r.provider.startswith("fastxattn"):
+            passes = found.setdefault((NAMES.get(r.op, r.op), r.dtype, r.provider), {})
+            passes.setdefault(r.direction, []).append(r.median_ms / best[r.op, r.case, r.direction, r.dtype])
+    lines = ["| operation | dtype | rival | forward | forward+backward |", "|---|---|---|---:|---:|"]
+    for key, passes in found.items():
+        cells = [sorted(passes.get(direction, [])) for direction in ("forward", "forward+backward")]
+        shown = (f"{c[0]:.2f}x to {c[-1]:.2f}x" if len(c) > 1 else f"{c[0]:.2f}x" if c else "-" for c in cells)
+        lines.append(f"| {' | '.join((*key, *shown))} |")
+    return "\n".join(lines) + "\n"
+
+
 DRAWN: dict[str, Callable[[], str]] = {
-    "roofline": roofline, "highlights": highlights, "headline": headline, "gpu": gpu, "speed": speed,
-    "below": lambda: side_by_side(below()),
+    "roofline": roofline, "highlights": highlights, "headline": headline, "gpu": gpu,
+    "gpu_ranges": gpu_ranges, "speed": speed, "below": lambda: side_by_side(below()),
 }  # fmt: skip
 """Tables that are not one file's."""
 
