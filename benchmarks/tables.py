@@ -61,6 +61,7 @@ HEADLINES = (
 """The first numbers of README: file, what the row contains, its dtype, and how to describe it."""
 COLUMNS = tuple((isa, dtype) for isa in ("avx512bf16", "avx2") for dtype in ("float32", "bfloat16"))
 ISAS = {"avx512bf16": "AVX-512-BF16", "avx2": "AVX2"}
+RIVALS = {"sdpa": "PyTorch's SDPA", "sdpa loop": "PyTorch's SDPA in a loop over the samples"}
 NAMES = {"bidirectional": "co-attention", "context": "context attention", "select_gather": "pruning"}
 """What a table calls an operation of the CSVs, where that is not its name there."""
 SPEEDS = ("models", "attention", "importance", "bidirectional", "context", "pruning", "contrastive", "late_interaction",
@@ -142,7 +143,7 @@ def headline() -> str:
     for name, pattern, dtype, words in HEADLINES:
         key, results = next(i for i in measured(name).items() if re.search(pattern, " ".join((*i[0][:3], ""))))
         r = results[COLUMNS[0][0], dtype]
-        lines.append(f"- **{r.ratio:.1f}x** the speed of {key[3]}: {words}, {dtype}")
+        lines.append(f"- **{r.ratio:.1f}x** the speed of {RIVALS.get(key[3], key[3])}: {words}, {dtype}")
     return "\n".join(lines) + "\n"
 
 

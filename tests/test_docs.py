@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from benchmarks import pages, tables
+from benchmarks.common import RESULTS
+from fastxattn.bench import read_csv
+from fastxattn.bench.sections import kind, read_tables
 from fastxattn.integrations import swap
 from fastxattn.ops.pruning import STRATEGIES
 from tests import doc_setup
@@ -37,6 +40,23 @@ def test_tables_are_drawn_from_the_csvs() -> None:
 def test_a_stale_table_is_noticed() -> None:
     text = "<!-- table: attention -->\n| wrong |\n<!-- end table -->"
     assert "| wrong |" not in tables.updated(text)
+
+
+def test_no_result_below_one_is_hidden() -> None:
+    files = {t.name for t in read_tables(RESULTS) if kind(t) == "speed"} - {"gpu"}  # which has a table of its own
+    assert set(tables.SPEEDS) == files
+    page = (ROOT / "docs/guide/performance.md").read_text()
+    shown = page.partition("<!-- table: below -->")[2].partition("<!-- end table -->")[0].splitlines()
+    slower = [
+        r
+        for name in files
+        for r in read_csv(RESULTS / f"{name}.csv")
+        if r.provider.startswith("fastxattn") and not r.gate.startswith("prunes") and not r.ratio >= 1
+    ]
+    assert len(slower) > 10
+    for r in slower:
+        cell = f"{r.ratio:.3g}x" if r.gate == "ok" else "error budget"
+        assert any(r.case in line and f"| {r.direction} |" in line and cell in line for line in shown), r
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
