@@ -31,8 +31,6 @@ def updated(text: str) -> str:
     def redraw(match: re.Match[str]) -> str:
         if match[2] == "backends":
             return match[1] + (backends() or match[0].removeprefix(match[1]).removesuffix(match[3])) + match[3]
-        if match[2] == "transforms":
-            return match[1] + transforms() + match[3]
         if match[2] in DRAWN:
             return match[1] + DRAWN[match[2]]() + match[3]
         records = read_csv(RESULTS / f"{match[2]}.csv")
@@ -229,6 +227,7 @@ def gpu_ranges() -> str:
 DRAWN: dict[str, Callable[[], str]] = {
     "roofline": roofline, "highlights": highlights, "headline": headline, "gpu": gpu,
     "gpu_ranges": gpu_ranges, "speed": speed, "below": lambda: side_by_side(below()),
+    "transforms": lambda: transforms(),
 }  # fmt: skip
 """Tables that are not one file's."""
 
