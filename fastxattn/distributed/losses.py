@@ -16,6 +16,7 @@ from fastxattn.ops import contrastive
 from fastxattn.ops.contrastive import checks
 from fastxattn.ops.contrastive.api import Ids
 from fastxattn.ops.contrastive.reference import unit_rows, wide
+from fastxattn.runtime.autocast import cast, no_autocast
 
 STRATEGIES = ("gather", "ring")
 
@@ -62,7 +63,7 @@ def infonce_loss(
             group's timeout.
     """
     if world_size(group) == 1:
-        _check(checks.autocast(a), checks.autocast(b), strategy)
+        _check(cast(a), cast(b), strategy)
         return contrastive.infonce_loss(
             a, b, logit_scale, groups=groups, symmetric=symmetric, normalize=normalize,
             label_smoothing=label_smoothing, backend=backend,
@@ -71,7 +72,7 @@ def infonce_loss(
         label_smoothing = checks.number("label_smoothing", label_smoothing, *checks.SHARE)
         call = _Call.of(a, b, logit_scale, None, groups, normalize, strategy, group, backend)
     same = {"symmetric": bool(symmetric), "label_smoothing": label_smoothing}
-    with torch.autocast(call.a.device.type, enabled=False):
+    with no_autocast(call.a.device):
         counts = call.agree("infonce_loss", same).counts
         columns = call.columns(counts, both=symmetric)
         shares = []
@@ -110,7 +111,7 @@ def sigmoid_loss(
 ) -> torch.Tensor:
     """The global sigmoid loss; arguments, returns and errors as in :func:`infonce_loss` of this module."""
     if world_size(group) == 1:
-        _check(checks.autocast(a), checks.autocast(b), strategy)
+        _check(cast(a), cast(b), strategy)
         return contrastive.sigmoid_loss(
             a, b, logit_scale, logit_bias, groups=groups, normalize=normalize, backend=backend
         )
@@ -118,7 +119,7 @@ def sigmoid_loss(
         bias = 0.0 if logit_bias is None else logit_bias
         call = _Call.of(a, b, logit_scale, bias, groups, normalize, strategy, group, backend)
     assert call.bias is not None
-    with torch.autocast(call.a.device.type, enabled=False):
+    with no_autocast(call.a.device):
         counts = call.agree("sigmoid_loss", {}).counts
         (everybody,) = call.columns(counts, both=False)
         if strategy == "ring":
@@ -161,7 +162,7 @@ class _Call:
     ) -> _Call:
         for name, x in (("a", a), ("b", b), ("logit_scale", scale), ("logit_bias", bias)):
             plain(name, x)
-        a, b = checks.autocast(a), checks.autocast(b)
+        a, b = cast(a), cast(b)
         a, b = _check(a, b, strategy)
         if a.shape[1] == 0:
             raise ValueError("a must have at least 1 feature; got 0")

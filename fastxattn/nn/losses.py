@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastxattn import distributed
 from fastxattn.ops.contrastive import checks, infonce_loss, sigmoid_loss
 from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
+from fastxattn.runtime.autocast import cast
 
 
 class InfoNCELoss(nn.Module):
@@ -156,7 +157,7 @@ class BLIP2ITCLoss(nn.Module):
         Raises:
             TypeError, ValueError: the shapes, dtypes or devices do not go together.
         """
-        image_queries, text_features = checks.autocast(image_queries), checks.autocast(text_features)
+        image_queries, text_features = cast(image_queries), cast(text_features)
         if image_queries.dim() != 3 or text_features.shape != (image_queries.shape[0], image_queries.shape[2]):
             raise ValueError(
                 "text_features must have shape (N, D) for image_queries (N, queries, D); got "

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 
 from fastxattn.nn.packing import check_same_batch
 from fastxattn.ops.attention import varlen_cross_attention
-from fastxattn.ops.attention.dispatch import autocast_dtype
 from fastxattn.ops.context_attention import context_attention
 from fastxattn.ops.context_attention.cost import choose
 from fastxattn.packed import PackedTokens
+from fastxattn.runtime.autocast import autocast_dtype
 from fastxattn.runtime.backend import note
 
 Absorb = Literal["auto", "on", "off"]
@@ -113,7 +113,7 @@ def attend_features(
     heads, head_dim = query.shape[1:]
     key_weight = weights.key_weight.unflatten(0, (heads, head_dim))
     value_weight = weights.value_weight.unflatten(0, (heads, -1))
-    query = query.to(autocast_dtype(query) or query.dtype)
+    query = query.to(autocast_dtype(query.device) or query.dtype)
     key_weight, value_weight = key_weight.to(query.dtype), value_weight.to(query.dtype)
     absorbed = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)  # (total_q, heads, d_in)
     mixed, lse = context_attention(
@@ -171,7 +171,7 @@ def cross_attend(
     """
     check_same_batch(layout, context)
     heads, head_dim = query.shape[1:]
-    dtype = autocast_dtype(query) or context.values.dtype  # of the projected context
+    dtype = autocast_dtype(query.device) or context.values.dtype  # of the projected context
     possible = value is None and dropout_p == 0.0 and query.dtype == dtype
     if absorb == "on" and not possible:
         raise ValueError("absorb='on' needs key and value from the same features, one dtype, and no dropout")

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastxattn.runtime import native
+from fastxattn.runtime.autocast import no_autocast
 
 _derivatives: dict[str, Callable[..., Any]] = {}
 _first_calls = torch.library.Library("fastxattn", "IMPL")
@@ -127,8 +128,8 @@ def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         @functools.wraps(backward)
         def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
             saved = ctx.saved_tensors
-            kind = next(t for t in (*grads, *saved) if t is not None).device.type
-            with torch.no_grad(), torch.autocast(kind, enabled=False):
+            device = next(t for t in (*grads, *saved) if t is not None).device
+            with torch.no_grad(), no_autocast(device):
                 results = backward(ctx, saved, *grads)
             return refuse(_second_derivative(what), results, (*grads, *saved)) if torch.is_grad_enabled() else results
 

@@ -18,6 +18,7 @@ from fastxattn.ops.attention.triton.config import kind_of, padded_dim
 from fastxattn.ops.offsets import readable
 from fastxattn.runtime import backend as explaining
 from fastxattn.runtime import env, tuning
+from fastxattn.runtime.autocast import cast, no_autocast
 from fastxattn.runtime.backend import Backend, preferring, resolve
 from fastxattn.runtime.operators import plain, transforming
 from fastxattn.runtime.operators import run as run_operator
@@ -145,10 +146,7 @@ def in_order(problem: Problem) -> tuple[Backend, ...]:
 def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """Run a backend on a problem that is known to be sound, differentiably."""
     if name == "reference":
-        if autocast_dtype(problem.query) is None:
-            return attention_reference(*problem)
-        # Its inputs are cast already; autocast would round the products inside it too.
-        with torch.autocast(problem.query.device.type, enabled=False):
+        with no_autocast(problem.query.device):
             return attention_reference(*problem)
     if name == "flash":
         return flash.attend(problem)
@@ -169,7 +167,7 @@ def prepare(*arguments: Any) -> Problem:
     for name in ("query", "key", "value"):
         t = getattr(problem, name)
         if isinstance(t, Tensor) and t.ndim == 3:
-            t = _autocast(t)
+            t = cast(t)
             changes[name] = t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
     for name in _INDICES:
         if isinstance(t := getattr(problem, name), Tensor):
@@ -186,19 +184,6 @@ def prepare(*arguments: Any) -> Problem:
             changes[name] = float(number)
     changes["dropout_seed"] = seed_tensor(problem.dropout_seed, query.device) if problem.dropout_p else None
     return problem._replace(**changes)
-
-
-def autocast_dtype(t: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast casts on the device of ``t``; None where it is off."""
-    kind = t.device.type
-    # meta has no autocast to ask about; torch 2.10 does not compile is_autocast_available
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
-
-
-def _autocast(t: Tensor) -> Tensor:
-    """Cast as autocast casts the arguments of a matrix product."""
-    dtype = autocast_dtype(t)
-    return t if dtype is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Any:

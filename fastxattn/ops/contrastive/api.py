@@ -10,6 +10,7 @@ import torch
 from fastxattn.ops.contrastive import checks, cpu, cuda, fused, reference, triton
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.runtime import backend as choose
+from fastxattn.runtime.autocast import cast, no_autocast
 from fastxattn.runtime.backend import Backend, Explanation, preferring
 
 BACKENDS = (
@@ -56,7 +57,7 @@ def infonce_loss(
     Args:
         a: (N, D) float32, bfloat16, float16 (float64 on the reference backend); also accepted as ``b`` itself. Under
             autocast all features take its dtype, but for float64 ones
-            (:func:`fastxattn.ops.contrastive.checks.autocast`).
+            (:func:`fastxattn.runtime.autocast.cast`).
         b: (M, D), the dtype of ``a``.
         logit_scale: a finite number of Python or NumPy, or a tensor of one element of any shape and dtype, which then
             gets a gradient in its dtype. Used in float32 (float64 for float64 features).
@@ -106,16 +107,16 @@ def infonce_loss(
     problem.symmetric, problem.decoupled, problem.metrics = symmetric, decoupled, return_metrics
     problem.label_smoothing, problem.margin = label_smoothing, false_negative_margin
     if queue_a is not None:
-        problem.queue_a = checks.features("queue_a", checks.autocast(queue_a), problem.a)
+        problem.queue_a = checks.features("queue_a", cast(queue_a), problem.a)
     if queue_b is not None:
-        problem.queue_b = checks.features("queue_b", checks.autocast(queue_b), problem.a)
+        problem.queue_b = checks.features("queue_b", cast(queue_b), problem.a)
     if hard_negatives is not None:
-        problem.hard_negatives = checks.hard_negatives(checks.autocast(hard_negatives), problem.a)
+        problem.hard_negatives = checks.hard_negatives(cast(hard_negatives), problem.a)
     if teacher is not None:
         _check_teacher(problem, teacher)
     weight = checks.row_weights(weights, (n, m) if symmetric else (n,), problem.a)
     name = choose.resolve("infonce_loss", _in_order(problem), problem, backend)
-    with checks.no_autocast(problem.a.device):
+    with no_autocast(problem.a.device):
         losses, metrics = (
             reference.infonce_reference(problem) if name == "reference" else fused.infonce_fused(problem, name)
         )
@@ -172,7 +173,7 @@ def sigmoid_loss(
     n = problem.a.shape[0]
     (weight,) = checks.row_weights(weights, (n,), problem.a)
     name = choose.resolve("sigmoid_loss", _in_order(problem), problem, backend)
-    with checks.no_autocast(problem.a.device):
+    with no_autocast(problem.a.device):
         if name == "reference":
             rows = reference.sigmoid_reference(problem)
             result: torch.Tensor = _reduce([(rows, torch.ones_like(rows, dtype=torch.bool))], [weight], reduction)
@@ -211,8 +212,8 @@ def _problem(
     normalize: bool,
 ) -> Problem:
     same = a is b
-    a = checks.features("a", checks.autocast(a))
-    b = a if same else checks.features("b", checks.autocast(b), a)
+    a = checks.features("a", cast(a))
+    b = a if same else checks.features("b", cast(b), a)
     if a.shape[1] == 0:
         raise ValueError("a must have at least 1 feature; got 0")
     n, m = a.shape[0], b.shape[0]
@@ -237,9 +238,9 @@ def _check_teacher(p: Problem, teacher: tuple[torch.Tensor, torch.Tensor, float 
     if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
         got = f"{len(teacher)} entries" if isinstance(teacher, (tuple, list)) else type(teacher).__name__
         raise ValueError(f"teacher must be (features_a, features_b, scale); got {got}")
-    teacher_a = checks.features("teacher[0]", checks.autocast(teacher[0]))
+    teacher_a = checks.features("teacher[0]", cast(teacher[0]))
     checks.same_device("teacher[0]", teacher_a, p.a.device)
-    teacher_b = checks.features("teacher[1]", checks.autocast(teacher[1]), teacher_a)
+    teacher_b = checks.features("teacher[1]", cast(teacher[1]), teacher_a)
     if (teacher_a.shape[0], teacher_b.shape[0]) != (p.a.shape[0], p.b.shape[0]):
         raise ValueError(
             f"teacher must have {p.a.shape[0]} and {p.b.shape[0]} rows; "

@@ -1,12 +1,17 @@
-"""Validation of contrastive losses: a message names the argument, the rule and the value got."""
+"""Validation of contrastive losses: a message names the argument, the rule and the value got.
+
+One rule of dtypes holds for all losses, on one process and on many. Under autocast features (both sides, queues, hard
+negatives, a teacher's, tokens) of float16, bfloat16 and float32 take autocast's dtype, and float64 stays float64, as in
+:func:`torch.mm` (:func:`fastxattn.runtime.autocast.cast`). The dtype of the features decides what a loss is computed
+in: float32, or float64 for float64; :func:`one_element` gives scales and biases that dtype, and autocast rounds nothing
+inside the loss.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -16,30 +21,6 @@ SHARE = "lie in [0, 1)", lambda share: 0 <= share < 1
 """The rule of :func:`number` for a share of something, less than all of it."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def autocast(x: Any) -> Any:
-    """Features in the dtype that a loss computes with: the one rule of all losses, on one process and on many.
-
-    Under autocast features (both sides, queues, hard negatives, a teacher's, tokens) of float16, bfloat16 and float32
-    take autocast's dtype, and float64 stays float64, as in :func:`torch.mm`. Without autocast, and for what is no
-    tensor, nothing changes. The dtype of the features decides what the loss is computed in: float32, or float64 for
-    float64; :func:`one_element` gives scales and biases that dtype, and nothing inside the loss is rounded by autocast
-    (:func:`no_autocast`).
-    """
-    if not isinstance(x, torch.Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
-        return x
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if _autocasts(kind) else x
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Switch autocast off where it is on: features are cast already, and it would round the products of a loss too."""
-    return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else contextlib.nullcontext()
-
-
-def _autocasts(kind: str) -> bool:
-    return kind != "meta" and torch.is_autocast_enabled(kind)  # meta has no autocast to ask about
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

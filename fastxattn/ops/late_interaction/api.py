@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastxattn.ops.contrastive.checks import autocast, computed_in, no_autocast, one_element
+from fastxattn.ops.contrastive.checks import computed_in, one_element
 from fastxattn.ops.late_interaction import checks, cpu, cuda, reference, triton
 from fastxattn.ops.late_interaction.autograd import BestMatches, operator
 from fastxattn.ops.late_interaction.problem import Problem
 from fastxattn.runtime import backend as choose
+from fastxattn.runtime.autocast import cast, no_autocast
 from fastxattn.runtime.backend import Backend, Explanation, preferring
 
 BACKENDS = (
@@ -43,7 +44,7 @@ def maxsim(
 
     Args:
         a: (tokens_a, D) float32, bfloat16 or float16 (float64 on the reference backend); under autocast see
-            :func:`fastxattn.ops.contrastive.checks.autocast`.
+            :func:`fastxattn.runtime.autocast.cast`.
         b: (tokens_b, D), the dtype of ``a``.
         cu_seqlens_a: (N + 1,) int32, where each set of ``a`` starts; rows past its last entry are never read.
         cu_seqlens_b: (M + 1,) int32.
@@ -61,7 +62,7 @@ def maxsim(
         TypeError, ValueError: an argument breaks a rule above.
         RuntimeError: the backend asked for cannot run this problem.
     """
-    a, b = autocast(a), autocast(b)
+    a, b = cast(a), cast(b)
     checks.check_arguments(a, b, cu_seqlens_a, cu_seqlens_b, direction, reduction, smooth)
     a, b, cu_seqlens_a, cu_seqlens_b = (t.contiguous() for t in (a, b, cu_seqlens_a, cu_seqlens_b))
     name = choose.resolve("maxsim", _in_order(a), Problem(a.device.type, a.dtype, smooth), backend)
@@ -131,7 +132,7 @@ def late_interaction_loss(
 
 def explain(a: torch.Tensor, smooth: float | None = None, backend: str = "auto") -> Explanation:
     """Every backend's verdict on late interaction over these tokens, and the one that would run."""
-    a = autocast(a)
+    a = cast(a)
     return choose.explain("maxsim", _in_order(a), Problem(a.device.type, a.dtype, smooth), backend)
 
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastxattn.ops.contrastive.checks import computed_in, features, no_autocast
+from fastxattn.ops.contrastive.checks import computed_in, features
 from fastxattn.ops.retrieval import checks, cpu, triton
 from fastxattn.ops.retrieval.problem import Problem
 from fastxattn.ops.retrieval.reference import topk_reference
 from fastxattn.runtime import backend as choose
+from fastxattn.runtime.autocast import no_autocast
 from fastxattn.runtime.backend import Backend, Explanation
 from fastxattn.runtime.operators import derivative_wanted
 
