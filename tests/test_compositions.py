@@ -5,12 +5,6 @@ A cell is right against float64 or plain eager, or it is refused with its text (
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,12 +12,9 @@ import fastxattn
 import fastxattn.nn
 from tests.compositions import table
 from tests.compositions.columns import COLUMNS
-from tests.compositions.fresh import FRESH
+from tests.compositions.fresh import IN_OTHER_PROCESSES
 from tests.compositions.judge import judge, outcome
 from tests.compositions.rows import BY_NAME, NOT_COMPUTING, ROWS
-
-ROOT = Path(__file__).resolve().parents[1]
-IN_OTHER_PROCESSES = (*FRESH, "inductor", "fork")
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -31,20 +22,6 @@ IN_OTHER_PROCESSES = (*FRESH, "inductor", "fork")
 def test_cell(row: str, column: str) -> None:
     if table.applies(BY_NAME[row], column):
         assert not (fault := judge(row, column, outcome(COLUMNS[column], row))), fault
-
-
-def test_cells_of_fresh_processes(tmp_path: Path) -> None:
-    """Compiled calls as the first use of a process, and calls after a fork."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compositions.fresh"], cwd=ROOT, env=env, capture_output=True, text=True,
-        timeout=3600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    cells = [json.loads(line) for line in done.stdout.splitlines()]
-    wanted = {(row.name, c) for row in ROWS for c in IN_OTHER_PROCESSES if table.applies(row, c)}
-    assert {(cell["row"], cell["column"]) for cell in cells} == wanted
-    assert [fault for cell in cells if (fault := judge(cell["row"], cell["column"], cell["outcome"]))] == []
 
 
 def test_every_public_name_is_in_the_table() -> None:

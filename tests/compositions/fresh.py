@@ -114,6 +114,9 @@ def forked(work: Callable[[], None]) -> tuple[int, bytes]:
     return -1, said
 
 
+IN_OTHER_PROCESSES = (*FRESH, "inductor", "fork")
+
+
 def warm() -> None:
     """Compile something else, so that no child has to import the compiler."""
     x = torch.ones(3, requires_grad=True)
