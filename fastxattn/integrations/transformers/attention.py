@@ -53,7 +53,7 @@ def fastxattn_attention(
     batch = max(query.shape[0], key.shape[0])
     if is_causal and attention_mask is None and query.shape[2] > 1:
         attention_mask = _causal(query.shape[2], key.shape[2], query.device)
-    if wants_maps(None, kwargs):
+    if wants_maps(module, None, kwargs):
         return _with_weights(query, key, value, attention_mask, position_bias, scale, softcap, dropout)
     if position_bias is None and not softcap and not worth(query, key):
         return _sdpa(query, key, value, attention_mask, scale, dropout), None

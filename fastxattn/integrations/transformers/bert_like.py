@@ -37,7 +37,7 @@ class LxmertAttention(Adapter):
     ) -> tuple[Tensor, ...]:
         """As the original's."""
         out = None
-        if not output_attentions and not wants_maps():
+        if not output_attentions and not wants_maps(self):
             out = _read(self, hidden_states, context, attention_mask)
         if out is None:
             return super().forward(hidden_states, context, attention_mask, output_attentions)  # type: ignore
@@ -54,7 +54,7 @@ class SelfAttention(Adapter):
     ) -> tuple[Tensor, ...]:
         """As the original's."""
         out = None
-        if not output_attentions and not wants_maps():
+        if not output_attentions and not wants_maps(self):
             out = _read(self, hidden_states, hidden_states, attention_mask)
         if out is None:
             return super().forward(hidden_states, attention_mask, output_attentions)  # type: ignore

@@ -31,7 +31,7 @@ class BlipTextEncoder(Adapter):
         """As the original's."""
         mask: Any = encoder_attention_mask
         features, batch = encoder_hidden_states, hidden_states.shape[0]
-        plain = past_key_values is None and not use_cache and not wants_maps(None, kwargs)
+        plain = past_key_values is None and not use_cache and not wants_maps(self, None, kwargs)
         if plain and features is not None and batch > 1:
             # transformers 5 loses a BLIP encoder mask on the way to its cross-attention: texts see padded features.
             # Where nothing is padded that makes no difference; elsewhere the layers decide, as they do there.
@@ -104,7 +104,7 @@ class BlipTextAttention(Adapter):
         assert features is not None
         out = None
         same_batch = packed or features.shape[0] == hidden_states.shape[0]
-        if past_key_values is None and same_batch and (packed or not wants_maps(None, kwargs)):
+        if past_key_values is None and same_batch and (packed or not wants_maps(self, None, kwargs)):
             out = read(
                 me.query(hidden_states),
                 features,
@@ -130,7 +130,7 @@ class BlipVisionAttention(Adapter):
         """As the original's."""
         me: Any = self
         rows = hidden_states[:, None]
-        if wants_maps(None, kwargs) or not worth(rows, rows):
+        if wants_maps(self, None, kwargs) or not worth(rows, rows):
             return super().forward(hidden_states, **kwargs)  # type: ignore
         query, key, value = me.qkv(hidden_states).unflatten(-1, (3, me.num_heads, me.head_dim)).unbind(2)
         dropout = me.dropout.p if me.training else 0.0

@@ -48,7 +48,7 @@ class ClipText(AttentionHook):
     ) -> Any:
         """As the original's, with ``only_end_token`` from :class:`ClipModel`."""
         config: Any = self.config  # type: ignore[attr-defined]
-        whole = wants_maps(config, kwargs) or kwargs.get("output_hidden_states", config.output_hidden_states)
+        whole = wants_maps(self, config, kwargs) or kwargs.get("output_hidden_states", config.output_hidden_states)
         if only_end_token and input_ids is not None and not whole and config._attn_implementation == IMPLEMENTATION:
             ids = input_ids.view(-1, input_ids.shape[-1])
             # The two rules of CLIPTextModel's own pooling.

@@ -51,7 +51,7 @@ class TableTransformerAttention(Adapter):
         context, out = key_value_states, None
         # Without positions of its own kind the original does not run; its error is the better one.
         runs = object_queries is not None if context is None else spatial_position_embeddings is not None
-        if runs and not output_attentions and not wants_maps():
+        if runs and not output_attentions and not wants_maps(self):
             mask = attention_mask
             if mask is not None and mask.dtype == torch.bool:
                 mask = ~mask
@@ -76,7 +76,7 @@ class Mask2FormerLayer(Adapter):
     def forward(self, *args: Any, output_attentions: bool | None = False, **kwargs: Any) -> Any:
         """As the original's."""
         # The eighth positional argument, if someone passes it so, is this one.
-        if output_attentions or len(args) > 7 or wants_maps(self.config) or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        if output_attentions or len(args) > 7 or wants_maps(self, self.config) or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             return super().forward(*args, output_attentions=output_attentions, **kwargs)  # type: ignore[misc]
         with weights_unused():
             return super().forward(*args, output_attentions=output_attentions, **kwargs)  # type: ignore[misc]
@@ -102,7 +102,7 @@ class Mask2FormerAttention(Adapter):
         states, positions, context, places = (None if t is None else t.transpose(0, 1) for t in given)
         runs = positions is not None if context is None else places is not None
         out = None
-        if runs and not wants_maps() and (weights_are_unused() or not output_attentions):
+        if runs and not wants_maps(self) and (weights_are_unused() or not output_attentions):
             mask = None if attention_mask is None else attention_mask.unflatten(0, (-1, me.num_heads))
             assert states is not None
             out = _attend(me, states, positions, context, places, mask)

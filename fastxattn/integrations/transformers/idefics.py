@@ -38,7 +38,7 @@ class IdeficsCrossLayer(Adapter):
         if (
             image_attention_mask is not None
             and image_attention_mask.is_floating_point()
-            and not wants_maps(None, kwargs)
+            and not wants_maps(self, None, kwargs)
         ):
             image_attention_mask = _boolean(image_attention_mask)
         return super().forward(  # type: ignore
@@ -70,7 +70,7 @@ class IdeficsCrossAttention(Adapter):
         me: Any = self
         states = key_value_states
         ours = states is not None and me.config._attn_implementation == IMPLEMENTATION and past_key_values is None
-        if not ours or wants_maps(me.config, kwargs) or states.shape[0] != hidden_states.shape[0]:  # type: ignore
+        if not ours or wants_maps(self, me.config, kwargs) or states.shape[0] != hidden_states.shape[0]:  # type: ignore
             return super().forward(  # type: ignore
                 hidden_states, key_value_states, attention_mask, position_ids, past_key_values, **kwargs
             )

@@ -37,7 +37,7 @@ class MllamaCrossAttention(Adapter):
         me: Any = self
         states, batch = cross_attention_states, hidden_states.shape[0]
         visible = None
-        ours = me.config._attn_implementation == IMPLEMENTATION and not wants_maps(me.config, kwargs)
+        ours = me.config._attn_implementation == IMPLEMENTATION and not wants_maps(self, me.config, kwargs)
         if states is not None and ours and states.shape[0] == batch and _starts(past_key_values, me.layer_idx):
             attention_mask = _without_image_rows(me, attention_mask)
             visible = recognise(attention_mask, batch, hidden_states.shape[1], states.shape[1])

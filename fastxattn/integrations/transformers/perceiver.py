@@ -31,7 +31,7 @@ class PerceiverAttention(Adapter):
         """As the original's."""
         me: Any = self
         width = max(me.qk_channels_per_head, me.v_channels_per_head)
-        if output_attentions or wants_maps() or width > 256:
+        if output_attentions or wants_maps(self) or width > 256:
             return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)  # type: ignore
         latents = me.layernorm1(hidden_states)
         features = latents if inputs is None else me.layernorm2(inputs)
@@ -72,7 +72,7 @@ class Idefics2Resampler(Adapter):
         if (
             me.config._attn_implementation == IMPLEMENTATION
             and past_key_values is None
-            and not wants_maps(me.config, kwargs)
+            and not wants_maps(self, me.config, kwargs)
         ):
             visible = recognise(attention_mask, batch, count, context.shape[1] + count)
         if visible is None or visible.keys is None or not visible.bias is visible.uniform is None:
@@ -101,7 +101,7 @@ class IdeficsResampler(Adapter):
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         """As the original's."""
         me: Any = self
-        if wants_maps() or not worth(latents[:, None, :, : me.head_dim], context[:, None]):
+        if wants_maps(self) or not worth(latents[:, None, :, : me.head_dim], context[:, None]):
             return super().forward(context, latents)  # type: ignore
         latents = me.latents_layer_norm(latents)
         tokens = torch.cat([me.context_layer_norm(context), latents], dim=-2)

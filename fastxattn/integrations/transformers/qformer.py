@@ -35,7 +35,11 @@ class QFormerEncoder(Adapter):
         """As the original's."""
         config: Any = self.config  # type: ignore[attr-defined]
         features = encoder_hidden_states
-        if features is not None and config._attn_implementation == IMPLEMENTATION and not wants_maps(config, kwargs):
+        if (
+            features is not None
+            and config._attn_implementation == IMPLEMENTATION
+            and not wants_maps(self, config, kwargs)
+        ):
             batch = max(features.shape[0], hidden_states.shape[0])
             visible = recognise(encoder_attention_mask, batch, query_length, features.shape[1])
             if (
