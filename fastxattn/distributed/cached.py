@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxattn.distributed import trees
-from fastxattn.distributed.sync import reducers_called, unsynchronised
+from fastxattn.distributed.sync import computed_from, outputs_of, reducers_called, unsynchronised
 
 Encoder = Callable[[Any], Any]
 
@@ -110,17 +110,17 @@ def _backward(runs: list[_Chunks], gradients: list[list[Tensor]], parameters: li
     with unsynchronised([m for found in modules for m in found]):
         if parameters:  # in one pass, as they may be computed from one another
             torch.autograd.backward([p for p, _ in parameters], [g for _, g in parameters])
-    training = [True] * len(runs)
+    training, trained = [True] * len(runs), list(modules)
     for i, (run, found) in enumerate(zip(runs, modules, strict=True)):
         if any(m in other for m in found for j, other in enumerate(modules) if j != i):
-            # Only a module that serves several encoders makes it matter, before the pass, which of them train.
+            # Only a module that serves several encoders makes it matter, before the pass, which of them train it.
             with unsynchronised(found):
-                training[i] = run.trains()
-    last = {m: i for i, found in enumerate(modules) if training[i] for m in found}
+                training[i], trained[i] = run.trains()
+    last = {m: i for i, found in enumerate(trained) for m in found}
     for i, run in enumerate(runs):
         for at in range(len(run.bounds) if training[i] else 0):
             final = at == len(run.bounds) - 1
-            with unsynchronised([m for m in modules[i] if not (final and last[m] == i)]):
+            with unsynchronised([m for m in modules[i] if not (final and last.get(m) == i)]):
                 if not run.backward(at, gradients[i]):
                     break
 
@@ -174,9 +174,11 @@ class _Chunks:
             for d, state in zip(self.devices, before, strict=True):
                 _module(d).set_rng_state(state, *_index(d))
 
-    def trains(self) -> bool:
-        """Whether the output requires grad, from its first chunk."""
-        return any(x.requires_grad for x in self.again(0))
+    def trains(self) -> tuple[bool, list[nn.Module]]:
+        """From the first chunk: whether the output requires grad, and the reducers that get gradients from it."""
+        with outputs_of(self.reducers) as outputs:
+            found = self.again(0)
+        return any(x.requires_grad for x in found), [m for m, made in outputs.items() if computed_from(found, made)]
 
     def backward(self, at: int, gradients: list[Tensor]) -> bool:
         """Add the gradients of a chunk; False when it has none."""

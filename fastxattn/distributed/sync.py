@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 @contextmanager
@@ -55,6 +56,30 @@ def _collect(module: nn.Module, found: dict[nn.Module, None]) -> None:
         return
     for child in module.children():
         _collect(child, found)
+
+
+@contextmanager
+def outputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Any]]]:
+    """What each of the modules returns inside the context, call by call."""
+    outputs: dict[nn.Module, list[Any]] = {module: [] for module in modules}
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(lambda m, _, output: outputs[m].append(output)).remove)
+        yield outputs
+
+
+def computed_from(results: Sequence[Tensor], outputs: Any) -> bool:
+    """Whether the graph of ``results`` contains a tensor of ``outputs``; also true when these hold no tensor."""
+    tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+    wanted = {x.grad_fn for x in tensors if x.grad_fn is not None}
+    seen: set[Any] = set()
+    nodes = [x.grad_fn for x in results if x.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += [source for source, _ in node.next_functions if source is not None]
+    return not tensors or bool(wanted & seen)
 
 
 @contextmanager
