@@ -113,10 +113,16 @@ def disagreements(rank: int, world: int) -> None:
     with torch.set_grad_enabled(not last):
         refused_alike(lambda: fxd.infonce_loss(a, a, scale), ValueError, "is_grad_enabled", "grad mode")
     # An error on one rank reaches the others at once.
-    for bad in (a[0], a[:, :0], "a", torch.zeros(4, 6, dtype=torch.int64)):
-        with pytest.raises((ValueError, TypeError) if last else RuntimeError) as info:
-            fxd.infonce_loss(bad if last else a, a, 1.0)
-        assert last or f"rank {world - 1} refused its arguments" in str(info.value), str(info.value)
+    refused: list[tuple[Any, dict[str, Any]]] = [
+        *((bad, {}) for bad in (a[0], a[:, :0], "a", torch.zeros(4, 6, dtype=torch.int64), a.to("meta"))),
+        *((a, {"backend": name, "strategy": s}) for name in ("nonsense", "cuda") for s in STRATEGIES),
+        (a, {"symmetric": torch.ones(2)}),
+    ]
+    for bad, options in refused:
+        with pytest.raises((ValueError, TypeError, RuntimeError) if last else RuntimeError) as info:
+            fxd.infonce_loss(bad if last else a, a, 1.0, **(options if last else {}))
+        assert ("refused its arguments" in str(info.value)) != last, str(info.value)
+        assert last or f"rank {world - 1} refused" in str(info.value), str(info.value)
     close("after all errors", fxd.infonce_loss(a, a, 1.0), fxd.infonce_loss(a, a, 1.0, strategy="ring"))
 
 
@@ -287,6 +293,23 @@ def cached(rank: int, world: int) -> None:
                 check(f"{name}, frozen {freeze}", model, freeze)
 
 
+def cached_detached(rank: int, world: int) -> None:
+    """The last encoder that calls a module detaches its output: the module's gradients are reduced before it."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5 * world, 7, generator=generator) for _ in range(2))
+    weights = [torch.randn(*shape, generator=generator) for shape in ((6, 7), (6, 6))]
+    body, head, true_body, true_head = (nn.Linear(w.shape[1], 6, bias=False) for w in (*weights, *weights))
+    for layer, weight in zip((body, head, true_body, true_head), (*weights, *weights), strict=True):
+        layer.weight.data.copy_(weight)
+    spread_body, spread_head = DistributedDataParallel(body), DistributedDataParallel(head)
+    encoders = [lambda t: spread_body(t), lambda t: spread_head(spread_body(t).detach())]
+    rows = slice(5 * rank, 5 * rank + 5)
+    fxd.cached_backward(encoders, (x[rows], y[rows]), lambda a, b: fxd.infonce_loss(a, b, 1.0), chunk=2)
+    contrastive.infonce_loss(true_body(x), true_head(true_body(y).detach()), 1.0).backward()
+    close("body", body.weight.grad, true_body.weight.grad)
+    close("head", head.weight.grad, true_head.weight.grad)
+
+
 def sharded(rank: int, world: int) -> None:
     """FSDP gathers parameters for every chunk and reduces gradients once."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -347,6 +370,16 @@ def attention(rank: int, world: int) -> None:
 
 
 def run(rank: int, world: int) -> None:
-    for scenario in (frozen, disagreements, dtypes, derivatives, unused_bias, cached, sharded, attention):
+    for scenario in (
+        frozen,
+        disagreements,
+        dtypes,
+        derivatives,
+        unused_bias,
+        cached,
+        cached_detached,
+        sharded,
+        attention,
+    ):
         scenario(rank, world)
         dist.barrier()

@@ -132,7 +132,8 @@ def announced(call: str, tensor: Any, group: Group) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, RuntimeError):
-        device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
+        held = isinstance(tensor, Tensor) and not tensor.is_meta
+        device = tensor.device if held else torch.device("cpu")
         with suppress(RuntimeError):
             exchanged([CALLS.index(call), REFUSED], device, group)
         raise

@@ -14,8 +14,10 @@ from fastxattn.distributed.agreement import Agreement, Value, agree, announced, 
 from fastxattn.distributed.collectives import GatherRows, GlobalSum, Group, gather_rows, total_count, world_size
 from fastxattn.ops import contrastive
 from fastxattn.ops.contrastive import checks
-from fastxattn.ops.contrastive.api import Ids
+from fastxattn.ops.contrastive.api import BACKENDS, Ids
+from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.ops.contrastive.reference import unit_rows, wide
+from fastxattn.runtime import backend as choose
 from fastxattn.runtime.autocast import cast, no_autocast
 
 STRATEGIES = ("gather", "ring")
@@ -70,8 +72,9 @@ def infonce_loss(
         )  # fmt: skip
     with announced("infonce_loss", a, group):
         label_smoothing = checks.number("label_smoothing", label_smoothing, *checks.SHARE)
+        symmetric = bool(symmetric)
         call = _Call.of(a, b, logit_scale, None, groups, normalize, strategy, group, backend)
-    same = {"symmetric": bool(symmetric), "label_smoothing": label_smoothing}
+    same: dict[str, Value] = {"symmetric": symmetric, "label_smoothing": label_smoothing}
     with no_autocast(call.a.device):
         counts = call.agree("infonce_loss", same).counts
         columns = call.columns(counts, both=symmetric)
@@ -164,6 +167,8 @@ class _Call:
             plain(name, x)
         a, b = cast(a), cast(b)
         a, b = _check(a, b, strategy)
+        if a.is_meta:
+            raise ValueError("a must hold data; got a tensor on the meta device")
         if a.shape[1] == 0:
             raise ValueError("a must have at least 1 feature; got 0")
         n, device = a.shape[0], a.device
@@ -178,6 +183,8 @@ class _Call:
             ids = (id_a.long(), id_b.long())
         if strategy == "ring":
             backend = ring.fused_backend(a, b, numbers[0], backend)
+        else:  # refused here, before other ranks wait
+            choose.resolve("distributed gather", BACKENDS, Problem(a, b, numbers[0]), backend)
         return _Call(
             a, b, numbers[0], numbers[1] if bias is not None else None, ids, bool(normalize), strategy, group, backend
         )
