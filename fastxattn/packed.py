@@ -47,6 +47,7 @@ class PackedTokens(TensorFields):
         TypeError: a field has the wrong type or dtype.
         ValueError: a shape or device is wrong; on the CPU also offsets that do not start at 0, decrease or end past
             the rows, and a ``max_seqlen`` below the longest length (on a GPU looking would wait for the device).
+            Nothing is checked under ``torch.compile``.
     """
 
     _lead: ClassVar[str] = "values"
@@ -70,6 +71,10 @@ class PackedTokens(TensorFields):
             raise ValueError(f"cu_seqlens must have shape (batch + 1,); got {tuple(offsets.shape)}")
         if offsets.device != values.device:
             raise ValueError(f"cu_seqlens must be on the device of values, {values.device}; got {offsets.device}")
+        if isinstance(self.max_seqlen, bool) or not isinstance(self.max_seqlen, int | torch.SymInt):
+            raise TypeError(f"max_seqlen must be an int; got {type(self.max_seqlen).__name__}")
+        if self.max_seqlen < 0:
+            raise ValueError(f"max_seqlen must not be negative; got {self.max_seqlen}")
         if readable(offsets):
             check_contents("cu_seqlens", offsets, values.shape[0], "rows of values")
             if self.batch_size and (longest := int(self.lengths.max())) > self.max_seqlen:
@@ -151,7 +156,7 @@ class PackedTokens(TensorFields):
     def _between(self, first: int, last: int) -> PackedTokens:
         offsets = self.cu_seqlens[first : last + 1]
         bounds = offsets.tolist()
-        longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+        longest = max([0, *(b - a for a, b in itertools.pairwise(bounds))])
         return self._with(
             {"values": self.values[bounds[0] : bounds[-1]], "cu_seqlens": offsets - bounds[0], "max_seqlen": longest}
         )
@@ -166,7 +171,7 @@ class PackedTokens(TensorFields):
         rows = shift.repeat_interleave(lengths.long(), output_size=sum(counts))
         rows += torch.arange(sum(counts), device=self.device)
         values = self.values.index_select(0, rows)
-        return self._with({"values": values, "cu_seqlens": offsets, "max_seqlen": max(counts, default=0)})
+        return self._with({"values": values, "cu_seqlens": offsets, "max_seqlen": max([0, *counts])})
 
     @classmethod
     def cat(cls, tokens: Sequence[PackedTokens]) -> PackedTokens:
@@ -227,6 +232,9 @@ class PackedTokens(TensorFields):
 
         On a GPU this waits for the device: the number of rows depends on the mask.
         """
+        if not isinstance(values, Tensor) or not isinstance(mask, Tensor | None):
+            name, got = ("mask", mask) if isinstance(values, Tensor) else ("values", values)
+            raise TypeError(f"{name} must be a tensor; got {type(got).__name__}")
         if values.ndim < 2:
             raise ValueError(f"values must have shape (batch, length, ...); got {tuple(values.shape)}")
         batch, length = values.shape[:2]
@@ -244,6 +252,10 @@ class PackedTokens(TensorFields):
             fill: what stands where there is no token.
             length: of the padded axis, ``max_seqlen`` when None; every sequence must fit.
         """
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int | torch.SymInt)):
+            raise TypeError(f"length must be an int or None; got {type(length).__name__}")
+        if length is not None and length < 0:
+            raise ValueError(f"length must not be negative; got {length}")
         width = self.max_seqlen if length is None else length
         if length is not None and length < self.max_seqlen and self.batch_size and int(self.lengths.max()) > length:
             raise ValueError(f"length must hold the longest sequence, {int(self.lengths.max())}; got {length}")
@@ -256,19 +268,29 @@ class PackedTokens(TensorFields):
         padded = self.values.index_select(0, rows.flatten()).unflatten(0, rows.shape)
         # where, not multiply: row 0 stands in for absent tokens and may hold NaN.
         shown = mask.reshape(*mask.shape, *(1 for _ in trailing))
-        return torch.where(shown, padded, torch.full_like(padded[:0].sum(), fill)), mask
+        return torch.where(shown, padded, torch.full_like(padded[:0].sum(), fill, dtype=self.dtype)), mask
 
     # Lists and nested tensors ----------------------------------------------------------------------------------
 
     @classmethod
     def from_list(cls, tensors: Sequence[Tensor]) -> PackedTokens:
-        """Pack tensors of shape (length_i, ...); at least one (its trailing shape and dtype are the result's)."""
+        """Pack tensors of shape (length_i, ...), at least one, of one trailing shape, dtype and device."""
+        tensors = list(tensors)
         if not tensors:
-            raise ValueError("tensors must hold at least one tensor; got an empty list")
+            raise ValueError("tensors must hold at least one tensor; got none")
+        for t in tensors:
+            if not isinstance(t, Tensor) or t.ndim == 0:
+                raise TypeError(f"tensors must hold tensors of shape (length, ...); got {describe(t)}")
+            for what in ("dtype", "device"):
+                if (got := getattr(t, what)) != (first := getattr(tensors[0], what)):
+                    raise ValueError(f"tensors must have one {what}; got {first} and {got}")
+            if t.shape[1:] != tensors[0].shape[1:]:
+                shapes = f"{tuple(tensors[0].shape)} and {tuple(t.shape)}"
+                raise ValueError(f"tensors must have one shape but for the rows; got {shapes}")
         lengths = [t.shape[0] for t in tensors]
         _check_total(sum(lengths))
         offsets = _offsets(torch.tensor(lengths, device=tensors[0].device))
-        return cls(torch.cat(list(tensors)), offsets, max(lengths))
+        return cls(torch.cat(tensors), offsets, max(lengths))
 
     def to_list(self) -> list[Tensor]:
         """Views of the sequences, (length_i, ...) each. Reads the offsets (waits for a GPU)."""
@@ -310,6 +332,8 @@ def _numbers(index: Any, batch: int) -> Tensor:
         t = index if isinstance(index, Tensor) else torch.as_tensor(index)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"index must be a number, slice, list or tensor of sequences; got {index!r}") from None
+    if t.ndim == 0:
+        raise TypeError(f"index must be a number, slice, list or tensor of sequences; got {index!r}")
     if t.ndim != 1:
         raise IndexError(f"index must have one axis, that of the sequences; got shape {tuple(t.shape)}")
     if t.dtype == torch.bool:
@@ -341,6 +365,8 @@ def _check_mask(mask: Tensor, values: Tensor) -> None:
         raise TypeError(f"mask must be boolean; got {mask.dtype}")
     if mask.shape != values.shape[:2]:
         raise ValueError(f"mask must have shape {tuple(values.shape[:2])}, that of values; got {tuple(mask.shape)}")
+    if mask.device != values.device:
+        raise ValueError(f"mask must be on the device of values, {values.device}; got {mask.device}")
 
 
 def _flatten(tokens: PackedTokens) -> tuple[list[Any], None]:

@@ -35,6 +35,14 @@ def test_from_padded_without_a_mask():
     assert tokens.cu_seqlens.tolist() == [0, 4, 8, 12]
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.complex64])
+def test_padding_keeps_the_dtype(dtype):
+    tokens = PackedTokens(torch.ones(3).to(dtype), ints(0, 1, 3), 2)
+    padded, _ = tokens.to_padded()
+    assert padded.dtype == dtype
+    assert padded.tolist() == [[1, 0], [1, 1]]
+
+
 def test_to_padded():
     tokens = PackedTokens.from_padded(torch.arange(18.0).reshape(3, 3, 2), MASK)
     padded, mask = tokens.to_padded(fill=-1, length=4)
@@ -127,6 +135,11 @@ BAD = {
     "start": (ValueError, (VALUES, ints(1, 2), 1), "cu_seqlens must start at 0; got 1"),
     "decrease": (ValueError, (VALUES, ints(0, 3, 2), 3), "cu_seqlens must not decrease; got 3 then 2 at sequence 1"),
     "end": (ValueError, (VALUES, ints(0, 5), 5), "cu_seqlens must end within the 4 rows of values; got 5"),
+    "no int": (TypeError, (VALUES, ints(0, 1), None), "max_seqlen must be an int; got NoneType"),
+    "NaN": (TypeError, (VALUES, ints(0, 1), float("nan")), "max_seqlen must be an int; got float"),
+    "tensor": (TypeError, (VALUES, ints(0, 1), torch.tensor(1)), "max_seqlen must be an int; got Tensor"),
+    "bool": (TypeError, (VALUES, ints(0, 1), True), "max_seqlen must be an int; got bool"),
+    "negative": (ValueError, (VALUES, ints(0), -1), "max_seqlen must not be negative; got -1"),
     "longest": (ValueError, (VALUES, ints(0, 1, 4), 2), "max_seqlen must be at least the longest length, 3; got 2"),
 }
 
@@ -145,8 +158,25 @@ def test_conversion_checks():
         PackedTokens.from_padded(torch.zeros(2, 3, 4), torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="length must hold the longest sequence, 3; got 2"):
         PackedTokens(VALUES, ints(0, 1, 4), 3).to_padded(length=2)
-    with pytest.raises(ValueError, match="at least one tensor"):
-        PackedTokens.from_list([])
+    for length, error in ((1.5, TypeError), (True, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="length must"):
+            PackedTokens(VALUES, ints(0), 0).to_padded(length=length)
+    with pytest.raises(TypeError, match="values must be a tensor; got list"):
+        PackedTokens.from_padded([[1.0]])
+    with pytest.raises(TypeError, match="mask must be a tensor; got list"):
+        PackedTokens.from_padded(torch.zeros(1, 1), [[True]])
+    with pytest.raises(ValueError, match="mask must be on the device of values, cpu; got meta"):
+        PackedTokens.from_padded(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool, device="meta"))
+    for tensors, error, message in (
+        ([], ValueError, "at least one tensor"),
+        ([1], TypeError, "got int"),
+        ([torch.tensor(1.0)], TypeError, r"tensors must hold tensors of shape \(length, ...\); got \(\)"),
+        ([VALUES, VALUES.half()], ValueError, "tensors must have one dtype; got torch.float32 and torch.float16"),
+        ([VALUES, VALUES.to("meta")], ValueError, "tensors must have one device; got cpu and meta"),
+        ([VALUES, VALUES[:, :1]], ValueError, r"one shape but for the rows; got \(4, 2\) and \(4, 1\)"),
+    ):
+        with pytest.raises(error, match=message):
+            PackedTokens.from_list(tensors)
     with pytest.raises(TypeError, match=r"nested must be a torch.nested tensor; got \(2, 3\)"):
         PackedTokens.from_nested(torch.zeros(2, 3))
     with pytest.raises(TypeError, match=r"nested must be a torch.nested tensor; got list"):

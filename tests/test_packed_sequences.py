@@ -91,7 +91,7 @@ WITHOUT_MEANING = {
     "tuple": ((0, 1), TypeError, r"got \(0, 1\)"),
     "text": ("a", TypeError, "got 'a'"),
     "None": (None, TypeError, "got None"),
-    "float": (1.5, IndexError, ONE_AXIS),
+    "float": (1.5, TypeError, "got 1.5"),
     "floats": ([0.5], TypeError, "index must be of a signed integer type or bool; got torch.float32"),
     "uint8": (torch.tensor([1], dtype=torch.uint8), TypeError, "got torch.uint8"),
     "beyond": (3, IndexError, "index must lie within the 3 sequences; got 3"),
@@ -291,6 +291,8 @@ COMPILED = {
     "length": lambda t: t.values * len(t),
     "cat": lambda t: PackedTokens.cat([t, t]),
     "one": lambda t: t[1] * 2,
+    "slice": lambda t: t[:1],
+    "reversed": lambda t: t[::-1],
     "repr": lambda t: (repr(t), t.values + 1)[1],
 }
 

@@ -57,6 +57,10 @@ class TensorFields:
         """``to(torch.float32)``."""
         return self.to(torch.float32)
 
+    def double(self) -> Self:
+        """``to(torch.float64)``."""
+        return self.to(torch.float64)
+
     def half(self) -> Self:
         """``to(torch.float16)``."""
         return self.to(torch.float16)
