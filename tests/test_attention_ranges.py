@@ -1,6 +1,7 @@
 """kv_range builders against dense boolean masks written the slow way."""
 
 import math
+import sys
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastxattn
 from fastxattn import ranges
+from fastxattn.nn import media_ranges
 from fastxattn.testing import offsets
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=0, max_size=5)
@@ -195,6 +197,21 @@ def test_later_key_times_may_begin_anew_in_the_next_sequence():
     made = ranges.timestamp_kv_range(torch.tensor([5.0, 1.0]), torch.tensor([4.0, 5.0, 1.0, 9.0, 0.0]), offsets([1, 1]),
                                      offsets([2, 2]), 1.0)  # fmt: skip
     assert made.tolist() == [[0, 2], [0, 1]]
+
+
+def test_counts_that_int32_cannot_hold_never_wrap_around():
+    one = torch.tensor([0, 4], dtype=torch.int32)
+    wide = ranges.sliding_window_kv_range(one, one, sys.maxsize, sys.maxsize)
+    assert wide.tolist() == [[0, 4]] * 4
+    media = torch.tensor([False, True, False, True])
+    top = 2**31 - 1
+    far = [[0, 0], [0, top], [0, top], [top, top]]
+    assert ranges.media_kv_range(media, one, top).tolist() == far
+    assert ranges.media_kv_range(media, one, torch.tensor([2**31, 5])).tolist() == far
+    assert ranges.tile_kv_range(media, one, torch.tensor([1, 1]), 2**16, 2**16).tolist()[-1] == [top, top]
+    assert media_ranges(media[None], top)[0].tolist() == far
+    with pytest.raises(ValueError, match=r"media_lengths must be below 2\^31; got 2147483648"):
+        ranges.media_kv_range(media, one, 2**31)
 
 
 def test_in_attention():

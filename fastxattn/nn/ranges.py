@@ -23,9 +23,9 @@ def media_ranges(media: torch.Tensor, tokens_per_media: int, *, previous_only: b
     if media.dtype != torch.bool or media.ndim != 2:
         raise TypeError(f"media must be boolean of shape (batch, length); got {media.dtype} {tuple(media.shape)}")
     check_count("tokens_per_media", tokens_per_media)
-    seen = media.cumsum(1).int()
+    seen = media.cumsum(1)
     start = (seen - 1).clamp(min=0) if previous_only else torch.zeros_like(seen)
-    return torch.stack([start, seen], dim=-1) * tokens_per_media
+    return (torch.stack([start, seen], dim=-1) * tokens_per_media).clamp(max=2**31 - 1).int()
 
 
 def time_ranges(

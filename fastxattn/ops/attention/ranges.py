@@ -41,15 +41,18 @@ def _lengths(cu_seqlens: Tensor) -> Tensor:
 
 
 def _pack(start: Tensor, end: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid[:, None], torch.stack([start, end], 1), 0).to(torch.int32)
+    # No key stands beyond 2^31: there the ends of a range are clamped, where a cast would wrap around.
+    return torch.where(valid[:, None], torch.stack([start, end], 1).clamp(max=2**31 - 1), 0).to(torch.int32)
 
 
 def check_count(name: str, count: object, low: int = 0) -> None:
-    """That ``count`` is an int of at least ``low``, where -1 means no limit."""
+    """That ``count`` is an int of at least ``low``, where -1 means no limit; a count without that is below 2^31."""
     if isinstance(count, bool) or not isinstance(count, int | torch.SymInt):
         raise TypeError(f"{name} must be an int; got {type(count).__name__}")
     if count < low:
         raise ValueError(f"{name} must be at least 0{', or -1 for no limit' if low < 0 else ''}; got {count}")
+    if low == 0 and count >= 2**31:
+        raise ValueError(f"{name} must be below 2^31; got {count}")
 
 
 def _check_media(name: str, per_image: Tensor, media_locations: Tensor, cu_seqlens_q: Tensor) -> None:
@@ -120,6 +123,7 @@ def sliding_window_kv_range(
         check_integer_tensor(name, offsets, torch.int32)
     for name, limit in (("left", left), ("right", right)):
         check_count(name, limit, -1)
+    left, right = min(left, 2**31), min(right, 2**31)  # sums with sys.maxsize would wrap around
     rows = _locate(cu_seqlens_q, _total(total_q, cu_seqlens_q))
     keys = _lengths(cu_seqlens_k)[rows.sequence]
     center = rows.place + keys - _lengths(cu_seqlens_q)[rows.sequence]
