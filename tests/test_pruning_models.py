@@ -41,6 +41,10 @@ def test_learned_scores_train_straight_through() -> None:
         TokenPruner(0.5, learned=True)
     with pytest.raises(ValueError, match="strategy must be one of"):
         TokenPruner(0.5, "nonsense")
+    with pytest.raises(TypeError, match=r"needs must be empty for a learned pruner.*got \['attention'\]"):
+        pruner(x, attention=torch.rand(8))
+    with pytest.raises(ValueError, match=r"tokens must be \(batch, length, channels\).*got shape \(8, 4\)"):
+        TokenPruner(0.5)(x[0])
 
 
 def encoder(name: str) -> Any:

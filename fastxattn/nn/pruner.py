@@ -76,6 +76,13 @@ class TokenPruner(nn.Module):
         """
         packed = tokens if isinstance(tokens, PackedTokens) else PackedTokens.from_padded(tokens)
         values, offsets = packed.values, packed.cu_seqlens
+        if values.ndim < 2:
+            shape = tuple((tokens if isinstance(tokens, Tensor) else values).shape)
+            raise ValueError(
+                f"tokens must be (batch, length, channels), or packed (total, channels); got shape {shape}"
+            )
+        if self.scorer is not None and needs:
+            raise TypeError(f"needs must be empty for a learned pruner, which scores the tokens itself; got {[*needs]}")
         protected = None
         if self.protected:
             protected = packed.positions() < self.protected

@@ -210,7 +210,8 @@ def counts_of(
         return budget.contiguous()
     hint = ""
     if isinstance(budget, numbers.Real) and not isinstance(budget, bool):
-        hint = f"; write Budget.count({budget})" if isinstance(budget, int) else f"; write Budget.ratio({budget})"
+        kind = "count" if isinstance(budget, numbers.Integral) else "ratio"
+        hint = f"; write Budget.{kind}({budget})"
     raise TypeError(f"budget must be a Budget or an int32 tensor of counts; got {type(budget).__name__}{hint}")
 
 
