@@ -308,7 +308,7 @@ def _photographs(
         images, captions = scenes(size - size // 2)  # type: ignore[operator]
         return torch.cat([images, torch.stack([pool[r][0] for r in rows])]), captions + [pool[r][1] for r in rows]
 
-    train(model, words, steps // 2, sample)
+    train(model, words, max(steps // 2, 1), sample)
     image_side, text_side = features(model, words, unseen, texts)
     report.recall[f"{len(texts)} photographs, unseen crops"] = recall_at_k(image_side, text_side, (1, 5))
     rows = topk_similarity(text_side[:3], image_side, 1, metric="cosine")[1].tolist()

@@ -34,7 +34,7 @@ def test_the_command_prints_a_table_and_writes_the_heat_map(tmp_path):
     from fastxattn.cli import app
 
     def run(*options: str):
-        return testing.CliRunner().invoke(app, ["search", "--out", str(tmp_path), "--steps", "2", *options])
+        return testing.CliRunner().invoke(app, ["search", "--out", str(tmp_path), "--steps", "1", *options])
 
     done = run()
     assert done.exit_code == 0, done.output
