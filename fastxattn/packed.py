@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, overload
@@ -142,13 +143,13 @@ class PackedTokens(TensorFields):
             chosen = range(self.batch_size)[index]
             if chosen.step == 1:
                 return self._between(chosen.start, max(chosen.start, chosen.stop))
-            return self._take(torch.tensor(chosen, dtype=torch.int64))
+            return self._take(torch.tensor(chosen, dtype=torch.int64, device="cpu"))
         if isinstance(index, tuple | bool):
             raise TypeError(f"index must be a number, slice, list or tensor of sequences; got {index!r}")
         if getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
             if getattr(index, "dtype", None) == torch.bool:
                 raise TypeError("index must be a number, slice, list or tensor of sequences; got one bool")
-            number = int(_numbers(torch.as_tensor(index)[None], self.batch_size))
+            number = int(_numbers([operator.index(index)], self.batch_size))
             start, end = self.cu_seqlens[number : number + 2].tolist()
             return self.values[start:end]
         return self._take(_numbers(index, self.batch_size))
@@ -329,7 +330,7 @@ class PackedTokens(TensorFields):
 def _numbers(index: Any, batch: int) -> Tensor:
     """(n,) int64 numbers of sequences from what ``PackedTokens`` was indexed by."""
     try:
-        t = index if isinstance(index, Tensor) else torch.as_tensor(index)
+        t = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"index must be a number, slice, list or tensor of sequences; got {index!r}") from None
     if t.ndim == 0:

@@ -77,7 +77,7 @@ def problem_of(kernel: str, kind: str, dim: int, device: str) -> Problem:
     )
     problem = Problem(query, key, value, offsets_q, offsets_k, scale=dim**-0.5)
     if kind.endswith("rich"):
-        problem = problem._replace(key_bias=torch.zeros(key.shape[0], device=device))
+        problem = problem._replace(key_bias=torch.zeros(key.shape[0], dtype=torch.float32, device=device))
     if kernel == "backward_bias":
         problem = problem._replace(bias=torch.zeros(1, 8, queries, keys_, dtype=dtype, device=device))
     return problem
@@ -88,14 +88,14 @@ def call_of(key: str, device: str) -> Call:
     op, kernel, kind, dim = key.split(".")
     problem = problem_of(kernel, kind, int(dim), device)
     if op == "importance":
-        lse = torch.full((8, problem.query.shape[0]), 6.0, device=device)
+        lse = torch.full((8, problem.query.shape[0]), 6.0, dtype=torch.float32, device=device)
         scored = ImportanceProblem(
             problem.query, problem.key, lse, problem.cu_seqlens_q, problem.cu_seqlens_k, scale=problem.scale
         )
         return lambda: IMPORTANCE["triton"](*scored)
     if op == "bidirectional":
         q, k, v, offsets = problem.query, problem.key, problem.value, problem.cu_seqlens_q
-        lse = torch.full((8, q.shape[0]), 6.0, device=device)
+        lse = torch.full((8, q.shape[0]), 6.0, dtype=torch.float32, device=device)
         both = BidirectionalProblem(q, k, v, v, offsets, offsets, scale=problem.scale)
         return lambda: BOTH["triton"](q, k, v, v, lse, lse, *both, 15)
     if kernel in ("forward", "split"):

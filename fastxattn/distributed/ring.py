@@ -118,11 +118,11 @@ class RingStats(KernelFunction):
         """A second turn: the visiting block's gradient grows at every stop and arrives home complete."""
         a, b, scale, ids_a, ids_b, merged = saved
         counts, group, backend = ctx.flags
-        grad_a = torch.zeros(a.shape, device=a.device)
+        grad_a = torch.zeros(a.shape, dtype=torch.float32, device=a.device)
         dots = torch.zeros((), dtype=torch.float64, device=a.device)
-        visiting = [b.detach(), torch.zeros(b.shape, device=b.device)]
+        visiting = [b.detach(), torch.zeros(b.shape, dtype=torch.float32, device=b.device)]
         for problem, travelling in RingStats.turn(a, visiting, ids_a, ids_b, scale, counts, group, backend):
-            columns = torch.zeros((merged.shape[0], travelling[0].shape[0]), device=a.device)
+            columns = torch.zeros((merged.shape[0], travelling[0].shape[0]), dtype=torch.float32, device=a.device)
             part_a, part_b, dot = operator("contrastive_backward", backend)(
                 grad[:GRADS].contiguous(), columns[:GRADS].contiguous(), merged, columns, *problem, None, None, True,
                 False, 7,
@@ -152,8 +152,9 @@ class RingSigmoid(KernelFunction):
     ) -> tuple[Tensor, ...]:
         """The sum, and its gradients for a, b, scale and bias, which the backward pass only multiplies."""
         rank, world = dist.get_rank(group), world_size(group)
-        grad_a, total = torch.zeros(a.shape, device=a.device), torch.zeros((), dtype=torch.float64, device=a.device)
-        block, grad_block = b.detach(), torch.zeros(b.shape, device=b.device)
+        grad_a = torch.zeros(a.shape, dtype=torch.float32, device=a.device)
+        total = torch.zeros((), dtype=torch.float64, device=a.device)
+        block, grad_block = b.detach(), torch.zeros(b.shape, dtype=torch.float32, device=b.device)
         dots, slopes = torch.zeros_like(total), torch.zeros_like(total)
         travelling = [] if ids_b is None else [ids_b]
         for step in range(world):

@@ -110,8 +110,8 @@ class LanguagePruning:
                 kept = kept * prompt.there
             change["attention_mask"] = torch.cat([kept, mask[:, prompt.length :]], 1)
         elif prompt.there is not None:
-            new = torch.ones(len(prompt.there), embeds.shape[1] + cache.get_seq_length() - prompt.there.shape[1])
-            change["attention_mask"] = torch.cat([prompt.there, new.to(prompt.there)], 1)
+            width = embeds.shape[1] + cache.get_seq_length() - prompt.there.shape[1]
+            change["attention_mask"] = torch.cat([prompt.there, prompt.there.new_ones(len(prompt.there), width)], 1)
         if kwargs.get("position_ids") is None:
             at = cache.get_seq_length() - prompt.keep.shape[1] + prompt.length
             change["position_ids"] = (torch.arange(embeds.shape[1], device=embeds.device) + at)[None]

@@ -60,7 +60,8 @@ class ModalityGate(nn.Module):
             wanted = (batch, self.modalities)
             raise ValueError(f"present must be boolean of shape {wanted}; got {present.dtype} {tuple(present.shape)}")
         if self.training and self.dropout:
-            luck = torch.rand(batch, self.modalities, device=stacked.device).masked_fill(~present, -1.0)
+            luck = torch.rand(batch, self.modalities, dtype=torch.float32, device=stacked.device)
+            luck = luck.masked_fill(~present, -1.0)
             # The luckiest present modality of a sample stays whatever happens.
             best = luck == luck.amax(1, keepdim=True)
             present = present & ((luck >= self.dropout) | best)

@@ -225,7 +225,8 @@ class MultiTaskLoss(nn.Module):
         """The modalities left out of this step: none outside of training."""
         if not self.training or self.modality_dropout == 0.0 or not self.names:
             return set()
-        chance = torch.rand(len(self.names), generator=generator)
+        device = "cpu" if generator is None else generator.device
+        chance = torch.rand(len(self.names), generator=generator, dtype=torch.float32, device=device)
         gone = {name for name, c in zip(self.names, chance.tolist(), strict=True) if c < self.modality_dropout}
         return gone - {self.names[int(chance.argmax())]}
 

@@ -48,8 +48,8 @@ def pixel_shuffle(tokens: PackedTokens, grids: Sequence[tuple[int, int]], factor
                 )
     places, start = [], 0
     for rows, columns in grids:
-        grid = torch.arange(start, start + rows * columns).view(rows // factor, factor, columns // factor, factor)
-        places.append(grid.transpose(1, 2).flatten())
+        grid = torch.arange(start, start + rows * columns, device="cpu")
+        places.append(grid.view(rows // factor, factor, columns // factor, factor).transpose(1, 2).flatten())
         start += rows * columns
     if start != tokens.values.shape[0]:
         raise ValueError(f"grids must cover the {tokens.values.shape[0]} tokens; they cover {start}")

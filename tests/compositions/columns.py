@@ -372,6 +372,23 @@ def threads(p: Problem) -> None:
         same(one, wanted, "thread")
 
 
+def defaults(p: Problem) -> None:
+    """Under another default dtype, and another default device."""
+    wanted = results(p)
+    for dtype in (torch.float64, torch.bfloat16):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            found = results(p)
+        finally:
+            torch.set_default_dtype(before)
+        same(found, wanted, f"default {dtype}")
+    given = p.copied()
+    with torch.device("meta"):
+        out = p.trimmed(p(given))
+    same({f"out {i}": t.detach() for i, t in enumerate(out)}, outputs(p, p.inputs), "default device")
+
+
 COLUMNS: dict[str, Column] = {
     "eager": eager,
     "export": export,
@@ -396,5 +413,6 @@ COLUMNS: dict[str, Column] = {
     "some gradients": subsets,
     "strides": strided,
     "threads": threads,
+    "defaults": defaults,
 }
 """Those that run in the test's own process; :mod:`tests.compositions.fresh` has the others."""

@@ -229,7 +229,7 @@ def topk(metric: str) -> Callable[[Any, Inputs], Any]:
 
 
 def recall(_: Any, x: Inputs) -> Any:
-    return torch.tensor(list(fx.recall_at_k(x["a"], x["b"], (1, 3)).values()))
+    return torch.tensor(list(fx.recall_at_k(x["a"], x["b"], (1, 3)).values()), dtype=torch.float64, device="cpu")
 
 
 # Pruning -----------------------------------------------------------------------------------------------------------

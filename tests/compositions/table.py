@@ -40,6 +40,7 @@ HEADINGS = {
     "some gradients": "gradients of some arguments",
     "strides": "any strides",
     "threads": "threads",
+    "defaults": "any default dtype and device",
     "fork": "after `fork`",
 }
 """Columns in the order of the page."""

@@ -94,5 +94,5 @@ def _only_after_end(attention_mask: Tensor, lengths: Tensor) -> bool:
     """Whether a mask hides nothing before the end tokens (read on the CPU only)."""
     if attention_mask.device.type != "cpu" or torch.compiler.is_compiling() or attention_mask.ndim != 2:
         return False
-    place = torch.arange(attention_mask.shape[1])
+    place = torch.arange(attention_mask.shape[1], device="cpu")
     return not bool(((attention_mask == 0) & (place < lengths[:, None])).any())

@@ -37,7 +37,8 @@ def bidirectional_reference(
         columns = scores if bias_a is None else scores + _spread(bias_a[a0:a1])[:, :, None]
         reads_b, reads_a = rows.softmax(2), columns.softmax(1)
         if dropout_p and dropout_seed is not None:
-            i, j, heads = torch.arange(a0, a1), torch.arange(b0, b1), query_a.shape[1]
+            i, j = (torch.arange(*ends, device=query_a.device) for ends in ((a0, a1), (b0, b1)))
+            heads = query_a.shape[1]
             reads_b = reads_b * keep_mask(i, j - b0, heads, dropout_p, dropout_seed[:1]) / (1 - dropout_p)
             reads_a = reads_a * keep_mask(j, i - a0, heads, dropout_p, dropout_seed[1:]).mT / (1 - dropout_p)
         one = torch.einsum("hij,jhd->ihd", reads_b.to(value_b.dtype), value_b[b0:b1])

@@ -181,7 +181,7 @@ def sigmoid_loss(
         if reduction == "none":
             rows = fused.sigmoid_fused(problem, None, name)
             return rows if weight is None else rows * weight
-        row_weight = torch.ones(n, device=problem.a.device) if weight is None else weight
+        row_weight = torch.ones(n, dtype=torch.float32, device=problem.a.device) if weight is None else weight
         if reduction == "mean":
             total = row_weight.sum()
             row_weight = row_weight / torch.where(total == 0, 1.0, total)

@@ -137,7 +137,8 @@ class SigmoidRows(KernelFunction):
         _, *wanted = ctx.needs_input_grad
         _, *grads = operator("sigmoid", ctx.backend)(*saved, ctx.exclude_self, grad.contiguous(), _needs(wanted))
         grad_a, grad_b, dot, row_dz = grads
-        return None, *_by_argument(wanted, saved, grad_a, grad_b, dot, row_dz, torch.ones((), device=grad.device))
+        one = torch.ones((), dtype=torch.float32, device=grad.device)
+        return None, *_by_argument(wanted, saved, grad_a, grad_b, dot, row_dz, one)
 
 
 def _needs(wanted: list[bool]) -> int:

@@ -58,7 +58,8 @@ class Sides:
         Without a positive it is 0, or infinity as a block's, which no negative reaches.
         """
         if not self.pairs:
-            return torch.full(self.id_a.shape, torch.inf if blocked else 0.0, device=self.p.a.device)
+            none = torch.inf if blocked else 0.0
+            return torch.full(self.id_a.shape, none, dtype=torch.float32, device=self.p.a.device)
         bias = None if self.p.bias is None else self.p.bias.detach()
         result: torch.Tensor = operator("positive_logits", self.backend)(
             self.p.a.detach(), self.p.b.detach(), self.p.scale.detach(), bias, *self.norms, self.id_a, self.id_b,
@@ -71,7 +72,7 @@ class Sides:
         m = self.p.b.shape[0]
         has = self.id_a >= 0
         slot = torch.where(has, self.id_a, m).long()
-        highest = torch.full((m + 1,), -torch.inf, device=at.device).scatter_reduce(0, slot, at, "amax")[:m]
+        highest = at.new_full((m + 1,), -torch.inf).scatter_reduce(0, slot, at, "amax")[:m]
         return torch.where(highest == -torch.inf, torch.inf, highest)
 
 

@@ -161,7 +161,7 @@ def _weighted_rows(backend: str, problem: ImportanceProblem, grad: Tensor) -> Te
         out, total = forward(*problem.attention(value))
         return (out * own).sum(2).T * _ratio(total, lse)
     given = problem.key_bias
-    bias = torch.zeros(()) if given is None else given if given.ndim == 2 else given[:, None]
+    bias = lse.new_zeros(()) if given is None else given if given.ndim == 2 else given[:, None]
     value = problem.key[:, :, :1].contiguous()  # any will do
     received = torch.zeros_like(lse)
     for sign in (1, -1):

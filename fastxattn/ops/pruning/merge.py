@@ -118,7 +118,9 @@ def bipartite(
     gone = segments.scattered(a_index, merged, total, False)
     kept = _keep_where(segments.inside(cu_seqlens, total) & ~gone, cu_seqlens, backend=backend)
     target = segments.scattered(a_index, best, total, -1)
-    return _join(kept, gone, target, torch.ones(total, device=features.device) if sizes is None else sizes.float())
+    if sizes is None:
+        sizes = torch.ones(total, dtype=torch.float32, device=features.device)
+    return _join(kept, gone, target, sizes.float())
 
 
 def _join(kept: Selection, joins: Tensor, target: Tensor, weight: Tensor) -> Selection:

@@ -116,7 +116,7 @@ def greedy(
     nearest neighbour. ``DETERMINANT`` picks the row that enlarges ``det(diag(q) S diag(q))`` of the picked rows most.
     Protected rows are picked first, in order; rows that are not finite last.
     """
-    out = torch.full((x.shape[0],), -torch.inf, device=x.device)
+    out = torch.full((x.shape[0],), -torch.inf, dtype=torch.float32, device=x.device)
     for (begin, end), count in zip(_bounds(cu_seqlens), counts.tolist(), strict=True):
         n = end - begin
         unit = unit_rows(x[begin:end])

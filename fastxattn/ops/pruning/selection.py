@@ -145,7 +145,7 @@ class Selection(TensorFields):
     def sizes(self, sizes: Tensor | None = None) -> Tensor:
         """(kept,) float32: how many original tokens each kept row stands for, given those of the tokens (1 each)."""
         if sizes is None:
-            sizes = torch.ones(self.assignment.shape[0], device=self.assignment.device)
+            sizes = torch.ones(self.assignment.shape[0], dtype=torch.float32, device=self.assignment.device)
         if self.weight is None:
             return gather_rows(sizes.float(), self.keep_index)
         return merge_rows(sizes.float(), self.assignment, None, self.rows)

@@ -325,7 +325,7 @@ def greedy(
     max_count: int,
 ) -> Tensor:
     total = x.shape[0]
-    scores = torch.full((total,), -torch.inf, device=x.device)
+    scores = torch.full((total,), -torch.inf, dtype=torch.float32, device=x.device)
     if total == 0 or cu_seqlens.shape[0] < 2:
         return scores
     inverse = inverse_norms(x)
@@ -342,10 +342,10 @@ def greedy(
         owner = torch.searchsorted(
             cu_seqlens[1:].contiguous(), torch.arange(total, device=x.device, dtype=torch.int32), right=True
         )
-        largest = torch.zeros(cu_seqlens.shape[0], device=x.device)
+        largest = torch.zeros(cu_seqlens.shape[0], dtype=torch.float32, device=x.device)
         largest = largest.scatter_reduce(0, owner, torch.where(unusable, 0.0, value), "amax")
         value = torch.where(value <= FLOOR * largest[owner], 0.0, value)
-        factors = torch.empty(max(max_count, 1), total, device=x.device)
+        factors = torch.empty(max(max_count, 1), total, dtype=torch.float32, device=x.device)
     value = torch.where(unusable, -torch.inf, value).contiguous()
     guard = scores if protected is None else protected.to(torch.uint8)
     greedy_kernel[(cu_seqlens.shape[0] - 1,)](
