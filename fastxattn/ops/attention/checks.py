@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 from fastxattn.ops import offsets as offset_checks
 from fastxattn.ops.attention.problem import Problem
 
+LARGEST = torch.finfo(torch.float32).max
+"""Of a number: kernels take it in float32."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,6 +33,8 @@ def _value(ok: bool | torch.SymBool, message: str) -> None:
 def _tensor(name: str, t: object, like: Tensor | None = None) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got one of {t.layout}")
     if like is not None and t.device != like.device:
         raise ValueError(f"{name} must be on the device of query, {like.device}; got {t.device}")
 
@@ -153,8 +158,20 @@ def check_number(name: str, number: object, low: float = -math.inf) -> None:
     """Refuse what is no finite number of at least ``low``; a tensor too, for it would get no gradient."""
     if isinstance(number, bool) or not isinstance(number, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number; got {type(number).__name__}")
-    if isinstance(number, numbers.Real) and not (math.isfinite(number) and float(number) >= low):
-        raise ValueError(f"{name} must be finite{'' if low < 0 else ' and at least 0'}; got {number}")
+    if not isinstance(number, numbers.Real):
+        return  # symbolic, of a traced program
+    value = float_of(number)
+    if not max(low, -LARGEST) <= value <= LARGEST:
+        overflows = " (infinite in float32)" if LARGEST < abs(value) < math.inf else ""
+        raise ValueError(f"{name} must be finite{'' if low < 0 else ' and at least 0'}; got {value}{overflows}")
+
+
+def float_of(number: Any) -> float:
+    """As ``float``; infinite where that overflows."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def _check_numbers(problem: Problem) -> None:

@@ -23,7 +23,6 @@ from fastxattn.runtime.backend import Backend, preferring, resolve
 from fastxattn.runtime.operators import plain, transforming
 from fastxattn.runtime.operators import run as run_operator
 
-_INF = float("inf")
 _TENSORS = Problem._fields.index("scale")
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
 _CPU = ("auto", "cpu")
@@ -55,10 +54,15 @@ def sound_numbers(scale: object, softcap: object, dropout_p: object = 0.0) -> bo
         type(scale) is float
         and type(softcap) is float
         and type(dropout_p) is float
-        and -_INF < scale < _INF
-        and 0.0 <= softcap < _INF
+        and -checks.LARGEST <= scale <= checks.LARGEST
+        and 0.0 <= softcap <= checks.LARGEST
         and 0.0 <= dropout_p < 1.0
     )
+
+
+def fits(kv_range: Tensor | None, query: Tensor) -> bool:
+    """Whether ranges have one row per query token: operators accept surplus rows."""
+    return kv_range is None or kv_range.shape[:1] == query.shape[:1]
 
 
 def attend(
@@ -86,7 +90,7 @@ def attend(
         # The operator checks everything it relies on, and Python looks only when it has refused.
         try:
             scale_ = query.size(-1) ** -0.5 if scale is None else scale
-            if not sound_numbers(scale_, softcap, dropout_p):
+            if not sound_numbers(scale_, softcap, dropout_p) or not fits(kv_range, query):
                 raise ValueError
             if dropout_p:
                 dropout_seed = seed_tensor(dropout_seed, query.device)
@@ -168,20 +172,20 @@ def prepare(*arguments: Any) -> Problem:
         t = getattr(problem, name)
         if isinstance(t, Tensor) and t.ndim == 3:
             t = cast(t)
-            changes[name] = t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+            changes[name] = t if t.layout != torch.strided or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
     for name in _INDICES:
         if isinstance(t := getattr(problem, name), Tensor):
             changes[name] = t.contiguous()
-    wide = torch.promote_types(changes["query"].dtype, torch.float32)
+    wide = torch.float64 if changes["query"].dtype == torch.float64 else torch.float32
     if isinstance(problem.key_bias, Tensor) and problem.key_bias.is_floating_point():
         changes["key_bias"] = problem.key_bias.to(wide)
     if problem.scale is None:
         changes["scale"] = query.shape[2] ** -0.5 if query.shape[2] != 0 else 1.0  # 0 is refused by the checks
     elif isinstance(problem.scale, numbers.Real) and not isinstance(problem.scale, bool):
-        changes["scale"] = float(problem.scale)
+        changes["scale"] = checks.float_of(problem.scale)
     for name in ("softcap", "dropout_p"):
         if isinstance(number := getattr(problem, name), numbers.Real) and not isinstance(number, bool):
-            changes[name] = float(number)
+            changes[name] = checks.float_of(number)
     changes["dropout_seed"] = seed_tensor(problem.dropout_seed, query.device) if problem.dropout_p else None
     return problem._replace(**changes)
 

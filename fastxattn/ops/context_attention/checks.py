@@ -25,6 +25,8 @@ def check_arguments(
     for name, t in (("query", query), ("context", context)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor; got one of {t.layout}")
     if query.ndim != 3:
         raise ValueError(f"query must be (total_q, heads, width); got shape {tuple(query.shape)}")
     if context.ndim != 2:
@@ -43,6 +45,9 @@ def check_arguments(
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         wanted, got = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
         raise ValueError(f"cu_seqlens_k must have as many entries as cu_seqlens_q, {wanted}; got {got}")
+    for name, given in (("kv_range", kv_range), ("key_bias", key_bias), ("key_index", key_index)):
+        if given is not None and not isinstance(given, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(given).__name__}")
     if kv_range is not None:
         if kv_range.dtype != torch.int32:
             raise TypeError(f"kv_range must be int32; got {kv_range.dtype}")

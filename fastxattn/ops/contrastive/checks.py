@@ -9,12 +9,12 @@ inside the loss.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Sequence
 
 import torch
 
+from fastxattn.ops.attention.checks import LARGEST, float_of
 from fastxattn.ops.offsets import readable
 
 SHARE = "lie in [0, 1)", lambda share: 0 <= share < 1
@@ -38,6 +38,8 @@ def features(name: str, x: torch.Tensor, like: torch.Tensor | None = None, dims:
     """Check a (rows, D) feature matrix, or (rows, K, D) with ``dims`` 3; ``like`` gives dtype, device and D."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got one of {x.layout}")
     if x.dim() != dims:
         raise ValueError(f"{name} must have shape (rows, {'K, ' if dims == 3 else ''}features); got {tuple(x.shape)}")
     if x.dtype not in FLOATS:
@@ -52,8 +54,8 @@ def features(name: str, x: torch.Tensor, like: torch.Tensor | None = None, dims:
 
 
 def finite(x: float) -> bool:
-    """As :func:`math.isfinite`, which takes no symbolic number of a compiler."""
-    return -math.inf < x < math.inf
+    """Whether a number is finite in float32; :func:`math.isfinite` takes no symbolic number of a compiler."""
+    return -LARGEST <= x <= LARGEST
 
 
 def number(name: str, value: object, rule: str = "be finite", accepts: Callable[[float], bool] = finite) -> float:
@@ -62,7 +64,7 @@ def number(name: str, value: object, rule: str = "be finite", accepts: Callable[
         return value  # type: ignore[return-value]  # of a traced program: nothing to compare
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not accepts(float(value)):
+    if not accepts(float_of(value)):
         raise ValueError(f"{name} must {rule}; got {value}")
     return float(value)
 

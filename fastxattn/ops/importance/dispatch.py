@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastxattn.ops.attention import checks as attention_checks
-from fastxattn.ops.attention.dispatch import prepare, short_way, sound_numbers
+from fastxattn.ops.attention.dispatch import fits, prepare, short_way, sound_numbers
 from fastxattn.ops.importance import checks, cpu, triton
 from fastxattn.ops.importance.autograd import FORWARD, Importance
 from fastxattn.ops.importance.problem import ImportanceProblem
@@ -32,7 +32,7 @@ def score_of(problem: ImportanceProblem, scale: float | None, backend: str) -> T
         try:
             if problem.query.is_cpu and problem.query.dtype != torch.float64:
                 given = problem.query.size(-1) ** -0.5 if scale is None else scale
-                if sound_numbers(given, problem.softcap):
+                if sound_numbers(given, problem.softcap) and fits(problem.kv_range, problem.query):
                     return _run("cpu", problem._replace(scale=given))
         except (RuntimeError, TypeError, AttributeError):
             pass

@@ -104,6 +104,11 @@ def _as_rows(x: Tensor) -> Tensor:
 
 def _checked(x: Tensor, name: str, index: Tensor, coefficient: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Index and coefficient as kernels want them, refused where they are on another device than ``x``."""
+    for argument, t in (("x", x), (name, index)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{argument} must be a tensor; got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{argument} must be a dense tensor; got one of {t.layout}")
     check_device(name, index, "x", x)
     if coefficient is not None:
         check_device("coefficient", coefficient, "x", x)
