@@ -42,7 +42,7 @@ X86_FLAGS = {
 # No -ffast-math: NaN and infinity carry meaning here. Contraction gives fused multiply-adds.
 COMMON = [
     "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-function",
+    "-ffp-contract=fast", f"-fmacro-prefix-map={ROOT}/=", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-function",
 ]  # fmt: skip
 
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
