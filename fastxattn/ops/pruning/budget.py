@@ -220,7 +220,7 @@ def _passing(passes: Tensor, cu_seqlens: Tensor, protected: Tensor | None) -> Te
 
 
 def _ceil(value: float) -> int:
-    return math.ceil(value - min(SLACK, value / 2))
+    return math.ceil(value - torch.sym_min(SLACK, value / 2))  # without a branch: sizes may be symbols
 
 
 def _natural(name: str, value: float, low: float = 0, high: float = math.inf) -> int:
