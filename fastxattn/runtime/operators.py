@@ -8,7 +8,7 @@ forward mode, a gradient of an operator that has none) raises when it is asked f
 * :class:`KernelFunction` is the base of every ``autograd.Function`` here: it works under ``torch.func.grad`` and
   ``vmap``, and refuses forward mode.
 * :func:`first_order` wraps its backward: under ``create_graph=True`` the results refuse to be differentiated again.
-* :func:`derivative_wanted` tells callers when a call has to go through its Function.
+* :func:`needs_function` tells callers when a call has to go through its Function.
 """
 
 from __future__ import annotations
