@@ -25,6 +25,12 @@ def readable(t: Tensor) -> bool:
     return has_contents(t) and (t.device.type == "cpu" or (t.is_cuda and env.validate_on_gpu))
 
 
+def check_dense(name: str, t: Tensor) -> None:
+    """Refuse sparse, mkldnn and jagged tensors, which no kernel reads."""
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got one of {t.layout}")
+
+
 def check_offsets(name: str, offsets: object, rows: int) -> None:
     """That ``offsets`` are (batch + 1,) int32 and, where they may be read, cut ``rows`` rows into sequences.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastxattn.ops import offsets as offset_checks
 from fastxattn.ops.attention.problem import Problem
+from fastxattn.ops.offsets import check_dense
 
 LARGEST = torch.finfo(torch.float32).max
 """Of a number: kernels take it in float32."""
@@ -33,8 +34,7 @@ def _value(ok: bool | torch.SymBool, message: str) -> None:
 def _tensor(name: str, t: object, like: Tensor | None = None) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-    if t.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got one of {t.layout}")
+    check_dense(name, t)
     if like is not None and t.device != like.device:
         raise ValueError(f"{name} must be on the device of query, {like.device}; got {t.device}")
 

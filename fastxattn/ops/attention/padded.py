@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastxattn.ops.offsets import check_dense
+
 
 class Layout(NamedTuple):
     """The packed problem of a padded call."""
@@ -38,8 +40,7 @@ class Layout(NamedTuple):
         for name, t in (("query", query), ("key", key), ("value", value)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-            if t.layout != torch.strided:
-                raise TypeError(f"{name} must be a dense tensor; got one of {t.layout}")
+            check_dense(name, t)
             if t.ndim != 4:
                 raise ValueError(f"{name} must have shape (batch, length, heads, dim); got {tuple(t.shape)}")
         batch, length_q, length_k = query.shape[0], query.shape[1], key.shape[1]

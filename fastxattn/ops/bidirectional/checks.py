@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from fastxattn.ops.offsets import check_dense
 
 
 def check_sides(query_a: object, query_b: object, value_a: object, value_b: object) -> None:
@@ -12,8 +13,7 @@ def check_sides(query_a: object, query_b: object, value_a: object, value_b: obje
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
-        if t.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor; got one of {t.layout}")
+        check_dense(name, t)
         if t.ndim != 3:
             raise ValueError(f"{name} must have shape (tokens, heads, dim); got {tuple(t.shape)}")
         assert isinstance(query_a, Tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastxattn.ops.attention.checks import check_number
-from fastxattn.ops.offsets import check_offsets, readable
+from fastxattn.ops.offsets import check_dense, check_offsets, readable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -25,8 +25,7 @@ def check_arguments(
     for name, t in (("query", query), ("context", context)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-        if t.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor; got one of {t.layout}")
+        check_dense(name, t)
     if query.ndim != 3:
         raise ValueError(f"query must be (total_q, heads, width); got shape {tuple(query.shape)}")
     if context.ndim != 2:

@@ -102,7 +102,7 @@ class SigmoidSum(KernelFunction):
         _, _, *wanted = ctx.needs_input_grad
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            needs = _needs(wanted)
+            needs = needs_of(wanted)
             _, *grads = operator("sigmoid", ctx.backend)(*problem, ctx.exclude_self, weight, needs)
         grad_a, grad_b, dot, row_dz = grads
         if transforming() or torch._C._functorch.is_legacy_batchedtensor(grad):
@@ -135,13 +135,14 @@ class SigmoidRows(KernelFunction):
     def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
         """The fused pass with the incoming gradients as weights."""
         _, *wanted = ctx.needs_input_grad
-        _, *grads = operator("sigmoid", ctx.backend)(*saved, ctx.exclude_self, grad.contiguous(), _needs(wanted))
+        _, *grads = operator("sigmoid", ctx.backend)(*saved, ctx.exclude_self, grad.contiguous(), needs_of(wanted))
         grad_a, grad_b, dot, row_dz = grads
         one = torch.ones((), dtype=torch.float32, device=grad.device)
         return None, *_by_argument(wanted, saved, grad_a, grad_b, dot, row_dz, one)
 
 
-def _needs(wanted: list[bool]) -> int:
+def needs_of(wanted: list[bool]) -> int:
+    """The operator's bit mask from whether a, b, scale and bias want a gradient."""
     return NEEDS["a"] * wanted[0] + NEEDS["b"] * wanted[1] + NEEDS["scale"] * (wanted[2] or wanted[3])
 
 

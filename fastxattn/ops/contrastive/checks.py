@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fastxattn.ops.attention.checks import LARGEST, float_of
-from fastxattn.ops.offsets import readable
+from fastxattn.ops.offsets import check_dense, readable
 
 SHARE = "lie in [0, 1)", lambda share: 0 <= share < 1
 """The rule of :func:`number` for a share of something, less than all of it."""
@@ -38,8 +38,7 @@ def features(name: str, x: torch.Tensor, like: torch.Tensor | None = None, dims:
     """Check a (rows, D) feature matrix, or (rows, K, D) with ``dims`` 3; ``like`` gives dtype, device and D."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got one of {x.layout}")
+    check_dense(name, x)
     if x.dim() != dims:
         raise ValueError(f"{name} must have shape (rows, {'K, ' if dims == 3 else ''}features); got {tuple(x.shape)}")
     if x.dtype not in FLOATS:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastxattn.ops.contrastive.autograd import apply, operator
+from fastxattn.ops.contrastive.autograd import apply, needs_of, operator
 from fastxattn.ops.contrastive.problem import Metrics, Problem
 from fastxattn.ops.contrastive.reference import unit_rows, wide
-from fastxattn.ops.contrastive.schema import NEEDS
 from fastxattn.runtime.operators import derivative_wanted
 
 Extra = tuple[torch.Tensor, torch.Tensor, torch.Tensor | int]
@@ -201,7 +200,6 @@ def sigmoid_fused(p: Problem, weight: torch.Tensor | None, backend: str) -> torc
     if weight is None:
         rows: torch.Tensor = apply("sigmoid_rows", backend, *problem)
         return rows
-    wanted = [derivative_wanted(t) for t in (p.a, p.b, p.scale, p.bias)]
-    needs = NEEDS["a"] * wanted[0] + NEEDS["b"] * wanted[1] + NEEDS["scale"] * (wanted[2] or wanted[3])
+    needs = needs_of([derivative_wanted(t) for t in (p.a, p.b, p.scale, p.bias)])
     total: torch.Tensor = apply("sigmoid_sum", backend, needs, *problem, weight)[0]
     return total

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastxattn.ops.offsets import check_dense
 from fastxattn.ops.pruning.checks import check_device
 from fastxattn.ops.pruning.ops import BACKENDS, backends, implementation
 from fastxattn.ops.pruning.schema import BACKENDS as COMPILED
@@ -107,8 +108,7 @@ def _checked(x: Tensor, name: str, index: Tensor, coefficient: Tensor | None) ->
     for argument, t in (("x", x), (name, index)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{argument} must be a tensor; got {type(t).__name__}")
-        if t.layout != torch.strided:
-            raise TypeError(f"{argument} must be a dense tensor; got one of {t.layout}")
+        check_dense(argument, t)
     check_device(name, index, "x", x)
     if coefficient is not None:
         check_device("coefficient", coefficient, "x", x)
