@@ -148,8 +148,9 @@ def _library(
 
 
 def _kernel_sources() -> list[Path]:
-    """Torch-free kernels: everything under csrc/<op>/ and csrc/core that is not a binding."""
-    return sorted(p for p in CSRC.glob("*/*.cpp") if p.parent.name != "bindings" and not p.stem.endswith("_torch"))
+    """Torch-free kernels: everything under csrc/<op>/ and csrc/core/cpu that is not a binding."""
+    found = (p for p in CSRC.glob("**/*.cpp") if CSRC / "bindings" not in p.parents)
+    return sorted(p for p in found if not p.stem.endswith("_torch"))
 
 
 def _torch_flags() -> tuple[list[str], list[str]]:
@@ -165,7 +166,7 @@ def _torch_flags() -> tuple[list[str], list[str]]:
 
 
 def _torch_sources(cuda: bool) -> list[Path]:
-    return sorted(s for s in CSRC.glob("*/*_torch.cpp") if s.stem.endswith("_cuda_torch") == cuda)
+    return sorted(s for s in CSRC.glob("**/*_torch.cpp") if s.stem.endswith("_cuda_torch") == cuda)
 
 
 def build_cpu(target: Path, tool: Toolchain, sanitize: bool = False) -> Path:
@@ -251,7 +252,7 @@ def build_cuda(target: Path, tool: Toolchain) -> None:
     objects = ROOT / "build/obj-cuda"
     compiled = compile_kernels(nvcc, sorted(CSRC.glob("*/*.cu")), objects)
     known = f'-DFXA_CUDA_ARCHS="{" ".join(cuda_archs())}"'
-    sources = [(s, [*flags, known] if s.parent.name == "core" else flags) for s in _torch_sources(cuda=True)]
+    sources = [(s, [*flags, known] if s.stem == "library_cuda_torch" else flags) for s in _torch_sources(cuda=True)]
     _library(tool, sources, target / "libfastxattn_cuda.so", objects, [*cuda_runtime(nvcc), *link], compiled)
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from benchmarks.common import RESULTS, nbytes, parser, run
 from fastxattn.bench import Case, Record, Workload, timing, write_csv
 from fastxattn.bench.report import print_table
-from fastxattn.integrations.pruning import prune
+from fastxattn.integrations.pruning import prune_model
 from fastxattn.integrations.pruning_encoder import encoder_scores
-from fastxattn.ops.pruning import STRATEGIES, Budget, bipartite, ops, prune_tokens, select
+from fastxattn.ops.pruning import STRATEGIES, Budget, bipartite, ops, prune_tokens, select_tokens
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
 
 SHARES = (0.5, 0.25, 0.11)
@@ -74,7 +74,7 @@ def indices_only() -> Workload:
         return torch.cat([s.topk(keep).indices.sort().values + i * length for i, s in enumerate(scores)])
 
     def ours() -> Tensor:
-        return select(scores.view(-1), cu, Budget.count(keep), max_seqlen=length).keep_index
+        return select_tokens(scores.view(-1), cu, Budget.count(keep), max_seqlen=length).keep_index
 
     return Workload(
         {"fastxattn": ours, "eager loop": eager},
@@ -246,7 +246,7 @@ def encoder(rounds: int, clock: Callable[[], float]) -> list[Record]:
 
     def pruned(share: float) -> Callable[[], None]:
         def call() -> None:
-            with prune(model, keep=share, at=8):
+            with prune_model(model, keep=share, at=8):
                 model(pixels)
 
         return call
@@ -319,7 +319,7 @@ def prefill(rounds: int, clock: Callable[[], float]) -> list[Record]:
 
     def pruned(share: float, strategy: str, at: int) -> Callable[[], object]:
         def call() -> object:
-            with prune(model, keep=share, strategy=strategy, at=at):
+            with prune_model(model, keep=share, strategy=strategy, at=at):
                 return whole()
 
         return call

@@ -32,7 +32,7 @@ SHARED_PER_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90a": 228, "sm_10
 SIZES = {"f16_t": 2, "bf16_t": 2, "float": 4}
 EXPECTED = {2: ("HMMA", "LDSM", "LDGSTS"), 4: ("HMMA", "LDSM", "LDGSTS")}
 TILE = 2 * 2 * 64 * 144
-"""Bytes of the stages of csrc/core/cuda_tile.cuh."""
+"""Bytes of the stages of csrc/core/cuda/tile.cuh."""
 OTHERS = {  # shared memory and warps of the kernels without a head dim
     "select": (8192 * 4 + 256 * 4 + 64 * 4 + 256 * 4, 8), "merge": (0, 8), "match": (TILE + 4 * 64 * 4, 8),
     "maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8), "contrastive_stats": (TILE, 8), "contrastive_slopes": (TILE, 8),

@@ -17,8 +17,8 @@ import fastxattn
 from benchmarks.bench_contrastive import eager_clip, eager_siglip
 from benchmarks.common import nbytes
 from fastxattn.bench import Case, Workload
-from fastxattn.ops import bidirectional, importance
-from fastxattn.ops.bidirectional.dispatch import ONE_PASS
+from fastxattn.ops import importance
+from fastxattn.ops.co_attention.dispatch import ONE_PASS
 from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
 from fastxattn.ops.late_interaction import maxsim
 from fastxattn.ops.pruning import Budget, prune_tokens
@@ -194,7 +194,7 @@ def co_attention(shape: str) -> Workload:
         def run() -> object:
             ONE_PASS["triton"] = lambda problem: pays
             try:
-                outs = bidirectional.bidirectional_attention(a, b, a, b, cu_a, cu_b, backend="triton")
+                outs = fastxattn.co_attention(a, b, a, b, cu_a, cu_b, backend="triton")
                 return torch.autograd.grad(outs, (a, b), grads)
             finally:
                 ONE_PASS["triton"] = shipped
@@ -203,7 +203,7 @@ def co_attention(shape: str) -> Workload:
 
     def exact() -> Sequence[Tensor]:
         leaves = [t.detach().double().requires_grad_() for t in (a, b)]
-        outs = bidirectional.bidirectional_attention(*leaves, *leaves, cu_a, cu_b, backend="reference")
+        outs = fastxattn.co_attention(*leaves, *leaves, cu_a, cu_b, backend="reference")
         return torch.autograd.grad(outs, leaves, [g.double() for g in grads])
 
     flops = 20.0 * sum(m * n for m, n in zip(of_a, of_b, strict=True)) * 16 * 64
@@ -345,7 +345,7 @@ def cases() -> Iterator[Case]:
                 yield case("attention", shape, dtype, lambda s=shape, t=dtype, b=backward: attention(s, t, b), backward)
     for shape in SHAPES:
         yield case("importance", shape, torch.bfloat16, lambda s=shape: key_importance(s))
-        yield case("bidirectional", shape, torch.bfloat16, lambda s=shape: co_attention(s), True)
+        yield case("co_attention", shape, torch.bfloat16, lambda s=shape: co_attention(s), True)
     for loss in ("infonce", "sigmoid"):
         for n, dtype in ((8192, torch.bfloat16), (8192, torch.float32), (16384, torch.bfloat16)):
             name = f"{loss} N={n}, D=768"

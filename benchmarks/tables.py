@@ -44,7 +44,7 @@ def updated(text: str) -> str:
 HIGHLIGHTS = (
     ("models", "CLIP text tower.*captions"), ("models", "Whisper.*module, cached"),
     ("attention", "attention text to image, 16 ragged forward "), ("attention", "dense 8x32x257"),
-    ("bidirectional", "LXMERT.* forward "), ("pruning", "gather.*50 %"),
+    ("co_attention", "LXMERT.* forward "), ("pruning", "gather.*50 %"),
     ("contrastive", "infonce N=(256|8192)"), ("export", "node, text to image"),
 )  # fmt: skip
 """File and what ``op case direction`` contains, of README's rows: each operation's main use, losses included."""
@@ -60,10 +60,10 @@ HEADLINES = (
 COLUMNS = tuple((isa, dtype) for isa in ("avx512bf16", "avx2") for dtype in ("float32", "bfloat16"))
 ISAS = {"avx512bf16": "AVX-512-BF16", "avx2": "AVX2"}
 RIVALS = {"sdpa": "PyTorch's SDPA", "sdpa loop": "PyTorch's SDPA in a loop over the samples"}
-NAMES = {"bidirectional": "co-attention", "context": "context attention", "select_gather": "pruning"}
+NAMES = {"co_attention": "co-attention", "absorbed_attention": "absorbed attention", "select_gather": "pruning"}
 """What a table calls an operation of the CSVs, where that is not its name there."""
-SPEEDS = ("models", "attention", "importance", "bidirectional", "context", "pruning", "contrastive", "late_interaction",
-          "retrieval", "export")  # fmt: skip
+SPEEDS = ("models", "attention", "importance", "co_attention", "absorbed_attention", "pruning", "contrastive",
+          "late_interaction", "retrieval", "export")  # fmt: skip
 """Files of speed-ups on CPUs."""
 
 Measured = dict[tuple[str, str], Record]  # of one case: by instruction set and dtype
@@ -234,8 +234,8 @@ DRAWN: dict[str, Callable[[], str]] = {
 OPERATIONS = {
     "attention": ("cross-attention, forward and backward", "node with portable body"),
     "importance": ("key importance", "node with portable body"),
-    "bidirectional": ("co-attention", "through attention"),
-    "context_attention": ("context attention (projections absorbed)", "node with portable body"),
+    "co_attention": ("co-attention", "through attention"),
+    "absorbed_attention": ("absorbed attention (projections absorbed)", "node with portable body"),
     "select": ("pruning: select, gather, merge, match, greedy, quantile", "select; others as standard operators"),
     "infonce": ("InfoNCE loss", "standard operators"),
     "sigmoid": ("sigmoid loss", "standard operators"),

@@ -17,7 +17,7 @@ from fastxattn.bench import Case
 WANTED = (
     r"attention .*ragged.*|attention dense 8x.*", r"(infonce|sigmoid) N=256 .*float32", r"late_interaction 64 x 64.*",
     r"retrieval top-10 of 200000.*64 queries.*", r"context layer, 1 query.*float32", r"maxsim .*",
-    r"importance 32 queries.*float32", r"bidirectional LXMERT.* forward float32", r"select .*",
+    r"importance 32 queries.*float32", r"co_attention LXMERT.* forward float32", r"select .*",
 )  # fmt: skip
 HEAVY = ("bench_models", "bench_export")
 """Rooms of whole models and files: they import much, and are not quick."""
@@ -49,8 +49,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_every_room_is_in_the_set() -> None:
     ops = {case.op for case in CASES.values()}
     assert ops >= {
-        "attention", "bidirectional", "context", "importance", "infonce", "late_interaction", "maxsim", "retrieval",
-        "select", "sigmoid",
+        "attention", "co_attention", "absorbed_attention", "importance", "infonce", "late_interaction", "maxsim",
+        "retrieval", "select", "sigmoid",
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastxattn import prune
+from fastxattn import prune_model
 from fastxattn.bench import interleaved
 
 IMAGE_TOKEN, SIDE, PATCH = 999, 336, 14
@@ -68,12 +68,12 @@ def main() -> None:
     }
     times, kept = {"unpruned": 1.0}, {}
     for name, how in places.items():
-        with prune(model, keep=options.keep, **how) as pruning:
+        with prune_model(model, keep=options.keep, **how) as pruning:
             pruned = model(**inputs).logits[0, -1]
             kept[name] = pruning.last.keep_index.clone()
 
         def shortened(how: dict[str, Any] = how) -> object:
-            with prune(model, keep=options.keep, **how):
+            with prune_model(model, keep=options.keep, **how):
                 return model(**inputs)
 
         found = interleaved({"unpruned": lambda: model(**inputs), name: shortened}, rounds=options.rounds)

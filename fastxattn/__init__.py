@@ -14,27 +14,27 @@ from fastxattn.runtime.backend import explain_call as explain
 
 if TYPE_CHECKING:
     from fastxattn.integrations import accelerate, accelerated, register_adapter, restore, status
-    from fastxattn.integrations.pruning import prune
-    from fastxattn.ops.bidirectional import bidirectional_attention
-    from fastxattn.ops.context_attention import context_attention
+    from fastxattn.integrations.pruning import prune_model
+    from fastxattn.ops.absorbed_attention import absorbed_attention
+    from fastxattn.ops.co_attention import co_attention
     from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
     from fastxattn.ops.importance import key_importance
     from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
-    from fastxattn.ops.pruning import Budget, Selection, prune_tokens, select
+    from fastxattn.ops.pruning import Budget, Selection, prune_tokens, select_tokens
     from fastxattn.ops.retrieval import recall_at_k, topk_similarity
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "fastxattn.integrations": ("accelerate", "accelerated", "register_adapter", "restore", "status"),
-    "fastxattn.integrations.pruning": ("prune",),
-    "fastxattn.ops.bidirectional": ("bidirectional_attention",),
-    "fastxattn.ops.context_attention": ("context_attention",),
+    "fastxattn.integrations.pruning": ("prune_model",),
+    "fastxattn.ops.co_attention": ("co_attention",),
+    "fastxattn.ops.absorbed_attention": ("absorbed_attention",),
     "fastxattn.ops.contrastive": ("infonce_loss", "sigmoid_loss"),
     "fastxattn.ops.importance": ("key_importance",),
     "fastxattn.ops.late_interaction": ("late_interaction_loss", "maxsim"),
     "fastxattn.ops.retrieval": ("recall_at_k", "topk_similarity"),
-    "fastxattn.ops.pruning": ("Budget", "Selection", "prune_tokens", "select"),
+    "fastxattn.ops.pruning": ("Budget", "Selection", "prune_tokens", "select_tokens"),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -43,23 +43,23 @@ __all__ = [
     "PackedTokens",
     "Selection",
     "__version__",
+    "absorbed_attention",
     "accelerate",
     "accelerated",
-    "bidirectional_attention",
-    "context_attention",
+    "co_attention",
     "cross_attention",
     "explain",
     "infonce_loss",
     "key_importance",
     "late_interaction_loss",
     "maxsim",
-    "prune",
+    "prune_model",
     "prune_tokens",
     "ranges",
     "recall_at_k",
     "register_adapter",
     "restore",
-    "select",
+    "select_tokens",
     "sigmoid_loss",
     "status",
     "topk_similarity",

@@ -17,9 +17,9 @@ from fastxattn.ops.attention.autograd import BACKWARD, FORWARD
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.ops.attention.triton import config
-from fastxattn.ops.bidirectional import config as bidirectional
-from fastxattn.ops.bidirectional.autograd import BACKWARD as BOTH
-from fastxattn.ops.bidirectional.problem import BidirectionalProblem
+from fastxattn.ops.co_attention import config as co_attention
+from fastxattn.ops.co_attention.autograd import BACKWARD as BOTH
+from fastxattn.ops.co_attention.problem import CoAttentionProblem
 from fastxattn.ops.importance import config as importance
 from fastxattn.ops.importance.autograd import FORWARD as IMPORTANCE
 from fastxattn.ops.importance.problem import ImportanceProblem
@@ -37,7 +37,7 @@ def keys(kernels: tuple[str, ...] = (), dims: tuple[int, ...] = ()) -> list[tupl
     """(op.kernel.kind.dim, shipped tile) of everything that can be tuned, or of the kernels and head dims named."""
     found = [(f"attention.{k}.{kind}.{dim}", tile) for k, kind, dim, tile in config.shipped()]
     found += [(f"importance.importance.{kind}.{dim}", tile) for kind, dim, tile in importance.shipped()]
-    found += [(f"bidirectional.backward.{kind}.{dim}", tile) for kind, dim, tile in bidirectional.shipped()]
+    found += [(f"co_attention.backward.{kind}.{dim}", tile) for kind, dim, tile in co_attention.shipped()]
     known = sorted({key.rsplit(".", 2)[0] for key, _ in found})
     for kernel in kernels:
         if kernel not in known:
@@ -93,10 +93,10 @@ def call_of(key: str, device: str) -> Call:
             problem.query, problem.key, lse, problem.cu_seqlens_q, problem.cu_seqlens_k, scale=problem.scale
         )
         return lambda: IMPORTANCE["triton"](*scored)
-    if op == "bidirectional":
+    if op == "co_attention":
         q, k, v, offsets = problem.query, problem.key, problem.value, problem.cu_seqlens_q
         lse = torch.full((8, q.shape[0]), 6.0, dtype=torch.float32, device=device)
-        both = BidirectionalProblem(q, k, v, v, offsets, offsets, scale=problem.scale)
+        both = CoAttentionProblem(q, k, v, v, offsets, offsets, scale=problem.scale)
         return lambda: BOTH["triton"](q, k, v, v, lse, lse, *both, 15)
     if kernel in ("forward", "split"):
         return lambda: FORWARD["triton"](*problem)

@@ -12,9 +12,9 @@ from fastxattn.ops.attention import cuda, dispatch, flash
 from fastxattn.ops.attention.autograd import BACKWARD, FORWARD
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
-from fastxattn.ops.bidirectional import schema as bidirectional_schema
-from fastxattn.ops.bidirectional.autograd import BACKWARD as bidirectional_backward
-from fastxattn.ops.bidirectional.problem import BidirectionalProblem
+from fastxattn.ops.co_attention import schema as co_attention_schema
+from fastxattn.ops.co_attention.autograd import BACKWARD as co_attention_backward
+from fastxattn.ops.co_attention.problem import CoAttentionProblem
 from fastxattn.runtime import native
 from fastxattn.runtime.backend import explain
 
@@ -42,12 +42,12 @@ def test_fake_cuda_tensors_go_to_triton_and_back():
         score = fastxattn.key_importance(p.query, p.key, lse, p.cu_seqlens_q, p.cu_seqlens_k)
         assert score.shape == (30,)
         a, b = torch.empty(20, 2, 64, device="cuda", dtype=torch.float16), p.key
-        out_a, out_b = fastxattn.bidirectional_attention(a, b, a, b, p.cu_seqlens_q, p.cu_seqlens_k)
+        out_a, out_b = fastxattn.co_attention(a, b, a, b, p.cu_seqlens_q, p.cu_seqlens_k)
         assert out_a.shape == (20, 2, 64) and out_b.shape == (30, 2, 64) and out_b.device.type == "cuda"
-        both = BidirectionalProblem(a, b, a, b, p.cu_seqlens_q, p.cu_seqlens_k, torch.empty(20, device="cuda"))
-        needs = bidirectional_schema.NEEDS["query_b"] + bidirectional_schema.NEEDS["bias_a"]
+        both = CoAttentionProblem(a, b, a, b, p.cu_seqlens_q, p.cu_seqlens_k, torch.empty(20, device="cuda"))
+        needs = co_attention_schema.NEEDS["query_b"] + co_attention_schema.NEEDS["bias_a"]
         lse_a, lse_b = torch.empty(2, 20, device="cuda"), torch.empty(2, 30, device="cuda")
-        grads = bidirectional_backward["triton"](out_a, out_b, out_a, out_b, lse_a, lse_b, *both, needs)
+        grads = co_attention_backward["triton"](out_a, out_b, out_a, out_b, lse_a, lse_b, *both, needs)
         assert [tuple(g.shape) for g in grads] == [(0,), (30, 2, 64), (0,), (0,), (2, 20), (0,)]
         found = explain("attention", dispatch.BACKENDS, p)
         assert found.chosen == "triton"
@@ -61,7 +61,7 @@ def test_the_cuda_path_exports():
         def forward(self, q, k, cu_q, cu_k):
             out, lse = fastxattn.varlen_cross_attention(q, k, k, cu_q, cu_k, return_lse=True)
             score = fastxattn.key_importance(q, k, lse, cu_q, cu_k)
-            return out, score, fastxattn.bidirectional_attention(k, k, k, k, cu_k, cu_k)
+            return out, score, fastxattn.co_attention(k, k, k, k, cu_k, cu_k)
 
     with FakeTensorMode():
         p = fake_problem()

@@ -21,8 +21,8 @@ from fastxattn.bench.timing import OutOfTime, Timing, interleaved
 from fastxattn.testing import assert_within_budget, measure_error
 
 TIMED = {
-    "bidirectional_attention": "bidirectional ",
-    "context_attention": "context layer",
+    "co_attention": "co_attention ",
+    "absorbed_attention": "context layer",
     "cross_attention": "attention padded ",
     "infonce_loss": "infonce ",
     "key_importance": "importance ",

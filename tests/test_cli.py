@@ -78,7 +78,7 @@ def test_explain_says_which_backend_and_why_not_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["importance", "bidirectional", "context_attention", "infonce", "sigmoid", "maxsim", "late_interaction",
+    "op", ["importance", "co_attention", "absorbed_attention", "infonce", "sigmoid", "maxsim", "late_interaction",
            "topk", "select"]
 )  # fmt: skip
 def test_explain_knows_every_operation(op: str) -> None:

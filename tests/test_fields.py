@@ -19,7 +19,7 @@ OFFSETS = torch.tensor([0, 4, 4, 10], dtype=torch.int32)
 
 
 def selection(merging=False):
-    kept = fastxattn.select(torch.arange(10.0).roll(3), OFFSETS, Budget.count(2))
+    kept = fastxattn.select_tokens(torch.arange(10.0).roll(3), OFFSETS, Budget.count(2))
     return kept.merged(torch.zeros(10, dtype=torch.int32), torch.ones(10)) if merging else kept
 
 

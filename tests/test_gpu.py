@@ -30,7 +30,7 @@ def attention(backend):
 
 def co_attention(backend):
     a, b = packed(LENGTHS_A, 4, 64), packed(LENGTHS_B, 4, 64)
-    return [a, b], lambda cu_a, cu_b: fastxattn.bidirectional_attention(a, b, a, b, cu_a, cu_b, backend=backend)
+    return [a, b], lambda cu_a, cu_b: fastxattn.co_attention(a, b, a, b, cu_a, cu_b, backend=backend)
 
 
 def importance(backend):

@@ -111,8 +111,8 @@ def test_nothing_below_imports_anything_above(path):
 
 ROOM = {"__init__", "api", "checks", "problem", "schema", "autograd", "reference", "cpu", "triton", "onnx"}
 WITHOUT = {
-    "bidirectional": {"onnx"},  # a file holds the two attentions that it is made of
-    "context_attention": {"triton"},  # on a GPU the projections are made, for attention
+    "co_attention": {"onnx"},  # a file holds the two attentions that it is made of
+    "absorbed_attention": {"triton"},  # on a GPU the projections are made, for attention
     "contrastive": {"onnx"},  # a loss is for training
     # Operations without common options: a backend looks at one tensor. Those with a gradient are in rows.py.
     "pruning": {"problem", "autograd"},

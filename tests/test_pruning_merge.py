@@ -20,7 +20,7 @@ from fastxattn.ops.pruning import (
     probe_scores,
     received_scores,
     reference,
-    select,
+    select_tokens,
     text_relevance,
 )
 from fastxattn.ops.pruning.ops import run
@@ -194,7 +194,7 @@ def test_attention_takes_the_selection_without_a_copy() -> None:
     torch.manual_seed(0)
     key, value, query = torch.randn(20, 2, 8), torch.randn(20, 2, 8), torch.randn(6, 2, 8)
     cu, cu_q = offsets([12, 8]), offsets([2, 4])
-    kept = select(torch.randn(20), cu, Budget.count(5))
+    kept = select_tokens(torch.randn(20), cu, Budget.count(5))
     key[kept.assignment < 0] = float("nan")
     got = varlen_cross_attention(
         query, key, value, cu_q, kept.cu_seqlens, 4, kept.max_seqlen, key_index=kept.keep_index
@@ -206,7 +206,7 @@ def test_attention_takes_the_selection_without_a_copy() -> None:
 def test_leftover_and_nearest_account_for_every_token(backend: str) -> None:
     torch.manual_seed(0)
     x, scores, cu = torch.randn(30, 6), torch.rand(30), offsets([12, 0, 18])
-    kept = select(scores, cu, Budget.count(4), backend=backend)
+    kept = select_tokens(scores, cu, Budget.count(4), backend=backend)
     one_more = leftover(kept, backend=backend)
     assert one_more.cu_seqlens.tolist() == [0, 5, 5, 10] and one_more.sizes().sum() == 30
     dropped = (kept.assignment < 0) & (torch.arange(30) < 12)

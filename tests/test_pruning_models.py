@@ -1,4 +1,4 @@
-"""nn.TokenPruner, and prune() on real Hugging Face classes with random weights."""
+"""nn.TokenPruner, and prune_model() on real Hugging Face classes with random weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastxattn.integrations.pruning import prune
+from fastxattn.integrations.pruning import prune_model
 from fastxattn.nn.pruner import TokenPruner
 from fastxattn.ops.pruning import STRATEGIES, Budget
 from fastxattn.packed import PackedTokens
@@ -70,14 +70,14 @@ def test_vision_encoders_prune_and_undo(name: str) -> None:
     with torch.no_grad():
         before = model(pixels).last_hidden_state
         for strategy in STRATEGIES:
-            with prune(model, keep=Budget.count(8), strategy=strategy, at=2) as pruning:
+            with prune_model(model, keep=Budget.count(8), strategy=strategy, at=2) as pruning:
                 after = model(pixels)
                 assert pruning.last is not None
                 assert after.last_hidden_state.shape[1] == 8 + SPECIAL[name] + (strategy == "evit"), strategy
                 assert after.last_hidden_state.isfinite().all()
                 special = [b * before.shape[1] + i for b in range(3) for i in range(SPECIAL[name])]
                 assert set(special) <= set(pruning.last.keep_index.tolist())
-        with prune(model, keep=1.0, strategy="norm"):
+        with prune_model(model, keep=1.0, strategy="norm"):
             torch.testing.assert_close(model(pixels).last_hidden_state, before)
         assert torch.equal(model(pixels).last_hidden_state, before)  # undone
 
@@ -94,7 +94,7 @@ def test_an_encoder_prunes_in_stages_and_carries_sizes() -> None:
 
     with torch.no_grad():
         before = model(pixels).last_hidden_state
-        with prune(model, keep=0.5, strategy="tome", at=[1, 2, 3]):
+        with prune_model(model, keep=0.5, strategy="tome", at=[1, 2, 3]):
             hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in model.encoder.layer]
             model(pixels)
             for hook in hooks:
@@ -102,7 +102,7 @@ def test_an_encoder_prunes_in_stages_and_carries_sizes() -> None:
         assert lengths == [17, 9, 5, 3]  # CLS and 16, 8, 4, 2 patches
         for bias in biases[1:]:
             torch.testing.assert_close(bias.exp().sum(-1).flatten(), torch.full((2,), 17.0))
-        with prune(model, keep=0.5, at=(1, 3)) as pruning:  # PyramidDrop
+        with prune_model(model, keep=0.5, at=(1, 3)) as pruning:  # PyramidDrop
             assert model(pixels).last_hidden_state.shape[1] == 5
             assert pruning.last.source_cu_seqlens.tolist() == [0, 9, 18]
         assert torch.equal(model(pixels).last_hidden_state, before)
@@ -122,14 +122,14 @@ def test_pruned_models_run_on_the_fused_attention(monkeypatch: pytest.MonkeyPatc
             found = []
             for attention in ("sdpa", "fastxattn"):
                 model.set_attn_implementation(attention)
-                with prune(model, keep=0.5, strategy=strategy, at=[1, 3]):
+                with prune_model(model, keep=0.5, strategy=strategy, at=[1, 3]):
                     found.append(model(pixels).last_hidden_state)
             torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
         for at in (0, 2):
             found = []
             for attention in ("sdpa", "fastxattn"):
                 llm.set_attn_implementation(attention)
-                with prune(llm, keep=0.25, at=at):
+                with prune_model(llm, keep=0.25, at=at):
                     found.append(llm(**inputs).logits)
             torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -140,7 +140,7 @@ def test_encoder_attention_is_the_models_own() -> None:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         maps = model(pixels, output_attentions=True).attentions
-        with prune(model, keep=Budget.count(5), at=2) as pruning:
+        with prune_model(model, keep=Budget.count(5), at=2) as pruning:
             model(pixels)
     want = maps[1][:, :, 0, 1:].mean(1).topk(5).indices.sort().values + 1
     assert pruning.last.keep_index.reshape(2, 6)[:, 1:].tolist() == (want + torch.tensor([[0], [17]])).tolist()
@@ -148,7 +148,7 @@ def test_encoder_attention_is_the_models_own() -> None:
 
 def test_gradients_flow_through_a_pruned_encoder() -> None:
     model, pixels = encoder("siglip"), torch.randn(2, 3, 32, 32)
-    with prune(model, keep=0.5, strategy="tome"):
+    with prune_model(model, keep=0.5, strategy="tome"):
         model(pixels).pooler_output.sum().backward()
     grad = model.get_parameter(next(n for n, _ in model.named_parameters() if "patch_embedding" in n)).grad
     assert grad is not None and grad.isfinite().all() and grad.abs().sum() > 0
@@ -179,11 +179,11 @@ def test_llava_before_and_inside_the_language_model(at: int, strategy: str) -> N
     model, inputs = llava(), llava_inputs()
     with torch.no_grad():
         before = model(**inputs).logits
-        with prune(model, keep=Budget.count(4), strategy=strategy, at=at) as pruning:
+        with prune_model(model, keep=Budget.count(4), strategy=strategy, at=at) as pruning:
             after = model(**inputs).logits
             assert after.shape == before.shape and pruning.last.cu_seqlens.tolist() == [0, 4, 8]
             assert not torch.allclose(after[:, -1], before[:, -1])
-        with prune(model, keep=1.0, strategy=strategy, at=at):
+        with prune_model(model, keep=1.0, strategy=strategy, at=at):
             torch.testing.assert_close(model(**inputs).logits, before)
         assert torch.equal(model(**inputs).logits, before)
 
@@ -193,7 +193,7 @@ def test_llava_pruning_equals_masking_the_pruned_tokens(at: int) -> None:
     """Dropping tokens with positions kept is the same as hiding them from every later token and layer."""
     model, inputs = llava("eager"), llava_inputs()
     with torch.no_grad():
-        with prune(model, keep=Budget.count(5), strategy="uniform", at=at) as pruning:
+        with prune_model(model, keep=Budget.count(5), strategy="uniform", at=at) as pruning:
             got = model(**inputs).logits
         gone = torch.ones(2, 21, dtype=torch.bool)
         gone[:, :2] = gone[:, 18:] = False
@@ -215,7 +215,7 @@ def test_llava_pruning_equals_masking_the_pruned_tokens(at: int) -> None:
 def test_llava_generates_with_its_cache(at: int) -> None:
     """Decoding token by token from the pruned cache gives what one pruned forward pass over everything gives."""
     model, inputs = llava(), llava_inputs()
-    with torch.no_grad(), prune(model, keep=Budget.count(4), strategy="uniform", at=at):
+    with torch.no_grad(), prune_model(model, keep=Budget.count(4), strategy="uniform", at=at):
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False, min_new_tokens=4)
         assert ids.shape == (2, 25)
         mask = torch.ones_like(ids)
@@ -230,7 +230,7 @@ def test_llava_with_unequal_numbers_of_images() -> None:
     ids = torch.tensor([[1, *image, 5, *image, 6], [0] * 17 + [1, *image, 7]])
     mask = (ids != 0).long()
     pixels = torch.randn(3, 3, 32, 32)
-    with torch.no_grad(), prune(model, keep=Budget.count(3), strategy="norm") as pruning:
+    with torch.no_grad(), prune_model(model, keep=Budget.count(3), strategy="norm") as pruning:
         both = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
         assert pruning.last.cu_seqlens.tolist() == [0, 3, 6, 9]
         one = model(input_ids=ids[:1], attention_mask=mask[:1], pixel_values=pixels[:2]).logits
@@ -266,12 +266,12 @@ def test_qwen2_vl_with_images_of_two_sizes(at: int, strategy: str) -> None:
     model, inputs = qwen(), qwen_inputs()
     with torch.no_grad():
         before = model(**inputs).logits
-        with prune(model, keep=0.5, strategy=strategy, at=at) as pruning:
+        with prune_model(model, keep=0.5, strategy=strategy, at=at) as pruning:
             after = model(**inputs).logits
             assert pruning.last.cu_seqlens.tolist() == [0, 2, 6] and after.shape == before.shape
             ids = model.generate(**inputs, max_new_tokens=3, do_sample=False, min_new_tokens=3)
             assert ids.shape[1] == inputs["input_ids"].shape[1] + 3
-        with prune(model, keep=1.0, strategy=strategy, at=at):
+        with prune_model(model, keep=1.0, strategy=strategy, at=at):
             torch.testing.assert_close(model(**inputs).logits, before)
         assert torch.equal(model(**inputs).logits, before)
 
@@ -279,7 +279,7 @@ def test_qwen2_vl_with_images_of_two_sizes(at: int, strategy: str) -> None:
 @pytest.mark.parametrize("at", [0, 2])
 def test_qwen2_vl_decodes_at_the_right_positions(at: int) -> None:
     model, inputs = qwen(), qwen_inputs()
-    with torch.no_grad(), prune(model, keep=0.5, strategy="uniform", at=at):
+    with torch.no_grad(), prune_model(model, keep=0.5, strategy="uniform", at=at):
         ids = model.generate(**inputs, max_new_tokens=3, do_sample=False, min_new_tokens=3)
         more = {**inputs, "input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
         more["mm_token_type_ids"] = (ids[:, :-1] == 98).int()
@@ -299,13 +299,13 @@ def test_unsuitable_models_and_settings_are_refused_and_left_alone() -> None:
         ({"keep": 2.0}, "r must lie in"),
     ):
         with pytest.raises(ValueError, match=words):
-            prune(model, **kwargs)
+            prune_model(model, **kwargs)
     with pytest.raises(ValueError, match="strategy must not need attention at layer 0"):
-        prune(qwen(), keep=0.5, strategy="attention", at=0)
-    with prune(model, keep=0.5), pytest.raises(ValueError, match="model must not be pruned already"):
-        prune(model, keep=0.5)
+        prune_model(qwen(), keep=0.5, strategy="attention", at=0)
+    with prune_model(model, keep=0.5), pytest.raises(ValueError, match="model must not be pruned already"):
+        prune_model(model, keep=0.5)
     with pytest.raises(TypeError, match="at must be an int"):
-        prune(llava(), keep=0.5, at=[1, 2])
+        prune_model(llava(), keep=0.5, at=[1, 2])
     with pytest.raises(ValueError, match="model must be"):
-        prune(torch.nn.Linear(2, 2), keep=0.5)
+        prune_model(torch.nn.Linear(2, 2), keep=0.5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

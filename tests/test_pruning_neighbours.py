@@ -21,7 +21,7 @@ from fastxattn.ops.pruning import (
     nearest,
     probe_scores,
     received_scores,
-    select,
+    select_tokens,
     text_relevance,
 )
 from fastxattn.ops.pruning.segments import share
@@ -70,7 +70,7 @@ def test_mass_of_extreme_scores() -> None:
 def test_a_minimum_is_kept_in_every_sequence() -> None:
     """The bound on all rows counts both what a ratio gives and what the minimum adds."""
     lengths = [100] + [3] * 20
-    kept = select(torch.rand(160), offsets(lengths), Budget.ratio(0.5, minimum=3))
+    kept = select_tokens(torch.rand(160), offsets(lengths), Budget.ratio(0.5, minimum=3))
     assert kept.cu_seqlens.diff().tolist() == [50] + [3] * 20
 
 
@@ -278,7 +278,7 @@ def test_limits_are_refused_where_they_would_starve_later_sequences() -> None:
 
 def test_counts_need_not_be_contiguous(backend: str) -> None:
     counts = torch.tensor([2, 9, 1, 9], dtype=torch.int32)[::2]
-    kept = select(torch.arange(8.0), offsets([4, 4]), counts, backend=backend)
+    kept = select_tokens(torch.arange(8.0), offsets([4, 4]), counts, backend=backend)
     assert kept.keep_index.tolist() == [2, 3, 7]
     merged = bipartite(torch.randn(8, 3), offsets([4, 4]), counts, backend=backend)
     assert merged.cu_seqlens.diff().tolist() == [2, 3]
@@ -299,11 +299,11 @@ WRONG: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "columns must be at least 1; got 0": lambda x, cu: STRATEGIES["uniform"](x, cu, TWO, columns=0),
     "columns must be an int": lambda x, cu: STRATEGIES["uniform"](x, cu, TWO, columns=True),
     "max_seqlen must be at least .*, 4; got 3": lambda x, cu: STRATEGIES["norm"](x, cu, TWO, max_seqlen=3),
-    "budget must be on the device": lambda x, cu: select(x[:, 0], cu, META[:2].int()),
+    "budget must be on the device": lambda x, cu: select_tokens(x[:, 0], cu, META[:2].int()),
     "a_index must be on the device of features": lambda x, cu: best_match(x, META.int(), cu, META.int(), cu),
     "merges must be a tensor of torch.int32": lambda x, cu: bipartite(x, cu, torch.ones(2)),
     "merges must be an int": lambda x, cu: bipartite(x, cu, True),
-    "features must be on the device": lambda x, cu: nearest(select(x[:, 0], cu, TWO), x.to("meta")),
+    "features must be on the device": lambda x, cu: nearest(select_tokens(x[:, 0], cu, TWO), x.to("meta")),
     "cu_text must be on the device of image": lambda x, cu: text_relevance(x, x, cu, cu.to("meta")),
     "image and text must have shapes": lambda x, cu: text_relevance(x, x[:, :2], cu, cu),
     "cu_text must have the shape of cu_image": lambda x, cu: text_relevance(x, x, cu, offsets([8])),
@@ -320,7 +320,7 @@ def test_arguments_are_named(words: str) -> None:
 
 def brightest(tokens: torch.Tensor, cu_seqlens: torch.Tensor, budget: Budget, **options: Any) -> Selection:
     """A strategy that takes `protected` and forgets it."""
-    return select(tokens.float().mean(1), cu_seqlens, budget)
+    return select_tokens(tokens.float().mean(1), cu_seqlens, budget)
 
 
 def test_a_strategy_that_drops_protected_tokens_is_refused() -> None:
@@ -335,10 +335,10 @@ def test_a_strategy_that_drops_protected_tokens_is_refused() -> None:
     with pytest.raises(TypeError, match="strategy <lambda> must return a Selection; got int"):
         TokenPruner(0.3, strategy=lambda *a, **o: 3, protected=1)(x)  # type: ignore[arg-type, return-value]
     scores, cu, first = torch.arange(4.0), offsets([4]), torch.arange(4) < 1
-    check_selection("mine", select(scores, cu, Budget.count(2), protected=first), first)
+    check_selection("mine", select_tokens(scores, cu, Budget.count(2), protected=first), first)
     more = torch.arange(4) < 3
-    check_selection("mine", select(scores, cu, Budget.count(2), protected=more), more)  # no place for all of them
-    names_none = select(scores, cu, Budget.count(2))
+    check_selection("mine", select_tokens(scores, cu, Budget.count(2), protected=more), more)  # no place for all
+    names_none = select_tokens(scores, cu, Budget.count(2))
     with pytest.raises(ValueError, match="strategy mine must keep protected tokens; its selection names none"):
         check_selection("mine", names_none, first.to("meta"))
 

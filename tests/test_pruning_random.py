@@ -10,7 +10,7 @@ import torch
 from benchmarks.soak import pruning
 from benchmarks.soak.pruning import FUNCTIONS, Problem, check, draw
 from benchmarks.soak.trials import DTYPES, Draw
-from fastxattn.ops.pruning import Budget, segments, select
+from fastxattn.ops.pruning import Budget, segments, select_tokens
 from fastxattn.runtime import native
 
 BACKEND = "cpu" if native.available_cpu_isas() else "reference"
@@ -73,7 +73,7 @@ def test_the_check_notices_running_sums_that_span_the_batch(monkeypatch: pytest.
 def test_the_check_notices_numbers_drawn_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_turn(tokens, cu_seqlens, budget, *, seed=0, **options):  # type: ignore[no-untyped-def]
         scores = torch.rand(tokens.shape[0], generator=torch.Generator().manual_seed(seed % 2**63))
-        return select(scores, cu_seqlens, budget, **options)
+        return select_tokens(scores, cu_seqlens, budget, **options)
 
     monkeypatch.setitem(FUNCTIONS, "random", in_turn)
     monkeypatch.setattr(pruning, "refusal", lambda p: None if p.strategy == "random" else refusal(p))

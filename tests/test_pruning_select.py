@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastxattn.ops.pruning import Budget, Selection, prune_tokens, reference, select
+from fastxattn.ops.pruning import Budget, Selection, prune_tokens, reference, select_tokens
 from fastxattn.ops.pruning.segments import share
 from fastxattn.runtime import native
 from fastxattn.testing import offsets
@@ -64,7 +64,7 @@ def test_large_segments_and_ranks(backend: str) -> None:
     scores = torch.randn(5000).round(decimals=1)
     scores[::11] = float("nan")
     cu = offsets([3000, 0, 1, 1999])
-    kept = select(scores, cu, Budget.count(700), backend=backend)
+    kept = select_tokens(scores, cu, Budget.count(700), backend=backend)
     want = expected(scores.tolist(), [3000, 0, 1, 1999], [700] * 4, [False] * 5000)
     assert kept.keep_index.tolist() == want
     for b in range(4):
@@ -79,8 +79,8 @@ def test_large_segments_and_ranks(backend: str) -> None:
 def test_a_sequence_does_not_notice_its_neighbours(backend: str) -> None:
     torch.manual_seed(1)
     alone, noise = torch.randn(50), torch.full((30,), float("nan"))
-    single = select(alone, offsets([50]), Budget.ratio(0.3), backend=backend)
-    among = select(torch.cat([noise, alone, noise]), offsets([30, 50, 30]), Budget.ratio(0.3), backend=backend)
+    single = select_tokens(alone, offsets([50]), Budget.ratio(0.3), backend=backend)
+    among = select_tokens(torch.cat([noise, alone, noise]), offsets([30, 50, 30]), Budget.ratio(0.3), backend=backend)
     middle = among.keep_index[among.cu_seqlens[1] : among.cu_seqlens[2]] - 30
     assert torch.equal(middle, single.keep_index)
 
@@ -88,7 +88,7 @@ def test_a_sequence_does_not_notice_its_neighbours(backend: str) -> None:
 def test_more_protected_than_k_keeps_the_best_protected(backend: str) -> None:
     scores = torch.tensor([0.0, 3.0, 1.0, 2.0, 9.0])
     protected = torch.tensor([True, True, True, True, False])
-    kept = select(scores, offsets([5]), Budget.count(2), protected=protected, backend=backend)
+    kept = select_tokens(scores, offsets([5]), Budget.count(2), protected=protected, backend=backend)
     assert kept.keep_index.tolist() == [1, 3]
 
 
@@ -143,7 +143,7 @@ def test_budget_counts(budget: Budget, counts: list[int], backend: str) -> None:
     got = budget.counts(SCORES, CU, backend=backend)
     assert got.dtype == torch.int32 and got.tolist() == counts
     assert sum(counts) <= budget.capacity(10, 3, 5) and budget.static == (budget.kind in ("count", "ratio", "total"))
-    assert select(SCORES, CU, budget, backend=backend).cu_seqlens.diff().tolist() == counts
+    assert select_tokens(SCORES, CU, budget, backend=backend).cu_seqlens.diff().tolist() == counts
 
 
 def test_dynamic_budgets_keep_protected_in_addition() -> None:
@@ -186,7 +186,7 @@ def test_share_uses_everything_it_can(total: int, parts: list[tuple[float, int]]
 
 def small() -> tuple[torch.Tensor, Selection]:
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], dtype=torch.float64, requires_grad=True)
-    kept = select(torch.tensor([1.0, 0.0, 2.0, 0.5]), offsets([4]), Budget.count(2))
+    kept = select_tokens(torch.tensor([1.0, 0.0, 2.0, 0.5]), offsets([4]), Budget.count(2))
     return x, kept
 
 
@@ -336,7 +336,7 @@ def test_results_do_not_depend_on_threads() -> None:
 def test_bad_input_is_named(change: dict[str, object], error: type[Exception], words: str) -> None:
     good: dict[str, object] = {"scores": torch.zeros(4), "cu_seqlens": offsets([4]), "budget": Budget.count(1)}
     with pytest.raises(error, match=words):
-        select(**{**good, **change})  # type: ignore[arg-type]
+        select_tokens(**{**good, **change})  # type: ignore[arg-type]
 
 
 def test_bad_budgets_are_named() -> None:

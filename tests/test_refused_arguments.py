@@ -15,8 +15,8 @@ from tests.compositions.problem import Problem
 from tests.compositions.rows import BY_NAME
 
 FIRST = {
-    "varlen_cross_attention": "query", "cross_attention, masks, bias": "query", "bidirectional_attention": "query_a",
-    "context_attention": "query", "key_importance": "query", "infonce_loss": "a", "sigmoid_loss": "a",
+    "varlen_cross_attention": "query", "cross_attention, masks, bias": "query", "co_attention": "query_a",
+    "absorbed_attention": "query", "key_importance": "query", "infonce_loss": "a", "sigmoid_loss": "a",
     "sigmoid_loss, none": "a", "maxsim": "a", "late_interaction_loss": "a",
 }  # fmt: skip
 """The first argument of operations, by row of the composition table."""
@@ -69,8 +69,8 @@ NUMBERS: dict[str, Callable[[dict[str, Tensor], Any], Any]] = {
     "scale": lambda x, n: fx.varlen_cross_attention(x["q"], x["q"], x["q"], x["cu"], x["cu"], scale=n),
     "softcap": lambda x, n: fx.varlen_cross_attention(x["q"], x["q"], x["q"], x["cu"], x["cu"], softcap=n),
     "dropout_p": lambda x, n: fx.varlen_cross_attention(x["q"], x["q"], x["q"], x["cu"], x["cu"], dropout_p=n),
-    "scale, co-attention": lambda x, n: fx.bidirectional_attention(*[x["q"]] * 4, x["cu"], x["cu"], scale=n),
-    "scale, absorbed": lambda x, n: fx.context_attention(x["q"], x["a"], x["cu"], x["cu"], scale=n),
+    "scale, co-attention": lambda x, n: fx.co_attention(*[x["q"]] * 4, x["cu"], x["cu"], scale=n),
+    "scale, absorbed": lambda x, n: fx.absorbed_attention(x["q"], x["a"], x["cu"], x["cu"], scale=n),
     "scale, importance": lambda x, n: fx.key_importance(x["q"], x["q"], x["lse"], x["cu"], x["cu"], scale=n),
     "logit_scale": lambda x, n: fx.infonce_loss(x["a"], x["a"], n),
     "logit_bias": lambda x, n: fx.sigmoid_loss(x["a"], x["a"], 1.0, n),
@@ -94,7 +94,7 @@ def test_numbers_beyond_float32(name: str, number: float) -> None:
 RANGES: dict[str, Callable[[Tensor, Tensor, Any], Any]] = {
     "attention": lambda q, cu, r: fx.varlen_cross_attention(q, q, q, cu, cu, kv_range=r),
     "importance": lambda q, cu, r: fx.key_importance(q, q, torch.ones(2, 6), cu, cu, kv_range=r),
-    "absorbed": lambda q, cu, r: fx.context_attention(q, q[:, 0], cu, cu, scale=1.0, kv_range=r),
+    "absorbed": lambda q, cu, r: fx.absorbed_attention(q, q[:, 0], cu, cu, scale=1.0, kv_range=r),
 }
 
 

@@ -73,7 +73,7 @@ def importance(d: Draw) -> Trial:
     return Trial(f"{of_q} x {of_k}, {heads} x {dim}, {said}", d.dtype, inputs, run)
 
 
-def bidirectional(d: Draw) -> Trial:
+def co_attention(d: Draw) -> Trial:
     batch, heads, dim = d.r.randint(1, 3), d.of(1, 2, 4), d.of(8, 33, 64)
     of_a, of_b = d.lengths(batch), d.lengths(batch)
     inputs = {
@@ -88,7 +88,7 @@ def bidirectional(d: Draw) -> Trial:
     def run(x: Inputs, backend: str) -> Any:
         sides = [x[name] for name in ("query_a", "query_b", "value_a", "value_b")]
         bias = x.get("bias_b")
-        return fastxattn.bidirectional_attention(
+        return fastxattn.co_attention(
             *sides, offsets(of_a), offsets(of_b), softcap=softcap, bias_b=bias, backend=backend
         )
 
@@ -102,7 +102,7 @@ def context(d: Draw) -> Trial:
     cu_q, cu_k, scale = offsets(of_q), offsets(of_k), width**-0.5
 
     def run(x: Inputs, backend: str) -> Any:
-        return fastxattn.context_attention(
+        return fastxattn.absorbed_attention(
             x["query"], x["context"], cu_q, cu_k, scale=scale, return_lse=True, backend=backend
         )
 
@@ -146,7 +146,7 @@ def select(d: Draw) -> Trial:
     protected = d.chance(sum(of), 0.1)
 
     def run(x: Inputs, backend: str) -> Any:
-        kept = fastxattn.select(scores, offsets(of), budget, protected=protected, backend=backend)
+        kept = fastxattn.select_tokens(scores, offsets(of), budget, protected=protected, backend=backend)
         return kept.keep_index, kept.cu_seqlens, kept.assignment
 
     return Trial(f"{of}, {budget}", d.dtype, {}, run, exact=True)
@@ -206,8 +206,8 @@ def quantile(d: Draw) -> Trial:
 MAKERS: dict[str, Maker] = {
     "padded attention": padded_attention,
     "importance": importance,
-    "bidirectional": bidirectional,
-    "context_attention": context,
+    "co_attention": co_attention,
+    "absorbed_attention": context,
     **losses(few=False),
     "topk": topk,
     "topk scores": topk_scores,
@@ -222,5 +222,5 @@ MAKERS: dict[str, Maker] = {
 }
 OPTIONS: dict[str, Maker] = {f"{name}, few rows": maker for name, maker in losses(few=True).items()}
 """Small problems with all of an operation's options: the soak's part ``options`` tries at least 10 000."""
-NO_TRITON = ("context_attention", "model")
+NO_TRITON = ("absorbed_attention", "model")
 """Operations without a kernel for it, and what takes the interpreter too long."""

@@ -100,7 +100,7 @@ def both_ways(d: Draw) -> Trial:
     def make() -> nn.Module:
         if shared:
             return modules.SharedCrossAttention(32, 2, absorb="off")
-        return modules.BidirectionalCrossAttention(32, 48, 64, 2)
+        return modules.CoAttention(32, 48, 64, 2)
 
     def call(m: nn.Module, x: Inputs) -> Any:
         return m(tokens(x["query"], of_q), tokens(x["context"], of_k))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.soak.pruning_ties import near_tie
 from benchmarks.soak.trials import Draw, Maker, Trial
-from fastxattn.ops.pruning import STRATEGIES, Budget, Selection, select
+from fastxattn.ops.pruning import STRATEGIES, Budget, Selection, select_tokens
 from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, TAKES_COLUMNS, TAKES_SIZES
 from fastxattn.testing import offsets
 
@@ -32,7 +32,7 @@ MANY = 50
 
 def by_scores(tokens: Tensor, cu_seqlens: Tensor, budget: Budget | Tensor, *, attention: Tensor, **options: Any) -> Any:
     """Plain ``select`` as a strategy."""
-    return select(attention, cu_seqlens, budget, **options)
+    return select_tokens(attention, cu_seqlens, budget, **options)
 
 
 FUNCTIONS = {**STRATEGIES, "select": by_scores}

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "core/isa.h"
-#include "core/parallel.h"
+#include "core/cpu/isa.h"
+#include "core/cpu/parallel.h"
 #include "core/scalar.h"
 
 namespace fastxattn {

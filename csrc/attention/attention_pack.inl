@@ -5,7 +5,7 @@
 #pragma once
 
 #include "attention/attention.h"
-#include "core/gemm.h"
+#include "core/cpu/gemm.h"
 
 namespace fastxattn::FXA_ISA {
 

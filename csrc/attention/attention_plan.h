@@ -10,7 +10,7 @@
 
 namespace fastxattn {
 
-inline constexpr int64_t kKeyBlock = 96;        // keys per panel: a multiple of every tile height in core/gemm.h
+inline constexpr int64_t kKeyBlock = 96;        // keys per panel: a multiple of every tile height in core/cpu/gemm.h
 inline constexpr int64_t kLaneBlock = 64;       // query rows per score tile
 inline constexpr int64_t kLaneChunk = 256;      // query rows that share one packed panel
 inline constexpr int64_t kBackwardLanes = 512;  // the same in the backward pass

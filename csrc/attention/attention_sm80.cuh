@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/attention_select.cuh"
-#include "core/cuda_launch.h"
+#include "core/cuda/launch.h"
 
 namespace fastxattn {
 

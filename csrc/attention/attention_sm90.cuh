@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/attention_wgmma.cuh"
-#include "core/cuda_tensor_map.h"
+#include "core/cuda/tensor_map.h"
 
 namespace fastxattn {
 

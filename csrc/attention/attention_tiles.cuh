@@ -7,7 +7,7 @@
 #pragma once
 
 #include "attention/attention_cuda.h"
-#include "core/cuda_matrix.cuh"
+#include "core/cuda/matrix.cuh"
 
 namespace fastxattn::attention {
 

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "attention/attention_tiles.cuh"
-#include "core/cuda_hopper.h"
+#include "core/cuda/hopper.h"
 
 namespace fastxattn::attention {
 

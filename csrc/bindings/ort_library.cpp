@@ -133,7 +133,7 @@ Entry make_entry(const Spec& spec, DType dtype, bool shape_references) {
 const std::vector<Entry>& entries(bool shape_references) {
   static const std::vector<Entry> all = [shape_references] {
     std::vector<Entry> list;
-    std::vector<const Spec*> specs{&attention_spec(), &importance_spec(), &context_attention_spec(), &select_spec()};
+    std::vector<const Spec*> specs{&attention_spec(), &importance_spec(), &absorbed_attention_spec(), &select_spec()};
 #ifdef FXA_ORT_CUDA
     specs.push_back(&attention_cuda_spec());
 #endif

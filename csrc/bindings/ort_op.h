@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bindings/ort_api.h"
-#include "core/parallel.h"
+#include "core/cpu/parallel.h"
 #include "core/scalar.h"
 
 namespace fastxattn::ort {
@@ -117,7 +117,7 @@ int64_t check_offsets(const Tensor& offsets, int64_t rows);
 // All operators, defined next to their kernels' bindings.
 const Spec& attention_spec();
 const Spec& importance_spec();
-const Spec& context_attention_spec();
+const Spec& absorbed_attention_spec();
 const Spec& select_spec();
 const Spec& attention_cuda_spec();  // in the CUDA twin of the library only
 

@@ -10,7 +10,7 @@
 #include <optional>
 #include <type_traits>
 
-#include "core/parallel.h"
+#include "core/cpu/parallel.h"
 #include "core/scalar.h"
 
 namespace fastxattn {

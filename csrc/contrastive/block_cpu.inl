@@ -2,7 +2,7 @@
 #pragma once
 
 #include "contrastive/contrastive.h"
-#include "core/panels.h"
+#include "core/cpu/panels.h"
 
 namespace fastxattn::FXA_ISA {
 

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "contrastive/contrastive_cuda.h"
-#include "core/cuda_math.cuh"
-#include "core/cuda_tile.cuh"
+#include "core/cuda/math.cuh"
+#include "core/cuda/tile.cuh"
 
 namespace fastxattn::gpu {
 

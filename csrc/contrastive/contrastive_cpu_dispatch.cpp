@@ -4,8 +4,8 @@
 #include <limits>
 
 #include "contrastive/contrastive.h"
-#include "core/isa.h"
-#include "core/parallel.h"
+#include "core/cpu/isa.h"
+#include "core/cpu/parallel.h"
 
 FXA_DECLARE(void, contrastive_stats_block, (const ContrastiveParams&, int64_t, int64_t, char*))
 FXA_DECLARE(void, contrastive_backward_block, (const ContrastiveParams&, int64_t, int64_t, char*))

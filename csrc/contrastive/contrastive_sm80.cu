@@ -1,6 +1,6 @@
 // Launches the contrastive kernels on a device.
 #include "contrastive/contrastive.cuh"
-#include "core/cuda_launch.h"
+#include "core/cuda/launch.h"
 
 namespace fastxattn {
 

@@ -2,8 +2,8 @@
 // with its place, or a smooth maximum.
 #pragma once
 
-#include "core/cuda_math.cuh"
-#include "core/cuda_tile.cuh"
+#include "core/cuda/math.cuh"
+#include "core/cuda/tile.cuh"
 #include "late_interaction/late_interaction_cuda.h"
 
 namespace fastxattn::gpu {

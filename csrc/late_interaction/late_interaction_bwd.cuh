@@ -5,8 +5,8 @@
 // contrastive losses do.
 #pragma once
 
-#include "core/cuda_math.cuh"
-#include "core/cuda_tile.cuh"
+#include "core/cuda/math.cuh"
+#include "core/cuda/tile.cuh"
 #include "late_interaction/late_interaction_cuda.h"
 
 namespace fastxattn::gpu {

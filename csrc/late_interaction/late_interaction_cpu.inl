@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "core/panels.h"
+#include "core/cpu/panels.h"
 #include "late_interaction/late_interaction.h"
 
 namespace fastxattn::FXA_ISA {

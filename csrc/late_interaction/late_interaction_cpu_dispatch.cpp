@@ -1,8 +1,8 @@
 // Schedules groups of sets over threads: every (set, set) score belongs to exactly one task.
 #include <algorithm>
 
-#include "core/isa.h"
-#include "core/parallel.h"
+#include "core/cpu/isa.h"
+#include "core/cpu/parallel.h"
 #include "late_interaction/late_interaction.h"
 
 FXA_DECLARE(void, late_interaction_block, (const LateInteractionParams&, int64_t, int64_t, char*))

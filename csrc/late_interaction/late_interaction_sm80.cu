@@ -1,5 +1,5 @@
 // Launches the late-interaction kernels on a device.
-#include "core/cuda_launch.h"
+#include "core/cuda/launch.h"
 #include "late_interaction/late_interaction.cuh"
 #include "late_interaction/late_interaction_bwd.cuh"
 

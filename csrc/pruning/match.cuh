@@ -1,7 +1,7 @@
 // Bipartite matching (the nearest row of B for each row of A, by cosine) and the weighted merge of rows.
 #pragma once
 
-#include "core/cuda_tile.cuh"
+#include "core/cuda/tile.cuh"
 #include "pruning/pruning_cuda.h"
 
 namespace fastxattn::gpu {

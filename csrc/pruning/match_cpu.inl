@@ -3,7 +3,7 @@
 // A panel holds 64 unit rows as columns: panel[k * 64 + j] = unit(row j)[k]. Missing and non-finite rows are zero.
 #pragma once
 
-#include "core/gemm.h"
+#include "core/cpu/gemm.h"
 #include "pruning/pruning.h"
 
 namespace fastxattn::FXA_ISA {

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "core/parallel.h"
+#include "core/cpu/parallel.h"
 #include "core/scalar.h"
 
 namespace fastxattn::pruning {

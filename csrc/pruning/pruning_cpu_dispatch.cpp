@@ -2,7 +2,7 @@
 #include <memory>
 #include <vector>
 
-#include "core/isa.h"
+#include "core/cpu/isa.h"
 #include "pruning/pruning.h"
 
 using namespace fastxattn;

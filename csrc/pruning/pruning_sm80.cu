@@ -1,5 +1,5 @@
 // Launches the pruning kernels on a device.
-#include "core/cuda_launch.h"
+#include "core/cuda/launch.h"
 #include "pruning/match.cuh"
 #include "pruning/select.cuh"
 

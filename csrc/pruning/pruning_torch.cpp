@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "bindings/torch_glue.h"
-#include "core/pages.h"
+#include "core/cpu/pages.h"
 #include "pruning/pruning.h"
 
 namespace fastxattn::pruning {

@@ -4,7 +4,7 @@
 // ballots give every kept token its place in ascending order.
 #pragma once
 
-#include "core/cuda_device.h"
+#include "core/cuda/device.h"
 #include "pruning/pruning_cuda.h"
 
 namespace fastxattn::gpu {

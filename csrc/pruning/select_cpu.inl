@@ -1,7 +1,7 @@
 // Selection, quantiles, gathering and merging of rows: one body, compiled per instruction set.
 #pragma once
 
-#include "core/vec.h"
+#include "core/cpu/vec.h"
 #include "pruning/pruning.h"
 
 namespace fastxattn::FXA_ISA {

@@ -4,7 +4,7 @@
 // corpus is read exactly once and never copied. A row reaches the heaps only if it beats a query's k-th best.
 #pragma once
 
-#include "core/panels.h"
+#include "core/cpu/panels.h"
 #include "retrieval/retrieval.h"
 
 namespace fastxattn::FXA_ISA {

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/isa.h"
-#include "core/parallel.h"
+#include "core/cpu/isa.h"
+#include "core/cpu/parallel.h"
 #include "retrieval/retrieval.h"
 
 FXA_DECLARE(void, retrieval_chunk, (const RetrievalParams&, int64_t, int64_t, float*, int64_t*, char*))

@@ -19,7 +19,7 @@ from fastxattn.cli.common import Json, app, checkout, emit, working
 FULL = {"pruning": ["--full", "--models", "both"], "models": []}
 # Whole models: as many rows as there is time for, those first that are missing or were measured longest ago.
 QUICK = {"models": ["--stalest", "--seconds", "4"]}
-SLOW = ("contrastive", "context", "models")
+SLOW = ("contrastive", "absorbed_attention", "models")
 """Rooms whose cases take longest come last, and get the time that the others left."""
 ENDING = 10
 """Seconds for what comes after the rooms."""

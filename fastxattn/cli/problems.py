@@ -88,13 +88,13 @@ def _importance(s: Shape) -> Call:
     return fastxattn.key_importance, (query, key, query.new_zeros(query.shape[1::-1], dtype=wide), *s.cu), {}
 
 
-def _bidirectional(s: Shape) -> Call:
+def _co_attention(s: Shape) -> Call:
     sides = [s.rows(n, s.heads, s.dim) for n in (s.lengths_q, s.lengths_k)]
-    return fastxattn.bidirectional_attention, (*sides, *sides, *s.cu), {}
+    return fastxattn.co_attention, (*sides, *sides, *s.cu), {}
 
 
-def _context_attention(s: Shape) -> Call:
-    return fastxattn.context_attention, (s.rows(s.lengths_q, s.heads, s.dim), s.rows(s.lengths_k, s.dim), *s.cu), {}
+def _absorbed_attention(s: Shape) -> Call:
+    return fastxattn.absorbed_attention, (s.rows(s.lengths_q, s.heads, s.dim), s.rows(s.lengths_k, s.dim), *s.cu), {}
 
 
 def _pair(loss: Callable[..., Any]) -> Callable[[Shape], Call]:
@@ -112,14 +112,14 @@ def _topk(s: Shape) -> Call:
 
 def _select(s: Shape) -> Call:
     scores = torch.zeros(sum(s.lengths_k), device=s.device)
-    return fastxattn.select, (scores, s.offsets(s.lengths_k), fastxattn.Budget.ratio(0.5)), {}
+    return fastxattn.select_tokens, (scores, s.offsets(s.lengths_k), fastxattn.Budget.ratio(0.5)), {}
 
 
 BUILDERS: dict[str, Callable[[Shape], Call]] = {
     "attention": _attention,
     "importance": _importance,
-    "bidirectional": _bidirectional,
-    "context_attention": _context_attention,
+    "co_attention": _co_attention,
+    "absorbed_attention": _absorbed_attention,
     "infonce": _pair(fastxattn.infonce_loss),
     "sigmoid": _pair(fastxattn.sigmoid_loss),
     "maxsim": _late(fastxattn.maxsim),

@@ -15,7 +15,7 @@ from fastxattn.ops.onnx_parts import inlined
 
 DOMAIN = "fastxattn"
 FORMS = ("loop", "padded")
-ROOMS = ("attention", "context_attention", "importance", "late_interaction", "pruning", "retrieval")
+ROOMS = ("attention", "absorbed_attention", "importance", "late_interaction", "pruning", "retrieval")
 
 
 @functools.cache

@@ -118,7 +118,7 @@ def accelerate(
             if strict:
                 raise RuntimeError(f"accelerate(strict=True): verification failed\n{report}")
     if prune is not None:
-        _pruned[model] = report.pruning = pruning.prune(model, **prune)
+        _pruned[model] = report.pruning = pruning.prune_model(model, **prune)
     return report
 
 

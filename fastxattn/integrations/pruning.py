@@ -68,7 +68,7 @@ class Pruning:
         self.undo()
 
 
-def prune(
+def prune_model(
     model: nn.Module,
     *,
     keep: float | Budget,

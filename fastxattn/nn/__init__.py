@@ -1,6 +1,6 @@
 """Modules: parameters and one call to the ops; weights and outputs are those of the modules they replace."""
 
-from fastxattn.nn.bidirectional import BidirectionalCrossAttention, SharedCrossAttention
+from fastxattn.nn.co_attention import CoAttention, SharedCrossAttention
 from fastxattn.nn.gate import ModalityGate
 from fastxattn.nn.gated import GatedCrossAttentionBlock
 from fastxattn.nn.losses import BLIP2ITCLoss, FILIPLoss, InfoNCELoss, MultiTaskLoss, SigmoidLoss
@@ -17,7 +17,7 @@ from fastxattn.nn.temporal import TemporalCrossAttention
 __all__ = [
     "AttentionalPooler",
     "BLIP2ITCLoss",
-    "BidirectionalCrossAttention",
+    "CoAttention",
     "ContextKV",
     "FILIPLoss",
     "GatedCrossAttentionBlock",

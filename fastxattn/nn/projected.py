@@ -4,10 +4,10 @@ With key = x W_k^T + b_k and value = x W_v^T + b_v there are two exact ways to a
 
 * **project**: compute key and value for every context token, then attend. Costs 4 total_k d_in heads head_dim.
 * **absorb**: q (W_k x) = (W_k^T q) x, so fold W_k into the query and W_v into the result, and attend over the raw
-  features as one shared head (:func:`fastxattn.context_attention`). The key bias adds the same number to all scores
+  features as one shared head (:func:`fastxattn.absorbed_attention`). The key bias adds the same number to all scores
   of a query and cancels; the value bias adds to the output, because the weights sum to one.
 
-:func:`fastxattn.ops.context_attention.cost.choose` picks by counted work.
+:func:`fastxattn.ops.absorbed_attention.cost.choose` picks by counted work.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from fastxattn.nn.packing import check_same_batch
+from fastxattn.ops.absorbed_attention import absorbed_attention
+from fastxattn.ops.absorbed_attention.cost import choose
 from fastxattn.ops.attention import varlen_cross_attention
-from fastxattn.ops.context_attention import context_attention
-from fastxattn.ops.context_attention.cost import choose
 from fastxattn.packed import PackedTokens
 from fastxattn.runtime.autocast import autocast_dtype
 from fastxattn.runtime.backend import note
@@ -116,7 +116,7 @@ def attend_features(
     query = query.to(autocast_dtype(query.device) or query.dtype)
     key_weight, value_weight = key_weight.to(query.dtype), value_weight.to(query.dtype)
     absorbed = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)  # (total_q, heads, d_in)
-    mixed, lse = context_attention(
+    mixed, lse = absorbed_attention(
         absorbed,
         context.values.to(query.dtype),
         layout.cu_seqlens,

@@ -70,8 +70,8 @@ def both_sides(m: Make, size: int) -> Inputs:
     }  # fmt: skip
 
 
-def bidirectional(_: Any, x: Inputs) -> Any:
-    return fx.bidirectional_attention(
+def co_attention(_: Any, x: Inputs) -> Any:
+    return fx.co_attention(
         x["query_a"], x["query_b"], x["value_a"], x["value_b"], x["cu_a"], x["cu_b"], bias_b=x["bias_b"]
     )
 
@@ -85,8 +85,8 @@ def features(m: Make, size: int) -> Inputs:
     }  # fmt: skip
 
 
-def context_attention(_: Any, x: Inputs) -> Any:
-    out, lse = fx.context_attention(
+def absorbed_attention(_: Any, x: Inputs) -> Any:
+    out, lse = fx.absorbed_attention(
         x["query"], x["context"], x["cu_q"], x["cu_k"], scale=0.3, key_bias=x["key_bias"], return_lse=True
     )
     return out, lse.clamp(min=-50)
@@ -241,7 +241,7 @@ def tokens(m: Make, size: int) -> Inputs:
 
 
 def select(_: Any, x: Inputs) -> Any:
-    kept = fx.select(x["scores"], x["cu"], fx.Budget.count(3))
+    kept = fx.select_tokens(x["scores"], x["cu"], fx.Budget.count(3))
     return kept.keep_index, kept.cu_seqlens, kept.assignment
 
 
@@ -251,7 +251,7 @@ def prune_tokens(_: Any, x: Inputs) -> Any:
 
 
 def selection(_: Any, x: Inputs) -> Any:
-    kept = fx.select(x["scores"], x["cu"], fx.Budget.count(3))
+    kept = fx.select_tokens(x["scores"], x["cu"], fx.Budget.count(3))
     kept = kept.merged(kept.assignment, torch.ones_like(x["scores"]))
     return kept.reduce(x["x"]), kept.cu_seqlens, kept.scatter_back(kept.gather(x["x"]), x["x"])
 
@@ -280,9 +280,9 @@ FUNCTIONS = [
     Row("varlen_cross_attention, options", ("varlen_cross_attention",), packed_options, attention_options,
         same=(("key", "value"),)),
     Row("cross_attention, masks, bias", ("cross_attention",), padded, cross_attention, same=(("key", "value"),)),
-    Row("bidirectional_attention", ("bidirectional_attention",), both_sides, bidirectional,
+    Row("co_attention", ("co_attention",), both_sides, co_attention,
         same=(("query_a", "value_a"), ("query_b", "value_b"))),
-    Row("context_attention", ("context_attention",), features, context_attention),
+    Row("absorbed_attention", ("absorbed_attention",), features, absorbed_attention),
     Row("key_importance", ("key_importance",), scored, importance, same=(("query", "key"), ("cu_q", "cu_k"))),
     Row("ranges", ("ranges",), builders, all_ranges, derivative=False),
     Row("infonce_loss", ("infonce_loss",), scaled, infonce, same=(LOSS,)),
@@ -300,7 +300,8 @@ FUNCTIONS = [
     Row("topk_similarity, cosine", ("topk_similarity",), corpus, topk("cosine")),
     Row("topk_similarity, int8", ("topk_similarity",), small_corpus, quantized),
     Row("recall_at_k", ("recall_at_k",), only("a", "b", of=scaled), recall, derivative=False, same=(LOSS,)),
-    Row("select", ("select", "Budget"), only("scores", "cu", of=tokens), select, derivative=False, ragged=(0, 1)),
+    Row("select_tokens", ("select_tokens", "Budget"), only("scores", "cu", of=tokens), select, derivative=False,
+        ragged=(0, 1)),
     Row("prune_tokens", ("prune_tokens",), tokens, prune_tokens, constant=("scores",),
         ragged=(0, 1)),
     Row("gather_rows", (), indexed, gather),

@@ -194,8 +194,8 @@ def _modules() -> list[Row]:
         make = functools.partial(fnn.MultiheadCrossAttention, WIDTH, HEADS)
         rows += [
             Row(f"ContextKV, {form}", ("ContextKV",), sides, projected, make),
-            Row(f"BidirectionalCrossAttention, {form}", ("BidirectionalCrossAttention",), two(of_packed, WIDTH, DIM),
-                over("image", "text"), functools.partial(fnn.BidirectionalCrossAttention, WIDTH, DIM, WIDTH, HEADS)),
+            Row(f"CoAttention, {form}", ("CoAttention",), two(of_packed, WIDTH, DIM),
+                over("image", "text"), functools.partial(fnn.CoAttention, WIDTH, DIM, WIDTH, HEADS)),
             Row(f"SharedCrossAttention, {form}", ("SharedCrossAttention",), sides, over("text", "image"),
                 functools.partial(fnn.SharedCrossAttention, WIDTH, HEADS)),
             Row(f"GatedCrossAttentionBlock, {form}", ("GatedCrossAttentionBlock",), sides, over("hidden"),

@@ -62,7 +62,7 @@ LINEAR = {"gather_rows", "merge_rows", "prune_tokens", "Selection", "TokenPruner
 """Kernels that are each other's derivative: of any order, in reverse mode."""
 WITHOUT_SHAPES = {
     "meta": {
-        "maxsim", "late_interaction_loss", "FILIPLoss", "BLIP2ITCLoss", "recall_at_k", "select", "prune_tokens",
+        "maxsim", "late_interaction_loss", "FILIPLoss", "BLIP2ITCLoss", "recall_at_k", "select_tokens", "prune_tokens",
         "Selection", "merge_rows", "TokenPruner, packed", "TokenPruner, padded",
     },
     "FakeTensorMode": {"recall_at_k"},

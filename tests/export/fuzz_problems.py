@@ -107,7 +107,7 @@ OPERATORS = (
         _importance,
     ),
     Operator(
-        "ContextAttention", ("query", "context", "cu_seqlens_q", "cu_seqlens_k", "kv_range", "key_bias"),
+        "AbsorbedAttention", ("query", "context", "cu_seqlens_q", "cu_seqlens_k", "kv_range", "key_bias"),
         {"out": None, "lse": FLOAT}, ("scale",), _context,
     ),
     Operator(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastxattn.ops.absorbed_attention.api import absorbed_attention
 from fastxattn.ops.attention.api import cross_attention, varlen_cross_attention
-from fastxattn.ops.context_attention.api import context_attention
 from fastxattn.ops.importance.api import key_importance
 from fastxattn.ops.pruning.api import prune_tokens
 from fastxattn.ops.pruning.budget import Budget
@@ -72,7 +72,7 @@ class Importance(torch.nn.Module):
 class Context(torch.nn.Module):
     def forward(self, text: PackedTokens, image: PackedTokens) -> Tensor:
         q = text.values.unflatten(-1, (2, 16))
-        return context_attention(q, image.values, text.cu_seqlens, image.cu_seqlens, scale=0.25)
+        return absorbed_attention(q, image.values, text.cu_seqlens, image.cu_seqlens, scale=0.25)
 
 
 class Prune(torch.nn.Module):

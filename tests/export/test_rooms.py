@@ -13,7 +13,7 @@ from fastxattn.ops.attention.api import varlen_cross_attention
 from fastxattn.ops.contrastive.api import infonce_loss, sigmoid_loss
 from fastxattn.ops.importance.api import key_importance
 from fastxattn.ops.late_interaction.api import maxsim
-from fastxattn.ops.pruning.api import select
+from fastxattn.ops.pruning.api import select_tokens
 from fastxattn.ops.pruning.rows import merge_rows
 from fastxattn.ops.retrieval.api import topk_similarity
 from fastxattn.packed import PackedTokens
@@ -70,7 +70,7 @@ def test_importance_with_every_option(tmp_path: Path) -> None:
 def test_selection_ranks_as_the_library_does(tmp_path: Path) -> None:
     class Select(torch.nn.Module):
         def forward(self, scores: Tensor, cu: Tensor, counts: Tensor, protected: Tensor) -> Tensor:
-            return select(scores, cu, counts, protected=protected).assignment
+            return select_tokens(scores, cu, counts, protected=protected).assignment
 
     inf, nan = float("inf"), float("nan")
     scores = torch.tensor([0.0, -0.0, 1.0, 1.0, nan, -inf, 2.0, nan, 3.0, inf, 0.5, 0.5])

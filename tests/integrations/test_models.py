@@ -88,7 +88,7 @@ def one_sequence(offsets: Tensor, rows: int) -> Tensor:
 @pytest.fixture
 def blind_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that let every query see every key there is."""
-    attend, context = attention_api.attend, projected.context_attention
+    attend, context = attention_api.attend, projected.absorbed_attention
 
     def blind_attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any) -> Any:
         if rest[6] is None:  # a bias is indexed by a token's place in its sequence
@@ -100,7 +100,7 @@ def blind_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return context(q, x, cu_q, cu_k, len(q), len(x), **{**options, "kv_range": None})
 
     monkeypatch.setattr(attention_api, "attend", blind_attend)
-    monkeypatch.setattr(projected, "context_attention", blind_context)
+    monkeypatch.setattr(projected, "absorbed_attention", blind_context)
 
 
 @both

@@ -173,7 +173,7 @@ def test_without_code_for_90a_the_library_links_and_loads(tmp_path: Path) -> Non
     source, library = tmp_path / "stand_ins.cpp", tmp_path / "libstand_ins.so"
     source.write_text(STAND_INS)
     core = ROOT / "csrc"
-    sources = [source, core / "attention/attention_cuda_torch.cpp", core / "core/library_cuda_torch.cpp"]
+    sources = [source, core / "attention/attention_cuda_torch.cpp", core / "core/cuda/library_cuda_torch.cpp"]
     tool = build_native.Toolchain.find()
     command = [*tool.cxx, "-std=c++20", "-O0", "-fPIC", "-shared", "-Wl,-z,now", f"-I{core}", *include]
     command += ['-DFXA_CUDA_ARCHS="80 86"', *map(str, sources), "-o", str(library), *link]

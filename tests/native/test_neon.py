@@ -18,7 +18,7 @@ OTHER_MACHINES = ("_avx2", "_avx512", "_avx512bf16", "_amx", "_torch")
 
 def sources() -> list[Path]:
     """Every torch-free kernel file that an ARM build has."""
-    found = build_native.CSRC.glob("*/*.cpp")
+    found = build_native.CSRC.glob("**/*.cpp")
     return sorted(f for f in found if f.parent.name != "bindings" and not f.stem.endswith(OTHER_MACHINES))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from fastxattn import PackedTokens
 from fastxattn.nn import (
     AttentionalPooler,
-    BidirectionalCrossAttention,
+    CoAttention,
     GatedCrossAttentionBlock,
     ModalityGate,
     PerceiverResampler,
@@ -51,9 +51,9 @@ def _grounding_dino() -> nn.Module:
     return _random_parameters(GroundingDinoBiMultiHeadAttention(config))
 
 
-def test_bidirectional_is_grounding_dinos() -> None:
+def test_co_attention_is_grounding_dinos() -> None:
     original = _grounding_dino()
-    ours = BidirectionalCrossAttention.from_hf(original)
+    ours = CoAttention.from_hf(original)
     assert list(ours.state_dict()) == list(original.state_dict())
 
     def run_original(m: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:

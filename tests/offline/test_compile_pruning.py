@@ -72,7 +72,7 @@ def test_kernels_compile_offline(capability: int) -> None:
 
 
 def test_not_on_the_cpu_by_name() -> None:
-    from fastxattn.ops.pruning import Budget, select
+    from fastxattn.ops.pruning import Budget, select_tokens
 
     with pytest.raises(RuntimeError, match="needs tensors on a GPU; got cpu"):
-        select(torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32), Budget.count(1), backend="triton")
+        select_tokens(torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32), Budget.count(1), backend="triton")

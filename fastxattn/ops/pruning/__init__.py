@@ -1,6 +1,6 @@
 """Image-token pruning: score, budget, select, reduce, restore, over packed tokens."""
 
-from fastxattn.ops.pruning.api import prune_tokens, select
+from fastxattn.ops.pruning.api import prune_tokens, select_tokens
 from fastxattn.ops.pruning.budget import Budget
 from fastxattn.ops.pruning.merge import best_match, bipartite, contextual, leftover, nearest
 from fastxattn.ops.pruning.ops import explain_pruning
@@ -26,6 +26,6 @@ __all__ = [
     "probe_scores",
     "prune_tokens",
     "received_scores",
-    "select",
+    "select_tokens",
     "text_relevance",
 ]

@@ -15,7 +15,7 @@ from fastxattn.ops.pruning.selection import Selection
 from fastxattn.runtime.operators import derivative_wanted
 
 
-def select(
+def select_tokens(
     scores: Tensor,
     cu_seqlens: Tensor,
     budget: Budget | Tensor,
@@ -47,7 +47,8 @@ def select(
         ValueError: a shape or offset is wrong.
 
     Example:
-        >>> kept = select(torch.tensor([0.1, 0.9, 0.5]), torch.tensor([0, 3], dtype=torch.int32), Budget.count(2))
+        >>> cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
+        >>> kept = select_tokens(torch.tensor([0.1, 0.9, 0.5]), cu_seqlens, Budget.count(2))
         >>> kept.keep_index.tolist(), kept.rank.tolist()
         ([1, 2], [0, 1])
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastxattn.ops.offsets import check_offsets
 from fastxattn.ops.pruning import checks, segments
-from fastxattn.ops.pruning.api import select
+from fastxattn.ops.pruning.api import select_tokens
 from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.selection import Selection
 
@@ -19,7 +19,9 @@ from fastxattn.ops.pruning.selection import Selection
 def _keep_where(keep: Tensor, cu_seqlens: Tensor, scores: Tensor | None = None, backend: str = "auto") -> Selection:
     """The selection of exactly the tokens with ``keep`` (total,) bool; ``scores`` only rank them."""
     counts = segments.segment_count(keep, cu_seqlens).to(torch.int32)
-    return select(keep.float() if scores is None else scores, cu_seqlens, counts, protected=keep, backend=backend)
+    return select_tokens(
+        keep.float() if scores is None else scores, cu_seqlens, counts, protected=keep, backend=backend
+    )
 
 
 def _counts(name: str, counts: int | Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def bipartite(
     b_index, cu_b = _rows_where(free & (place % 2 == 1), cu_seqlens)
     best, similarity = best_match(features, a_index, cu_a, b_index, cu_b, backend=backend)
     wanted = torch.where(cu_b.diff() > 0, torch.minimum(wanted, cu_a.diff()), 0)
-    merged = select(similarity, cu_a, wanted, backend=backend).assignment >= 0  # of A
+    merged = select_tokens(similarity, cu_a, wanted, backend=backend).assignment >= 0  # of A
     gone = segments.scattered(a_index, merged, total, False)
     kept = _keep_where(segments.inside(cu_seqlens, total) & ~gone, cu_seqlens, backend=backend)
     target = segments.scattered(a_index, best, total, -1)
@@ -195,7 +197,7 @@ def leftover(selection: Selection, *, average: bool = False, backend: str = "aut
     """
     cu_seqlens = selection.source_cu_seqlens
     counts = torch.minimum(selection.cu_seqlens.diff() + 1, cu_seqlens.diff())
-    kept = select(selection.scores, cu_seqlens, counts, protected=selection.protected, backend=backend)
+    kept = select_tokens(selection.scores, cu_seqlens, counts, protected=selection.protected, backend=backend)
     total = selection.assignment.shape[0]
     sequence, inside = segments.sequence_ids(cu_seqlens, total), segments.inside(cu_seqlens, total)
     seat = inside & (kept.assignment >= 0) & (selection.assignment < 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastxattn.ops.offsets import check_offsets, readable
 from fastxattn.ops.pruning import checks, merge, segments
-from fastxattn.ops.pruning.api import select
+from fastxattn.ops.pruning.api import select_tokens
 from fastxattn.ops.pruning.budget import Budget, counts_of
 from fastxattn.ops.pruning.ops import run
 from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
@@ -31,7 +31,7 @@ def attention_topk(
     model: FastV (2403.06764), and by stages PyramidDrop (2410.17247). With column sums: HiPrune (2508.00553) and
     SparseVLM's text raters (2410.04417).
     """
-    return select(attention, cu_seqlens, budget, **options)
+    return select_tokens(attention, cu_seqlens, budget, **options)
 
 
 def evit(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, attention: Tensor, **options: Any) -> Selection:
@@ -40,7 +40,9 @@ def evit(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, *, attention: Tenso
     The fused token is ``sum_i a_i x_i`` over the dropped tokens with their raw attention, as in the paper. It sits
     where the best dropped token was; the paper appends it.
     """
-    return merge.leftover(select(attention, cu_seqlens, budget, **options), backend=options.get("backend", "auto"))
+    return merge.leftover(
+        select_tokens(attention, cu_seqlens, budget, **options), backend=options.get("backend", "auto")
+    )
 
 
 def tome(
@@ -100,7 +102,7 @@ def _greedy(
         most = budget.per_sequence(most, options.get("max_seqlen"))
     flat = tokens.detach().flatten(1).contiguous()
     scores = run("greedy", flat, backend, flat, quality, cu_seqlens.contiguous(), counts, protected, mode, most)
-    return select(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, **options)
+    return select_tokens(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, **options)
 
 
 def divprune(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
@@ -167,7 +169,7 @@ def visionzip(
         checks.check_vector("protected", protected, attention.shape[0], torch.bool)
         guarded = segments.segment_count(protected, cu_seqlens).to(torch.int32)
         dominant = torch.maximum(dominant, torch.minimum(guarded, most))
-    kept = select(attention, cu_seqlens, dominant, **options)
+    kept = select_tokens(attention, cu_seqlens, dominant, **options)
     return merge.contextual(kept, tokens, most - dominant, backend=options.get("backend", "auto"))
 
 
@@ -178,7 +180,7 @@ def prumerge(
 
     Without a ``budget`` the number of outliers decides (``Budget.adaptive``), differently for every image.
     """
-    kept = select(attention, cu_seqlens, Budget.adaptive() if budget is None else budget, **options)
+    kept = select_tokens(attention, cu_seqlens, Budget.adaptive() if budget is None else budget, **options)
     return merge.nearest(kept, tokens, weight=attention, backend=options.get("backend", "auto"))
 
 
@@ -198,7 +200,9 @@ def random_tokens(
     # A counter for each (sequence, place), hashed with the seed: nothing is drawn in turn.
     bits = _mixed(_mixed(sequence + _signed(seed * _GOLDEN)) + place)
     scores = (bits >> 40).float() + 2**23  # 24 bits: exact in float32
-    return select(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, backend=backend, **options)
+    return select_tokens(
+        scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, backend=backend, **options
+    )
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -268,7 +272,7 @@ def uniform_grid(
     else:
         row, column = _grid_places(cu_seqlens, total, columns, protected)
         scores = (row * 0.7548776662466927 + column * 0.5698402909980532) % 1
-    return select(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, **options)
+    return select_tokens(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, **options)
 
 
 def average_pool(
@@ -302,7 +306,7 @@ def norm(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> 
     checks.check_rows("tokens", tokens)
     # Squares of float32 overflow from 1e19 on.
     length = torch.linalg.vector_norm(tokens.detach().flatten(1), dim=1, dtype=torch.float64)
-    return select(length, cu_seqlens, budget, **options)
+    return select_tokens(length, cu_seqlens, budget, **options)
 
 
 STRATEGIES: dict[str, Callable[..., Selection]] = {
@@ -336,7 +340,7 @@ def check_selection(name: str, selection: object, protected: Tensor | None) -> N
         raise TypeError(f"strategy {name} must return a Selection; got {type(selection).__name__}")
     if protected is None:
         return
-    advice = "pass `protected` on, as in select(..., protected=protected)"
+    advice = "pass `protected` on, as in select_tokens(..., protected=protected)"
     source, index = selection.source_cu_seqlens, selection.keep_index
     if not (readable(index) and readable(source) and readable(protected)):
         if selection.protected is None:

@@ -8,7 +8,7 @@
 #include <map>
 #include <string>
 
-#include "core/cuda_device.h"
+#include "core/cuda/device.h"
 
 namespace fastxattn::simt {
 

@@ -1,7 +1,7 @@
 // Kernels with TMA copies, mbarriers and wgmma with planted faults, beside their sound twins: test_simt_hopper.py
 // expects each fault to be caught.
-#include "core/cuda_hopper.h"
-#include "core/cuda_matrix.cuh"
+#include "core/cuda/hopper.h"
+#include "core/cuda/matrix.cuh"
 #include "simt/bind.h"
 
 namespace fastxattn::simt {

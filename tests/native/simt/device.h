@@ -1,4 +1,4 @@
-// The primitives of core/cuda_device.h on the CPU, each checked by the runner. Include that header, not this one.
+// The primitives of core/cuda/device.h on the CPU, each checked by the runner. Include that header, not this one.
 #pragma once
 
 #include <bit>

@@ -1,6 +1,6 @@
 // ldmatrix, mma and wgmma: what the last lane to arrive computes for its warp or warp group. Fragments lie as the PTX
 // manual draws them.
-#include "core/cuda_hopper.h"
+#include "core/cuda/hopper.h"
 
 namespace fastxattn::gpu::detail {
 namespace {

@@ -1,4 +1,4 @@
-// The SIMT runner: executes a kernel written against core/cuda_device.h, block after block, on one CPU thread.
+// The SIMT runner: executes a kernel written against core/cuda/device.h, block after block, on one CPU thread.
 //
 // The threads of a block are fibers that run until they need each other: at a barrier, or at a warp function, where the
 // last lane to arrive computes the result for all. What a GPU would leave undefined is a fault (SimtFault): see

@@ -1,0 +1,2 @@
+#include "absorbed_attention/absorbed_attention_backward.inl"
+#include "absorbed_attention/absorbed_attention_forward.inl"

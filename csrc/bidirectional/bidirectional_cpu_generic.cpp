@@ -1,1 +1,0 @@
-#include "bidirectional/bidirectional_cpu.inl"

@@ -1,0 +1,1 @@
+#include "co_attention/co_attention_cpu.inl"

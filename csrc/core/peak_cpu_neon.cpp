@@ -1,1 +1,0 @@
-#include "core/peak_cpu.inl"
