@@ -18,13 +18,19 @@ import torch
 from fastxattn.runtime import env
 
 
+def _no_run(problem: Any) -> Any:
+    raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run an operation."""
 
     name: str
     supports: Callable[[Any], str | None]
-    """Takes the operation's problem description; None when it can run it, else the reason why not."""
+    """Takes the operation's problem; None when it can run it, else the reason why not."""
+    run: Callable[[Any], Any] = _no_run
+    """Takes a validated problem; returns the operation's results, differentiably."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,12 @@ def resolve(op: str, backends: Sequence[Backend], problem: object, requested: st
     if named.startswith("backend="):
         raise ValueError(f"{op}: backend must be auto or one of {known}; got {requested!r}")
     raise ValueError(f"{op}: {named} names a backend that this operation lacks; it has {known}")
+
+
+def dispatch(op: str, backends: Sequence[Backend], problem: object, requested: str) -> Any:
+    """The results of ``problem`` on the backend that :func:`resolve` names; raises as it does."""
+    name = resolve(op, backends, problem, requested)
+    return next(b for b in backends if b.name == name).run(problem)
 
 
 def _default(name: str) -> str:
