@@ -15,9 +15,8 @@ from torch import Tensor
 
 from benchmarks.common import main, nbytes
 from fastxattn.bench import Case, Workload
-from fastxattn.ops.attention import dispatch as attention
-from fastxattn.ops.co_attention import dispatch
-from fastxattn.ops.co_attention.problem import CoAttentionProblem
+from fastxattn.ops.co_attention import backends
+from fastxattn.ops.co_attention.problem import Problem
 from fastxattn.ops.co_attention.reference import co_attention_reference
 from fastxattn.runtime import native
 from fastxattn.testing import measure_error
@@ -43,18 +42,20 @@ def eager(problem: list[Tensor], hidden: list[Tensor], scale: float) -> tuple[Te
     return out_a, scores.masked_fill(hidden[0][:, None, :, None], -torch.inf).softmax(-2).mT @ value_a
 
 
+def problem_of(sides: list[Tensor], offsets: list[Tensor], scale: float) -> Problem:
+    """Queries of a and b, values of a and b, offsets of a and b."""
+    return Problem(**dict(zip(Problem.names, (*sides, *offsets), strict=False)), scale=scale)
+
+
 def workload(dtype: torch.dtype, grad: bool, of_a: list[int], of_b: list[int], heads: int, dim: int) -> Workload:
     g = torch.Generator().manual_seed(0)
     tensors = [
         torch.randn(sum(n), heads, dim, generator=g).to(dtype).requires_grad_(grad) for n in (of_a, of_b, of_a, of_b)
     ]
     offsets = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32) for n in (of_a, of_b)]
-    problem = CoAttentionProblem(*tensors, *offsets, scale=dim**-0.5)
+    problem = problem_of(tensors, offsets, dim**-0.5)
     wide = [padded(t.detach(), n).requires_grad_(grad) for t, n in zip(tensors, (of_a, of_b) * 2, strict=True)]
     hidden = [torch.arange(max(n)) >= torch.tensor(n)[:, None] for n in (of_a, of_b)]
-
-    def two_calls(p: CoAttentionProblem) -> tuple[Tensor, Tensor]:
-        return attention.run("cpu", p.direction(0))[0], attention.run("cpu", p.direction(1))[0]
 
     def provider(call: Callable[[], tuple[Tensor, Tensor]], leaves: list[Tensor]) -> Callable[[], Any]:
         def forward_backward() -> Any:
@@ -67,14 +68,14 @@ def workload(dtype: torch.dtype, grad: bool, of_a: list[int], of_b: list[int], h
         first = [t.detach()[: n[0]].requires_grad_(grad) for t, n in zip(tensors, (of_a, of_b) * 2, strict=True)]
         ends = [o[:2].contiguous() for o in offsets]
 
-        def results(run: Callable[..., Any], given: list[Tensor]) -> list[Tensor]:
-            outs = run(*given, *ends, scale=problem.scale)
+        def results(run: Callable[[Problem], tuple[Tensor, Tensor]], given: list[Tensor]) -> list[Tensor]:
+            outs = run(problem_of(given, ends, problem.scale))
             return [*outs, *(torch.autograd.grad(outs, given, [o.detach() for o in outs]) if grad else ())]
 
-        ours = results(lambda *a, scale: dispatch.one_pass("cpu", CoAttentionProblem(*a, scale=scale)), first)
+        found = results(lambda p: backends.one_pass("cpu", p), first)
         exact = results(co_attention_reference, [t.detach().double().requires_grad_(grad) for t in first])
         plain = results(co_attention_reference, first)
-        for i, (mine, reference, yardstick) in enumerate(zip(ours, exact, plain, strict=True)):
+        for i, (mine, reference, yardstick) in enumerate(zip(found, exact, plain, strict=True)):
             report = measure_error(f"result {i}", mine, reference, yardstick, backward=i > 1)
             if not report.ok:
                 return str(report)
@@ -83,8 +84,8 @@ def workload(dtype: torch.dtype, grad: bool, of_a: list[int], of_b: list[int], h
     pairs = sum(a * b for a, b in zip(of_a, of_b, strict=True))
     return Workload(
         {
-            "fastxattn cpu": provider(lambda: dispatch.one_pass("cpu", problem), tensors),
-            "two calls": provider(lambda: two_calls(problem), tensors),
+            "fastxattn cpu": provider(lambda: backends.one_pass("cpu", problem), tensors),
+            "two calls": provider(lambda: backends.two_calls("cpu", problem), tensors),
             "eager": provider(lambda: eager(wide, hidden, problem.scale), wide),
         },
         rival="two calls",

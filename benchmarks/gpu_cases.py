@@ -18,7 +18,7 @@ from benchmarks.bench_contrastive import eager_clip, eager_siglip
 from benchmarks.common import nbytes
 from fastxattn.bench import Case, Workload
 from fastxattn.ops import importance
-from fastxattn.ops.co_attention.dispatch import ONE_PASS
+from fastxattn.ops.co_attention.backends import ONE_PASS
 from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
 from fastxattn.ops.late_interaction import maxsim
 from fastxattn.ops.pruning import Budget, prune_tokens

@@ -107,8 +107,8 @@ ALWAYS_OPTIONAL = {*OPTIONAL["rich"], "p_slot_q", "p_slot_k"}
 def cases(arch: str) -> Iterator[Case]:
     """Every configuration shipped for an architecture, with every argument its class of problems may have."""
     from fastxattn.ops.attention.triton import config
-    from fastxattn.ops.co_attention import config as co_attention
-    from fastxattn.ops.importance import config as importance
+    from fastxattn.ops.co_attention import kernels_triton as co_attention
+    from fastxattn.ops.importance import kernels_triton as importance
 
     for kernel, kind, dim, tile in config.shipped(arch == "sm_80"):
         dtype = "fp32" if kind.startswith("single") else "fp16"
@@ -119,11 +119,11 @@ def cases(arch: str) -> Iterator[Case]:
             yield Case("attention", "merge", dtype, dim, "plain", _named(merge))
         if kernel == "backward_query" and dtype == "fp32":
             yield Case("attention", "backward_sums", dtype, dim, variant, _named(tile))
-    for op, kernel, table in (
-        ("importance", "importance", importance.shipped()), ("co_attention", "backward", co_attention.shipped()),
-    ):  # fmt: skip
-        for kind, dim, tile in table:
-            yield Case(op, kernel, "fp32" if kind == "single" else "fp16", dim, "rich", _named(tile))
+    others = {("importance", "importance"): importance.TILES, ("co_attention", "backward"): co_attention.TILES}
+    for (op, kernel), kinds in others.items():
+        for kind, table in kinds.items():
+            for dim, tile in table.items():
+                yield Case(op, kernel, "fp32" if kind == "single" else "fp16", dim, "rich", _named(tile))
 
     yield from (Case(*facts) for facts in offline_losses.cases())
 
@@ -179,13 +179,13 @@ def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
     if case.op in offline_losses.OPS:
         return offline_losses.kernel_of(case.op, case.kernel, case.dtype)
     from fastxattn.ops.attention.triton import backward, backward_bias, config, forward
-    from fastxattn.ops.co_attention import triton_kernel as co_attention
-    from fastxattn.ops.importance import triton_kernel
+    from fastxattn.ops.co_attention import kernels_triton as co_attention
+    from fastxattn.ops.importance import kernels_triton as importance
 
     kernels = {
         "forward": forward.attention_forward, "split": forward.attention_forward, "merge": forward.attention_merge,
         "backward_query": backward.attention_backward_query, "backward_key": backward.attention_backward_key,
-        "backward_bias": backward_bias.attention_backward_bias, "importance": triton_kernel.importance,
+        "backward_bias": backward_bias.attention_backward_bias, "importance": importance.importance,
         "backward_sums": backward.attention_backward_sums, "backward": co_attention.co_attention_backward_rows,
     }  # fmt: skip
     full = case.variant == "rich"

@@ -1,12 +1,13 @@
-"""Measures tile sizes of the Triton kernels on this machine's GPU and writes the fastest to the tuning cache.
+"""Measure tile sizes of the Triton kernels on this machine's GPU and write the fastest to the tuning cache.
 
-:func:`run` is what ``fastxattn tune`` calls. From the shipped tile it walks to the neighbour that is fastest (half or
-twice either block, other warps, one pipeline stage more or less) until none is faster, and leaves the answer in
+:func:`run` is what ``fastxattn tune`` calls. From the shipped tile it steps to the neighbour that is fastest (half or
+twice either block, other warps, one pipeline stage more or less) until none is faster, and stores the result in
 :func:`fastxattn.runtime.tuning.cache_path` for every later process. A tile changes speed, never a result's meaning.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,27 +18,28 @@ from fastxattn.ops.attention.autograd import BACKWARD, FORWARD
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.ops.attention.triton import config
-from fastxattn.ops.co_attention import config as co_attention
-from fastxattn.ops.co_attention.autograd import BACKWARD as BOTH
-from fastxattn.ops.co_attention.problem import CoAttentionProblem
-from fastxattn.ops.importance import config as importance
-from fastxattn.ops.importance.autograd import FORWARD as IMPORTANCE
-from fastxattn.ops.importance.problem import ImportanceProblem
+from fastxattn.ops.co_attention import operator as co_attention
+from fastxattn.ops.co_attention import problem as co_attention_problem
+from fastxattn.ops.importance import operator as importance
+from fastxattn.ops.importance import problem as importance_problem
 from fastxattn.runtime import tuning
 
 Tile = tuple[int, int, int, int]
 Call = Callable[[], object]
-STEPS = 3  # walks at most this far from the shipped tile
-_WANTED = {
-    "backward_query": NEEDS["query"], "backward_key": NEEDS["key"] + NEEDS["value"], "backward_bias": NEEDS["bias"],
-}  # fmt: skip
+STEPS = 3
+"""From the shipped tile, at most."""
+_TARGETS = {
+    "backward_query": NEEDS["query"],
+    "backward_key": NEEDS["key"] + NEEDS["value"],
+    "backward_bias": NEEDS["bias"],
+}
 
 
 def keys(kernels: tuple[str, ...] = (), dims: tuple[int, ...] = ()) -> list[tuple[str, Tile]]:
     """(op.kernel.kind.dim, shipped tile) of everything that can be tuned, or of the kernels and head dims named."""
     found = [(f"attention.{k}.{kind}.{dim}", tile) for k, kind, dim, tile in config.shipped()]
-    found += [(f"importance.importance.{kind}.{dim}", tile) for kind, dim, tile in importance.shipped()]
-    found += [(f"co_attention.backward.{kind}.{dim}", tile) for kind, dim, tile in co_attention.shipped()]
+    for kernel, table in _other_tiles().items():
+        found += [(f"{kernel}.{kind}.{dim}", tile) for kind, row in table.items() for dim, tile in row.items()]
     known = sorted({key.rsplit(".", 2)[0] for key, _ in found})
     for kernel in kernels:
         if kernel not in known:
@@ -47,6 +49,16 @@ def keys(kernels: tuple[str, ...] = (), dims: tuple[int, ...] = ()) -> list[tupl
         for key, tile in found
         if (not kernels or key.rsplit(".", 2)[0] in kernels) and (not dims or int(key.rsplit(".", 1)[1]) in dims)
     ]
+
+
+def _other_tiles() -> dict[str, dict[str, dict[int, config.Tile]]]:
+    """Tables of the kernels besides attention's: op.kernel -> kind -> widest head dim -> tile."""
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("tune: Triton is not installed, so there are no tiles to measure")
+    from fastxattn.ops.co_attention import kernels_triton as co_attention_kernels
+    from fastxattn.ops.importance import kernels_triton as importance_kernels
+
+    return {"importance.importance": importance_kernels.TILES, "co_attention.backward": co_attention_kernels.TILES}
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
@@ -75,33 +87,44 @@ def problem_of(kernel: str, kind: str, dim: int, device: str) -> Problem:
     offsets_q, offsets_k = (
         torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=device) for n in (queries, keys_)
     )
-    problem = Problem(query, key, value, offsets_q, offsets_k, scale=dim**-0.5)
+    problem = Problem(
+        query=query, key=key, value=value, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k, scale=dim**-0.5
+    )
     if kind.endswith("rich"):
-        problem = problem._replace(key_bias=torch.zeros(key.shape[0], dtype=torch.float32, device=device))
+        problem = problem.replace(key_bias=torch.zeros(key.shape[0], dtype=torch.float32, device=device))
     if kernel == "backward_bias":
-        problem = problem._replace(bias=torch.zeros(1, 8, queries, keys_, dtype=dtype, device=device))
+        problem = problem.replace(bias=torch.zeros(1, 8, queries, keys_, dtype=dtype, device=device))
     return problem
 
 
 def call_of(key: str, device: str) -> Call:
-    """What is timed for a key: the operator call in which that kernel does the work that changes."""
+    """The operator call that is timed for a key: that kernel does the work in it that depends on the tile."""
     op, kernel, kind, dim = key.split(".")
     problem = problem_of(kernel, kind, int(dim), device)
-    if op == "importance":
-        lse = torch.full((8, problem.query.shape[0]), 6.0, dtype=torch.float32, device=device)
-        scored = ImportanceProblem(
-            problem.query, problem.key, lse, problem.cu_seqlens_q, problem.cu_seqlens_k, scale=problem.scale
-        )
-        return lambda: IMPORTANCE["triton"](*scored)
-    if op == "co_attention":
-        q, k, v, offsets = problem.query, problem.key, problem.value, problem.cu_seqlens_q
+    q, k, v, offsets = problem.query, problem.key, problem.value, problem.cu_seqlens_q
+    if op != "attention":
         lse = torch.full((8, q.shape[0]), 6.0, dtype=torch.float32, device=device)
-        both = CoAttentionProblem(q, k, v, v, offsets, offsets, scale=problem.scale)
-        return lambda: BOTH["triton"](q, k, v, v, lse, lse, *both, 15)
+    if op == "importance":
+        scored = importance_problem.Problem(
+            query=q, key=k, lse=lse, cu_seqlens_q=offsets, cu_seqlens_k=problem.cu_seqlens_k, scale=problem.scale
+        )
+        return lambda: importance.FORWARD["triton"](*scored.values())
+    if op == "co_attention":
+        both = co_attention_problem.Problem(
+            query_a=q,
+            query_b=k,
+            value_a=v,
+            value_b=v,
+            cu_seqlens_a=offsets,
+            cu_seqlens_b=offsets,
+            scale=problem.scale,
+        )
+        needs = sum(both.bits[name] for name in ("query_a", "query_b", "value_a", "value_b"))
+        return lambda: co_attention.BACKWARD["triton"](q, k, v, v, lse, lse, *both.values(), needs)
     if kernel in ("forward", "split"):
-        return lambda: FORWARD["triton"](*problem)
-    out, lse = FORWARD["triton"](*problem)
-    return lambda: BACKWARD["triton"](out, None, out, lse, *problem, _WANTED[kernel])
+        return lambda: FORWARD["triton"](*problem.values())
+    out, lse = FORWARD["triton"](*problem.values())
+    return lambda: BACKWARD["triton"](out, None, out, lse, *problem.values(), _TARGETS[kernel])
 
 
 def milliseconds(call: Call, rounds: int = 20) -> float:
@@ -119,9 +142,7 @@ def milliseconds(call: Call, rounds: int = 20) -> float:
     return statistics.median(times)
 
 
-def run(
-    kernels: tuple[str, ...] = (), dims: tuple[int, ...] = (), report: Callable[[str], object] = print
-) -> Path:  # fmt: skip
+def run(kernels: tuple[str, ...] = (), dims: tuple[int, ...] = (), report: Callable[[str], object] = print) -> Path:
     """Tune every shipped configuration, or those of the named ``op.kernel`` and head dims; returns the cache's path.
 
     Raises:

@@ -3,17 +3,32 @@
 import torch
 
 from fastxattn.ops.attention.reference import attention_reference
-from fastxattn.ops.importance import dispatch
-from fastxattn.ops.importance.problem import ImportanceProblem
+from fastxattn.ops.importance import backends
+from fastxattn.ops.importance.problem import Problem
 from fastxattn.ops.importance.reference import importance_reference
 from fastxattn.testing import measure_error, offsets
 
-LEAVES = ("query", "key", "lse", "key_bias", "row_weight")
+LEAVES = tuple(Problem.bits)
 
 
-def make(dtype, lengths_q=(5, 0, 37, 1), lengths_k=(40, 33, 70, 7), heads=4, kv_heads=4, dim=64, key_bias=0,
-row_weight=0,
-         kv_range=False, softcap=0.0, probe=False, key_index=False, lse_shift=0.0, device="cpu", seed=0):  # fmt: skip
+def make(
+    dtype,
+    lengths_q=(5, 0, 37, 1),
+    lengths_k=(40, 33, 70, 7),
+    heads=4,
+    kv_heads=4,
+    dim=64,
+    key_bias=0,
+    row_weight=0,
+    kv_range=False,
+    probe=False,
+    key_index=False,
+    lse_shift=0.0,
+    device="cpu",
+    seed=0,
+    **numbers,
+):
+    """``key_bias`` and ``row_weight`` are axes, ``numbers`` fields of the problem as they are."""
     g = torch.Generator().manual_seed(seed)
     offsets_q, offsets_k = offsets(lengths_q), offsets(lengths_k)
     rows_q, rows_k = sum(lengths_q) + 2, sum(lengths_k) + 3
@@ -32,23 +47,28 @@ row_weight=0,
         extra["key_index"] = torch.randint(0, rows_k, (int(offsets_k[-1]),), generator=g).int()
     query = torch.randn(rows_q, heads, dim, generator=g).to(dtype)
     key = torch.randn(rows_k, kv_heads, dim, generator=g).to(dtype)
-    problem = ImportanceProblem(query, key, None, offsets_q, offsets_k, scale=dim**-0.5, softcap=softcap, **extra)
-    wide = {name: t.double() for name in ("query", "key", "key_bias") if (t := getattr(problem, name)) is not None}
-    _, lse = attention_reference(*problem._replace(**wide).attention())
+    sides = {"query": query, "key": key, "cu_seqlens_q": offsets_q, "cu_seqlens_k": offsets_k}
+    problem = Problem(lse=None, **sides, **{"scale": dim**-0.5} | numbers, **extra)
+    _, lse = attention_reference(*in_float64(problem).attention().values())
     if probe:  # the last query of each sequence that has one
         last = offsets_q[1:] - 1
         there = torch.tensor(lengths_q) > 0
-        problem = problem._replace(
+        problem = problem.replace(
             query_index=last[there].contiguous(),
             cu_seqlens_q=torch.cat([torch.zeros(1), there.cumsum(0)]).int(),
         )
-    problem = problem._replace(lse=(lse + lse_shift).float())
-    return problem._replace(**{n: t.to(device) for n, t in problem._asdict().items() if isinstance(t, torch.Tensor)})
+    problem = problem.replace(lse=(lse + lse_shift).float())
+    return problem.replace(**{n: t.to(device) for n in problem.tensors if (t := getattr(problem, n)) is not None})
+
+
+def in_float64(problem):
+    """The same rounded inputs in float64."""
+    return problem.replace(**{n: t.double() for n in LEAVES if (t := getattr(problem, n)) is not None})
 
 
 def results(fn, problem, *, backward=True):
     leaves = {n: t.detach().clone().requires_grad_(backward) for n in LEAVES if (t := getattr(problem, n)) is not None}
-    score = fn(problem._replace(**leaves))
+    score = fn(problem.replace(**leaves))
     found = {"score": score.detach()}
     if backward:
         g = torch.randn(score.shape, generator=torch.Generator().manual_seed(3)).to(score)
@@ -59,12 +79,11 @@ def results(fn, problem, *, backward=True):
 
 def reports(backend, problem, *, backward=True):
     """Every result's errors beside its budget."""
-    ours = results(lambda p: dispatch.score_of(p, p.scale, backend), problem, backward=backward)
-    wide = {n: t.double() for n in LEAVES if (t := getattr(problem, n)) is not None}
-    oracle = results(importance_reference, problem._replace(**wide), backward=backward)
+    found = results(lambda p: backends.score_of(p, backend), problem, backward=backward)
+    oracle = results(importance_reference, in_float64(problem), backward=backward)
     dtype = problem.query.dtype
     eager = results(lambda p: importance_reference(p, matmul_dtype=dtype), problem, backward=backward)
-    return [measure_error(n, value, oracle[n], eager[n], backward=n != "score") for n, value in ours.items()]
+    return [measure_error(n, value, oracle[n], eager[n], backward=n != "score") for n, value in found.items()]
 
 
 def check(backend, problem, *, backward=True):

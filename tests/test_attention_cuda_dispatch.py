@@ -12,9 +12,8 @@ from fastxattn.ops.attention import cuda, dispatch, flash
 from fastxattn.ops.attention.autograd import BACKWARD, FORWARD
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.schema import NEEDS
-from fastxattn.ops.co_attention import schema as co_attention_schema
-from fastxattn.ops.co_attention.autograd import BACKWARD as co_attention_backward
-from fastxattn.ops.co_attention.problem import CoAttentionProblem
+from fastxattn.ops.co_attention.operator import BACKWARD as co_attention_backward
+from fastxattn.ops.co_attention.problem import Problem as CoAttentionProblem
 from fastxattn.runtime import native
 from fastxattn.runtime.backend import explain
 
@@ -44,10 +43,11 @@ def test_fake_cuda_tensors_go_to_triton_and_back():
         a, b = torch.empty(20, 2, 64, device="cuda", dtype=torch.float16), p.key
         out_a, out_b = fastxattn.co_attention(a, b, a, b, p.cu_seqlens_q, p.cu_seqlens_k)
         assert out_a.shape == (20, 2, 64) and out_b.shape == (30, 2, 64) and out_b.device.type == "cuda"
-        both = CoAttentionProblem(a, b, a, b, p.cu_seqlens_q, p.cu_seqlens_k, torch.empty(20, device="cuda"))
-        needs = co_attention_schema.NEEDS["query_b"] + co_attention_schema.NEEDS["bias_a"]
+        offsets = (p.cu_seqlens_q, p.cu_seqlens_k)
+        both = CoAttentionProblem.of((a, b, a, b, *offsets, torch.empty(20, device="cuda"), None, 1.0, 0.0, 0.0, None))
+        needs = both.bits["query_b"] + both.bits["key_bias_a"]
         lse_a, lse_b = torch.empty(2, 20, device="cuda"), torch.empty(2, 30, device="cuda")
-        grads = co_attention_backward["triton"](out_a, out_b, out_a, out_b, lse_a, lse_b, *both, needs)
+        grads = co_attention_backward["triton"](out_a, out_b, out_a, out_b, lse_a, lse_b, *both.values(), needs)
         assert [tuple(g.shape) for g in grads] == [(0,), (30, 2, 64), (0,), (0,), (2, 20), (0,)]
         found = explain("attention", dispatch.BACKENDS, p)
         assert found.chosen == "triton"

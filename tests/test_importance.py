@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
 
 import fastxattn
 from fastxattn.ops.attention.reference import attention_reference
-from fastxattn.ops.importance import dispatch
+from fastxattn.ops.importance import backends
+from fastxattn.ops.importance.api import count_queries
 from fastxattn.ops.importance.reference import importance_reference
 from fastxattn.runtime import native
 from fastxattn.testing.bounds import checked_accesses
@@ -80,13 +81,13 @@ def small_tiles(monkeypatch):
     pytest.importorskip("triton")
     from fastxattn.ops.attention.triton import launch
     from fastxattn.ops.attention.triton.config import Tile
-    from fastxattn.ops.importance import triton_kernel
+    from fastxattn.ops.importance import kernels_triton
 
     if TRITON_DEVICE == "cuda":
         yield
         return
     monkeypatch.setattr(launch.Launch, "tile", lambda self, kernel: Tile(32, 32, 4, 1))
-    monkeypatch.setattr(triton_kernel, "tile_for", lambda *_: Tile(32, 32, 4, 1))
+    monkeypatch.setattr(kernels_triton, "tile_for", lambda *_: Tile(32, 32, 4, 1))
     with checked_accesses():
         yield
 
@@ -97,22 +98,22 @@ def test_columns_of_the_map(backend):
     p = make(torch.float32, device=TRITON_DEVICE if backend == "triton" else "cpu")
     offsets = (p.cu_seqlens_q, p.cu_seqlens_k)
     _, lse = fastxattn.varlen_cross_attention(p.query, p.key, p.key, *offsets, return_lse=True, backend=backend)
-    score = fastxattn.key_importance(p.query, p.key, lse, *offsets, reduce="none", backend=backend)
+    score = fastxattn.key_importance(p.query, p.key, lse, *offsets, reduction="none", backend=backend)
     q, k = p.query[5:42], p.key[73:143]
     wanted = torch.einsum("ihd,jhd->hij", q, k).mul(64**-0.5).softmax(-1).sum(1)
     torch.testing.assert_close(score[:, 73:143], wanted, rtol=1e-4, atol=1e-5)
     assert not score[:, 40:73].any(), "keys of a sequence without queries must get 0"
     assert not score[:, 150:].any(), "keys of no sequence must get 0"
-    for reduce in ("mean", "sum", "max"):
-        reduced = fastxattn.key_importance(p.query, p.key, lse, *offsets, reduce=reduce, backend=backend)
-        whole = {"mean": score.mean(0), "sum": score.sum(0), "max": score.amax(0)}[reduce]
+    for reduction in ("mean", "sum", "max"):
+        reduced = fastxattn.key_importance(p.query, p.key, lse, *offsets, reduction=reduction, backend=backend)
+        whole = {"mean": score.mean(0), "sum": score.sum(0), "max": score.amax(0)}[reduction]
         torch.testing.assert_close(reduced, whole)
 
 
 @pytest.mark.parametrize("feature", ["plain", "range_softcap", "probe"])
 def test_normalised_by_the_queries_that_see_a_key(feature):
     p = make(torch.float32, **FEATURES[feature])
-    counts = dispatch.count_queries(p)
+    counts = count_queries(p)
     wanted = torch.zeros_like(counts)
     for b in range(4):
         slots = range(int(p.cu_seqlens_q[b]), int(p.cu_seqlens_q[b + 1]))
@@ -126,21 +127,21 @@ def test_normalised_by_the_queries_that_see_a_key(feature):
     assert torch.equal(counts, wanted)
     given = (p.query, p.key, p.lse, p.cu_seqlens_q, p.cu_seqlens_k)
     options = {"kv_range": p.kv_range, "query_index": p.query_index, "key_index": p.key_index, "softcap": p.softcap}
-    plain = fastxattn.key_importance(*given, **options, reduce="sum")
-    scaled = fastxattn.key_importance(*given, **options, reduce="sum", normalize=True)
+    plain = fastxattn.key_importance(*given, **options, reduction="sum")
+    scaled = fastxattn.key_importance(*given, **options, reduction="sum", normalize=True)
     torch.testing.assert_close(scaled * counts.clamp(min=1), plain)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unseen_rows_may_hold_nan(backend):
     p = make(torch.float32, device=TRITON_DEVICE if backend == "triton" else "cpu")
-    clean = dispatch.score_of(p, p.scale, backend)
+    clean = backends.score_of(p, backend)
     query, key, lse = p.query.clone(), p.key.clone(), p.lse.clone()
     query[43:], lse[:, 43:] = float("nan"), float("nan")
     key[150:] = float("nan")
-    assert torch.equal(dispatch.score_of(p._replace(query=query, key=key, lse=lse), p.scale, backend), clean)
+    assert torch.equal(backends.score_of(p.replace(query=query, key=key, lse=lse), backend), clean)
     query[6, 1] = float("nan")  # a valid query of the third sequence, which starts at key 73
-    found = dispatch.score_of(p._replace(query=query), p.scale, backend)
+    found = backends.score_of(p.replace(query=query), backend)
     bad = found.isnan()
     assert bad[1, 73:143].all()
     assert int(bad.sum()) == 70
@@ -151,27 +152,27 @@ def test_bitwise_equal_for_any_number_of_threads_and_any_neighbours():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = dispatch.score_of(p, p.scale, "cpu")
+        one = backends.score_of(p, "cpu")
         torch.set_num_threads(3)
-        assert torch.equal(dispatch.score_of(p, p.scale, "cpu"), one)
+        assert torch.equal(backends.score_of(p, "cpu"), one)
     finally:
         torch.set_num_threads(before)
-    alone = p._replace(cu_seqlens_q=p.cu_seqlens_q[:2].contiguous(), cu_seqlens_k=p.cu_seqlens_k[:2].contiguous())
-    assert torch.equal(dispatch.score_of(alone, p.scale, "cpu")[:, :2000], one[:, :2000])
+    alone = p.replace(cu_seqlens_q=p.cu_seqlens_q[:2].contiguous(), cu_seqlens_k=p.cu_seqlens_k[:2].contiguous())
+    assert torch.equal(backends.score_of(alone, "cpu")[:, :2000], one[:, :2000])
 
 
 def test_empty_problems():
     p = make(torch.float32)
     none = torch.zeros(1, dtype=torch.int32)
     for backend in ("reference", "cpu"):
-        score = dispatch.score_of(p._replace(cu_seqlens_q=none, cu_seqlens_k=none), p.scale, backend)
+        score = backends.score_of(p.replace(cu_seqlens_q=none, cu_seqlens_k=none), backend)
         assert score.shape == (4, p.key.shape[0])
         assert not score.any()
 
 
 def test_opcheck_and_compile():
     p = make(torch.float32, **FEATURES["gqa_bias"])
-    torch.library.opcheck(torch.ops.fastxattn.importance_cpu, tuple(p))
+    torch.library.opcheck(torch.ops.fastxattn.importance_cpu, p.values())
 
     def fn(q, lse):
         return fastxattn.key_importance(q, p.key, lse, p.cu_seqlens_q, p.cu_seqlens_k, normalize=True)
@@ -187,9 +188,9 @@ def test_opcheck_and_compile():
 
 def test_gradcheck():
     p = make(torch.float64, lengths_q=(3, 2), lengths_k=(4, 3), heads=2, kv_heads=1, dim=3, key_bias=1, row_weight=1)
-    p = p._replace(**{n: getattr(p, n).double().requires_grad_() for n in LEAVES})
+    p = p.replace(**{n: getattr(p, n).double().requires_grad_() for n in LEAVES})
     assert torch.autograd.gradcheck(
-        lambda *leaves: importance_reference(p._replace(**dict(zip(LEAVES, leaves, strict=True)))),
+        lambda *leaves: importance_reference(p.replace(**dict(zip(LEAVES, leaves, strict=True)))),
         [getattr(p, n) for n in LEAVES],
     )
 
@@ -202,7 +203,7 @@ def test_gradcheck():
         ({"row_weight": torch.zeros(3)}, ValueError, "row_weight must have shape"),
         ({"key": torch.zeros(153, 4, 8)}, ValueError, "key must have the head_dim of query"),
         ({"query_index": torch.tensor([0, 0, 1, 2, 3], dtype=torch.int32)}, ValueError, "cu_seqlens_q must end within"),
-        ({"reduce": "median"}, ValueError, "reduce must be one of"),
+        ({"reduction": "median"}, ValueError, "reduction must be one of"),
         ({"backend": "cuda"}, ValueError, "backend must be"),
     ],
     ids=str,
@@ -216,18 +217,18 @@ def test_bad_input(change, error, match):
 
 def test_nan_weight_of_a_query_reaches_only_the_keys_it_sees():
     """A query that sees nothing adds nothing, whatever its weight; one that sees some keys reaches no others."""
-    backends = ["reference"] + ["cpu"] * (native.cpu_library().reason is None)
+    names = ["reference"] + ["cpu"] * (native.cpu_library().reason is None)
     if TRITON_DEVICE == "cpu" and importlib.util.find_spec("triton") is not None:
-        backends.append("triton")
+        names.append("triton")
     problem = make(torch.float32, lengths_q=(3, 70), lengths_k=(40, 130), kv_range=False, row_weight=1)
     ranges = torch.tensor([[0, 40]] * 3 + [[0, 130]] * 70 + [[0, 0]] * 2, dtype=torch.int32)
     ranges[1], ranges[2], ranges[50] = torch.tensor([7, 7]), torch.tensor([0, 5]), torch.tensor([100, 120])
-    _, lse = attention_reference(*problem._replace(kv_range=ranges).attention())
+    _, lse = attention_reference(*problem.replace(kv_range=ranges).attention().values())
     weight = problem.row_weight.clone()
     weight[[1, 2, 50]] = float("nan")
-    problem = problem._replace(kv_range=ranges, lse=lse, row_weight=weight)
+    problem = problem.replace(kv_range=ranges, lse=lse, row_weight=weight)
     nan = torch.zeros(173, dtype=torch.bool)  # three slots belong to nobody
     nan[:5] = nan[140:160] = True
-    for backend in backends:
-        score = dispatch.score_of(problem, problem.scale, backend)
+    for backend in names:
+        score = backends.score_of(problem, backend)
         assert torch.equal(score.isnan(), nan.expand_as(score)), backend

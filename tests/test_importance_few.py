@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastxattn.ops.importance import dispatch
+from fastxattn.ops.importance import backends
 from fastxattn.runtime import native
 from tests.importance_problems import check, make
 
@@ -28,7 +28,7 @@ def score(problem, threads=None):
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        return dispatch.score_of(problem, problem.scale, "cpu")
+        return backends.score_of(problem, "cpu")
     finally:
         torch.set_num_threads(before)
 
@@ -60,7 +60,7 @@ def test_the_same_bits_alone_and_on_any_threads(shape):
         used = torch.zeros_like(problem.cu_seqlens_q[1:])
         used[b] = problem.cu_seqlens_q[b + 1] - problem.cu_seqlens_q[b]
         mine = slice(int(problem.cu_seqlens_k[b]), int(problem.cu_seqlens_k[b + 1]))
-        assert torch.equal(score(problem._replace(seqused_q=used))[:, mine], whole[:, mine]), b
+        assert torch.equal(score(problem.replace(seqused_q=used))[:, mine], whole[:, mine]), b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -76,7 +76,7 @@ def test_strided_keys(shape, dtype):
     by_head = key.transpose(0, 1).contiguous().transpose(0, 1)
     for strided in (beside_values[:, :, 1], padded[1:, :, 2:-3], by_head):
         assert not strided.is_contiguous()
-        assert torch.equal(score(problem._replace(key=strided)), wanted)
+        assert torch.equal(score(problem.replace(key=strided)), wanted)
 
 
 @pytest.mark.parametrize("shape", ["options", "bias_of_kept", "groups"])
@@ -96,14 +96,14 @@ def test_keys_that_nobody_sees_are_not_read(shape):
         key[~rows] = torch.nan
     assert 0 < int(seen.sum()) < seen.shape[0]
     assert not wanted[:, ~seen].any()
-    assert torch.equal(score(problem._replace(key=key)), wanted)
+    assert torch.equal(score(problem.replace(key=key)), wanted)
 
 
 def test_faults_are_named_by_argument():
     """The operator refuses; Python then says what was wrong."""
     problem = make(torch.float32, **SHAPES["bias_of_kept"])
     with pytest.raises(ValueError, match="key_index must lie between 0 and"):
-        score(problem._replace(key_index=problem.key_index + 1000))
+        score(problem.replace(key_index=problem.key_index + 1000))
     falling = torch.tensor([0, 5, 2, 12], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens_q must not decrease; got 5 then 2"):
-        score(problem._replace(cu_seqlens_q=falling))
+        score(problem.replace(cu_seqlens_q=falling))

@@ -82,17 +82,17 @@ def co_attention(d: Draw) -> Trial:
         for side, of in (("a", of_a), ("b", of_b))
     }
     if d.often(0.3):
-        inputs["bias_b"] = torch.randn(sum(of_b), generator=d.g)
+        inputs["key_bias_b"] = torch.randn(sum(of_b), generator=d.g)
     softcap = d.of(0.0, 0.0, 3.0)
 
     def run(x: Inputs, backend: str) -> Any:
         sides = [x[name] for name in ("query_a", "query_b", "value_a", "value_b")]
-        bias = x.get("bias_b")
+        bias = x.get("key_bias_b")
         return fastxattn.co_attention(
-            *sides, offsets(of_a), offsets(of_b), softcap=softcap, bias_b=bias, backend=backend
+            *sides, offsets(of_a), offsets(of_b), softcap=softcap, key_bias_b=bias, backend=backend
         )
 
-    return Trial(f"{of_a} x {of_b}, {heads} x {dim}, {softcap}, {'bias_b' in inputs}", d.dtype, inputs, run)
+    return Trial(f"{of_a} x {of_b}, {heads} x {dim}, {softcap}, {'key_bias_b' in inputs}", d.dtype, inputs, run)
 
 
 def context(d: Draw) -> Trial:

@@ -26,7 +26,7 @@ def _faces() -> tuple[Any, ...]:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """From each compiled operator to the function that writes its node: torch's ``custom_translation_table``."""
     for room in ROOMS:
-        importlib.import_module(f"fastxattn.ops.{room}.schema")  # defines the operators
+        importlib.import_module(f"fastxattn.ops.{room}")  # defines the operators
     ours = {
         getattr(torch.ops.fastxattn, name).default: translate
         for face in _faces()

@@ -76,7 +76,7 @@ class Arguments:
         return sum(cls.bits.get(name, 0) for name, wanted in zip(cls.names, needed, strict=True) if wanted)
 
     @classmethod
-    def routed(cls, grads: Sequence[Tensor], needs: int) -> tuple[Tensor | None, ...]:
+    def routed(cls, grads: Sequence[Tensor | None], needs: int) -> tuple[Tensor | None, ...]:
         """One entry per field: its gradient where ``needs`` asks for it, else None.
 
         Args:
@@ -126,3 +126,11 @@ def _quick(generated: Any) -> Any:
             self.__dict__.update(fields)
 
     return __init__
+
+
+def default_scale(query: object, scale: float | None) -> float:
+    """``scale``; 1 / sqrt(width of the last axis of ``query``) when None."""
+    if scale is not None:
+        return scale
+    # Checks refuse a query that is no tensor or has no width.
+    return query.shape[-1] ** -0.5 if isinstance(query, Tensor) and query.ndim and query.shape[-1] != 0 else 1.0

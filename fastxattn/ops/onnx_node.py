@@ -1,9 +1,16 @@
-"""A node of our own domain for torch's exporter: what the ``ops/<op>/onnx.py`` rooms share."""
+"""Nodes of the domain ``fastxattn`` for torch's exporter, shared by the ``ops/<op>/onnx.py``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from onnx import TensorProto
 from onnx.defs import OpSchema
 from onnxscript import OnnxFunction, values
+
+from fastxattn.ops.arguments import Arguments
+from fastxattn.ops.onnx_parts import NO_INTS, given
 
 DOMAIN = values.Opset("fastxattn", 1)
 _TYPES = {
@@ -39,3 +46,20 @@ def node(function: OnnxFunction) -> values.Op:
         ],
     )
     return values.Op(DOMAIN, function.name, schema)
+
+
+def translation(problem: type[Arguments], made: values.Op, **absent: TensorProto) -> Callable[..., Any]:
+    """What torch's exporter calls for an operator with this problem's arguments: it writes the node.
+
+    Args:
+        problem: its tensors are the node's inputs, its numbers the attributes.
+        made: the node.
+        absent: the empty tensor that stands for None, by input; int32 with one axis where none is given.
+    """
+
+    def translate(*arguments: Any) -> Any:
+        by_name = dict(zip(problem.names, arguments, strict=True))
+        inputs = [given(by_name[name], absent.get(name, NO_INTS)) for name in problem.tensors]
+        return made(*inputs, **{name: by_name[name] for name in problem.numbers})
+
+    return translate

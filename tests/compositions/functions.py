@@ -66,13 +66,13 @@ def both_sides(m: Make, size: int) -> Inputs:
     a, b = sum(of_a), sum(of_b)
     return {
         "query_a": m.rows(a, HEADS, DIM), "query_b": m.rows(b, HEADS, DIM), "value_a": m.rows(a, HEADS, DIM),
-        "value_b": m.rows(b, HEADS, DIM), "bias_b": m.rows(b), "cu_a": offsets(of_a), "cu_b": offsets(of_b),
+        "value_b": m.rows(b, HEADS, DIM), "key_bias_b": m.rows(b), "cu_a": offsets(of_a), "cu_b": offsets(of_b),
     }  # fmt: skip
 
 
 def co_attention(_: Any, x: Inputs) -> Any:
     return fx.co_attention(
-        x["query_a"], x["query_b"], x["value_a"], x["value_b"], x["cu_a"], x["cu_b"], bias_b=x["bias_b"]
+        x["query_a"], x["query_b"], x["value_a"], x["value_b"], x["cu_a"], x["cu_b"], key_bias_b=x["key_bias_b"]
     )
 
 

@@ -66,7 +66,7 @@ class Importance(torch.nn.Module):
         q, k = text.values.unflatten(-1, (HEADS, DIM)), image.values.unflatten(-1, (2, DIM))
         cu = text.cu_seqlens, image.cu_seqlens
         _, lse = varlen_cross_attention(q, k, k, *cu, return_lse=True)
-        return key_importance(q, k, lse, *cu, reduce="none")
+        return key_importance(q, k, lse, *cu, reduction="none")
 
 
 class Context(torch.nn.Module):

@@ -59,7 +59,7 @@ def test_importance_with_every_option(tmp_path: Path) -> None:
             options = {"kv_range": spans, "key_bias": bias, "softcap": 4.0}
             cu = text.cu_seqlens, image.cu_seqlens
             _, lse = varlen_cross_attention(q, k, k, *cu, return_lse=True, **options)
-            return key_importance(q, k, lse, *cu, query_index=index, row_weight=weight, reduce="sum", **options)
+            return key_importance(q, k, lse, *cu, query_index=index, row_weight=weight, reduction="sum", **options)
 
     args = text.values.unflatten(-1, (HEADS, DIM)), image.values.unflatten(-1, (2, DIM)), spans, bias, weight, index
     export.to_onnx(Full().eval(), args, tmp_path / "m.onnx")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,3 +26,11 @@ class Problem(NamedTuple):
     softcap: float = 0.0
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+
+    def values(self) -> tuple[Any, ...]:
+        """The fields' values in order: the operator's positional arguments."""
+        return tuple(self)
+
+    def replace(self, **changes: Any) -> Problem:
+        """A copy with these fields changed."""
+        return self._replace(**changes)

@@ -1,4 +1,4 @@
-"""CoAttention co-attention: two token sets read each other from the same scores."""
+"""Co-attention: two token sets read each other from the same scores."""
 
 from fastxattn.ops.co_attention.api import co_attention
 

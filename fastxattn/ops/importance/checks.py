@@ -1,34 +1,32 @@
-"""What is wrong with a key-importance call: attention's checks, and those of lse and the row weights."""
+"""Validation of key importance: attention's checks, and those of ``lse`` and the row weights."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fastxattn.ops.attention import checks
-from fastxattn.ops.importance.problem import ImportanceProblem
+from fastxattn.ops.attention import checks as attention
+from fastxattn.ops.checks import check_tensor, check_wide
+from fastxattn.ops.importance.problem import Problem
+from fastxattn.ops.offsets import readable
 
 REDUCTIONS = ("mean", "sum", "max", "none")
 
 
-def check_shapes(problem: ImportanceProblem) -> None:
+def check_shapes(problem: Problem) -> None:
     """Types, dtypes, shapes, devices and numbers.
 
     Raises:
         TypeError: something is not a tensor or a number, or has the wrong dtype.
         ValueError: a shape, device or number is wrong.
     """
-    checks.check_shapes(problem.attention())
-    query = problem.query
-    rows, heads = query.shape[0], query.shape[1]
-    _check_statistic("lse", problem.lse, query)
-    if problem.lse.ndim != 2 or problem.lse.shape[0] != heads or problem.lse.shape[1] != rows:
-        raise ValueError(
-            f"lse must have shape (heads, query tokens), ({heads}, {rows}); got {tuple(problem.lse.shape)}"
-        )
-    weight = problem.row_weight
+    attention.check_shapes(problem.attention())
+    rows, heads = problem.query.shape[:2]
+    lse, weight = problem.lse, problem.row_weight
+    _check_statistic("lse", lse, problem.query)
+    if lse.ndim != 2 or lse.shape[0] != heads or lse.shape[1] != rows:
+        raise ValueError(f"lse must have shape (heads, query tokens), ({heads}, {rows}); got {tuple(lse.shape)}")
     if weight is not None:
-        _check_statistic("row_weight", weight, query)
+        _check_statistic("row_weight", weight, problem.query)
         if weight.ndim not in (1, 2) or weight.shape[-1] != rows or (weight.ndim == 2 and weight.shape[0] != heads):
             raise ValueError(
                 f"row_weight must have shape (query tokens,) or (heads, query tokens), ({rows},) or ({heads}, {rows}); "
@@ -36,17 +34,20 @@ def check_shapes(problem: ImportanceProblem) -> None:
             )
 
 
-def check_reduction(reduce: object) -> None:
-    """ValueError unless ``reduce`` is a known reduction over heads."""
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
+def check(problem: Problem) -> None:
+    """:func:`check_shapes`, and the contents of offsets and indices where reading them does not wait for a device."""
+    check_shapes(problem)
+    if readable(problem.cu_seqlens_q):
+        attention.check_contents(problem.attention())
+
+
+def check_reduction(reduction: object) -> None:
+    """ValueError unless ``reduction`` is a known one over heads."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
 
 def _check_statistic(name: str, t: object, query: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
-    wide = torch.promote_types(query.dtype, torch.float32)
-    if t.dtype != wide:
-        raise TypeError(f"{name} must be {wide} beside a {query.dtype} query; got {t.dtype}")
-    if t.device != query.device:
-        raise ValueError(f"{name} must be on the device of query, {query.device}; got {t.device}")
+    check_tensor(name, t, query)
+    assert isinstance(t, Tensor)
+    check_wide(name, t, query)

@@ -1,7 +1,6 @@
-"""How key importance appears in an ONNX graph: the node ``fastxattn::KeyImportance`` and its portable body.
+"""Key importance in ONNX graphs: the node ``fastxattn::KeyImportance`` and its portable body.
 
-Inputs are those of the torch operator (:mod:`fastxattn.ops.importance.schema`), an empty tensor standing for an absent
-one. The body is a Loop over sequences.
+Inputs are those of the torch operator, an empty tensor in place of None. The body is a Loop over sequences.
 """
 # mypy: ignore-errors
 
@@ -10,16 +9,28 @@ from onnxscript import FLOAT, INT32, script
 from onnxscript import opset18 as op
 
 from fastxattn.ops.attention.onnx import T
-from fastxattn.ops.onnx_node import DOMAIN, node
-from fastxattn.ops.onnx_parts import HIDDEN, NO_INTS, NO_KEY_BIAS, NO_RANGE, Inside, Slots, Softcap, Spans, given
+from fastxattn.ops.importance.problem import Problem
+from fastxattn.ops.onnx_node import DOMAIN, node, translation
+from fastxattn.ops.onnx_parts import HIDDEN, NO_KEY_BIAS, NO_RANGE, Inside, Slots, Softcap, Spans
 
 
 @script(DOMAIN, default_opset=op)
 def KeyImportance(
-    query: T, key: T, lse: FLOAT, cu_seqlens_q: INT32, cu_seqlens_k: INT32, seqused_q: INT32, seqused_k: INT32,
-    query_index: INT32, key_index: INT32, kv_range: INT32, key_bias: FLOAT, row_weight: FLOAT, scale: float,
+    query: T,
+    key: T,
+    lse: FLOAT,
+    cu_seqlens_q: INT32,
+    cu_seqlens_k: INT32,
+    seqused_q: INT32,
+    seqused_k: INT32,
+    query_index: INT32,
+    key_index: INT32,
+    kv_range: INT32,
+    key_bias: FLOAT,
+    row_weight: FLOAT,
+    scale: float,
     softcap: float = 0.0,
-) -> FLOAT:  # fmt: skip
+) -> FLOAT:
     """The portable body."""
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     v0, v1, v2 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
@@ -88,21 +99,7 @@ def KeyImportance(
 
 
 NODE = node(KeyImportance)
-
-
-def translate(
-    query, key, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index, kv_range, key_bias,
-    row_weight, scale, softcap,
-):  # fmt: skip
-    """The node for a call of ``fastxattn::importance_<backend>`` met by torch's exporter."""
-    return NODE(
-        query, key, lse, cu_seqlens_q, cu_seqlens_k,
-        *(given(t, NO_INTS) for t in (seqused_q, seqused_k, query_index, key_index)),
-        given(kv_range, NO_RANGE), given(key_bias, NO_KEY_BIAS), given(row_weight, NO_KEY_BIAS),
-        scale=scale, softcap=softcap,
-    )  # fmt: skip
-
-
+translate = translation(Problem, NODE, kv_range=NO_RANGE, key_bias=NO_KEY_BIAS, row_weight=NO_KEY_BIAS)
 TRANSLATIONS = {f"importance_{backend}": translate for backend in ("cpu", "triton")}
 
 

@@ -1,33 +1,32 @@
-"""The key-importance problem as every backend receives it."""
+"""Arguments of key importance."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
-from fastxattn.ops.attention.problem import Problem
+from fastxattn.ops.arguments import Arguments, differentiable, problem
+from fastxattn.ops.attention.problem import Problem as AttentionProblem
+
+OWN = ("lse", "row_weight")
+"""Fields that attention has not; all others mean what they mean there."""
 
 
-class ImportanceProblem(NamedTuple):
-    """Arguments of one call, in the order of the operator schema; see :mod:`fastxattn.ops.attention.schema`.
+@problem
+class Problem(Arguments):
+    """One call: attention's arguments without values and dropout, and the statistics of its rows."""
 
-    ``lse`` is (heads, rows_q) float32 and ``row_weight`` (rows_q,) or (heads, rows_q) float32 or None, both by query
-    row.
-    """
-
-    query: Tensor
-    key: Tensor
-    lse: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    seqused_q: Tensor | None = None
-    seqused_k: Tensor | None = None
-    query_index: Tensor | None = None
-    key_index: Tensor | None = None
-    kv_range: Tensor | None = None
-    key_bias: Tensor | None = None
-    row_weight: Tensor | None = None
+    query: Tensor = differentiable()  # (rows_q, heads, head_dim)
+    key: Tensor = differentiable()  # (rows_k, kv_heads, head_dim)
+    lse: Tensor = differentiable()  # (heads, rows_q) float32, of the forward pass
+    cu_seqlens_q: Tensor  # (batch + 1,) int32
+    cu_seqlens_k: Tensor  # (batch + 1,) int32
+    seqused_q: Tensor | None = None  # (batch,) int32
+    seqused_k: Tensor | None = None  # (batch,) int32
+    query_index: Tensor | None = None  # (slots_q,) int32
+    key_index: Tensor | None = None  # (slots_k,) int32
+    kv_range: Tensor | None = None  # (rows_q, 2) int32
+    key_bias: Tensor | None = differentiable(default=None)  # (rows_k,) or (rows_k, heads) float32
+    row_weight: Tensor | None = differentiable(default=None)  # (rows_q,) or (heads, rows_q) float32
     scale: float = 1.0
     softcap: float = 0.0
 
@@ -36,10 +35,7 @@ class ImportanceProblem(NamedTuple):
         """Key slots: entries of ``key_index``, or keys."""
         return self.key.shape[0] if self.key_index is None else self.key_index.shape[0]
 
-    def attention(self, value: Tensor | None = None) -> Problem:
+    def attention(self, value: Tensor | None = None) -> AttentionProblem:
         """The attention problem with the same scores."""
-        return Problem(
-            self.query, self.key, self.key if value is None else value, self.cu_seqlens_q, self.cu_seqlens_k,
-            self.seqused_q, self.seqused_k, self.query_index, self.key_index, self.kv_range, self.key_bias, None,
-            self.scale, self.softcap,
-        )  # fmt: skip
+        shared = {name: getattr(self, name) for name in self.names if name not in OWN}
+        return AttentionProblem(value=self.key if value is None else value, **shared)

@@ -1,4 +1,4 @@
-"""The oracle: key importance written to be read. Eager torch, differentiated by autograd."""
+"""Reference implementation of key importance in eager torch, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.attention.reference import slot_rows, visible_runs
-from fastxattn.ops.importance.problem import ImportanceProblem
+from fastxattn.ops.importance.problem import Problem
 
 
-def importance_reference(problem: ImportanceProblem, *, matmul_dtype: torch.dtype | None = None) -> Tensor:
+def importance_reference(problem: Problem, *, matmul_dtype: torch.dtype | None = None) -> Tensor:
     """Score (heads, slots_k) in float32, float64 for float64 input.
 
     ``score[h, j] = sum_i weight[h, i] * exp(s_hij - lse[h, i])`` over the queries i that see slot j. ``matmul_dtype``

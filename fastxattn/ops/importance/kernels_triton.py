@@ -1,7 +1,14 @@
-"""The jit kernel of key importance and its launcher; imported only when it runs."""
+"""Triton kernel of key importance, its tile sizes and its launch.
+
+A block of keys stays, the queries pass by, weights are summed along the queries. Imported with the first call.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
 from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
 
 import torch
 import triton
@@ -21,9 +28,14 @@ from fastxattn.ops.attention.triton.common import (
 )
 from fastxattn.ops.attention.triton.config import Tile
 from fastxattn.ops.attention.triton.launch import Launch, on_device, tiles
-from fastxattn.ops.importance.config import TILES
-from fastxattn.ops.importance.problem import ImportanceProblem
+from fastxattn.ops.importance.problem import Problem
 from fastxattn.runtime import tuning
+
+TILES = {
+    "half": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 4, 2)},
+    "single": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+}
+"""By kind and widest head dim."""
 
 
 @triton.jit
@@ -88,11 +100,27 @@ def importance(
             b_q = load_rows(p_q + i_head64 * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)
             b_s = rows_by_keys(b_k, b_q, UNIT == 1.0, PRECISION)  # [BLOCK_N, BLOCK_M]
             o_head = o_row * 0 + i_head
+            o_row_q, o_row_key, m_both = o_row[None, :], o_row_k[:, None], m_n[:, None] & m_m[None, :]
             b_s, _tanh = adjust_scores(
-                b_s, p_key_bias, None, o_row[None, :], o_row_k[:, None], o_row[None, :], o_row_k[:, None],
-                o_head[None, :], m_n[:, None] & m_m[None, :], stride_key_bias, 0, 0, 0, scale, softcap, UNIT, SOFTCAP,
+                b_s,
+                p_key_bias,
+                None,
+                o_row_q,
+                o_row_key,
+                o_row_q,
+                o_row_key,
+                o_head[None, :],
+                m_both,
+                stride_key_bias,
+                0,
+                0,
+                0,
+                scale,
+                softcap,
+                UNIT,
+                SOFTCAP,
                 KEY_BIAS_HEADS,
-            )  # fmt: skip
+            )
             b_p = power(b_s - b_lse[None, :], UNIT) * b_weight[None, :]
             b_score += tl.sum(tl.where(m_seen, b_p, 0.0), 1)
     tl.store(p_score + i_head64 * slots_k + start_k + o_n, b_score, mask=m_n)
@@ -104,27 +132,32 @@ def tile_for(query: Tensor, dim: int) -> Tile:
     return tuning.tuned("importance", "importance", kind, dim, query.device, Tile) or TILES[kind][dim]
 
 
+@functools.cache
+def _names(kernel: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kernel.fn).parameters) | {"num_warps", "num_stages"}
+
+
 @tuning.or_shipped
-def launch(problem: ImportanceProblem) -> Tensor:
-    """Score (heads, slots_k) float32."""
-    host = Launch.of(*problem.attention())
+def importance_forward(*arguments: Any) -> Tensor:
+    """``fastxattn::importance_triton``."""
+    problem = Problem.of(arguments)
+    host = Launch.of(*problem.attention().values())
     query, heads = host.problem.query, host.problem.query.shape[1]
     score = torch.zeros(heads, host.slots_k, dtype=torch.float32, device=query.device)
     if score.numel() == 0 or query.shape[0] == 0 or host.batch == 0 or host.problem.key.shape[0] == 0:
         return score
     tile = tile_for(query, max(64, host.dims[0]))
     weight = problem.row_weight
-    runtime, constants = host.runtime(), host.constants(tile)
-    for name in ("p_v", "p_bias", "p_seed", "kv_heads", "stride_vr", "stride_vh", "dropout_p", *(
-        f"stride_bias_{axis}" for axis in "bhqk"
-    )):  # fmt: skip
-        del runtime[name]
-    for name in ("VALUE_DIM", "BLOCK_DV"):
-        del constants[name]
+    given = host.runtime() | host.constants(tile)  # attention's, of which this kernel takes a part
+    given |= {
+        "p_lse": problem.lse.contiguous(),
+        "p_row_weight": weight,
+        "p_score": score,
+        "heads": heads,
+        "stride_weight_h": weight.stride(0) if weight is not None and weight.ndim == 2 else 0,
+        "stride_weight_r": 0 if weight is None else weight.stride(-1),
+    }
+    grid = (tiles(host.slots_k, host.batch, 1, tile.block_n) * heads,)
     with on_device(query):
-        importance[(tiles(host.slots_k, host.batch, 1, tile.block_n) * heads,)](
-            **runtime, p_lse=problem.lse.contiguous(), p_row_weight=weight, p_score=score, heads=heads,
-            stride_weight_h=weight.stride(0) if weight is not None and weight.ndim == 2 else 0,
-            stride_weight_r=0 if weight is None else weight.stride(-1), **constants,
-        )  # fmt: skip
+        importance[grid](**{name: value for name, value in given.items() if name in _names(importance)})
     return score

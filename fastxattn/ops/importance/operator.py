@@ -1,7 +1,9 @@
-r"""The gradient of key importance, made of attention's operators.
+r"""Operators of key importance: schema, fake and gradient.
+
+``score`` is (heads, slots_k) float32, 0 at slots that are out of use; slots are entries of ``key_index``, or key rows.
 
 With a gradient g of the score, d loss / d s_hij = w_hi g_hj p_hij: what attention's backward computes for values g,
-output gradient w and delta = 0. So no kernel is written twice, and no map exists here either::
+output gradient w and delta = 0. So the gradient is made of attention's operators, and no map exists here either::
 
     grad query, key = attention_backward(value = g, grad_out = w, delta = 0)
     grad key_bias_j = sum_h g_hj score_hj
@@ -22,59 +24,67 @@ from torch import Tensor
 
 from fastxattn.ops.attention import autograd as attention
 from fastxattn.ops.attention.schema import NEEDS
-from fastxattn.ops.importance.problem import ImportanceProblem
-from fastxattn.runtime.operators import KernelFunction, differentiable, first_order, run
+from fastxattn.ops.importance.checks import check_shapes
+from fastxattn.ops.importance.problem import Problem
+from fastxattn.runtime.operators import KernelFunction, define, differentiable, first_order, run
 
-FORWARD = {name: getattr(torch.ops.fastxattn, f"importance_{name}").default for name in ("cpu", "triton")}
-_TENSORS = ImportanceProblem._fields.index("scale")
 _MAX_VALUE_DIM = 256
 
 
+def _fake(*arguments: Any) -> Tensor:
+    problem = Problem.of(arguments)
+    check_shapes(problem)
+    return problem.query.new_empty(problem.query.shape[1], problem.slots_k, dtype=torch.float32)
+
+
+for _backend in ("cpu", "triton"):
+    define(f"importance_{_backend}", f"({Problem.schema()}) -> Tensor", _fake)
+
+FORWARD = {name: getattr(torch.ops.fastxattn, f"importance_{name}").default for name in ("cpu", "triton")}
+
+
 class Importance(KernelFunction):
-    """score = Importance.apply(backend, *problem)."""
+    """score = Importance.apply(backend, *problem.values())."""
 
     @staticmethod
-    def forward(backend: str, *problem: Any) -> Tensor:
+    def forward(backend: str, *arguments: Any) -> Tensor:
         """Run the backend's operator."""
-        score: Tensor = run(FORWARD[backend], *problem)
+        score: Tensor = run(FORWARD[backend], *arguments)
         return score
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the problem and the score."""
-        backend, *arguments = inputs
-        problem = ImportanceProblem(*arguments)
-        ctx.backend = backend
-        ctx.numbers = (problem.scale, problem.softcap)
-        ctx.save_for_backward(*problem[:_TENSORS], output)
+        ctx.backend, *arguments = inputs
+        Problem.of(arguments).save(ctx, output)
 
     @staticmethod
     @first_order("key_importance")
     def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, lse, key_bias and row_weight."""
-        *tensors, score = saved
-        problem = ImportanceProblem(*tensors, *ctx.numbers)
-        needed = dict(zip(ImportanceProblem._fields, ctx.needs_input_grad[1:], strict=True))
+        problem, (score,) = Problem.restore(ctx, saved)
+        needs = Problem.needs(ctx.needs_input_grad[1:])
+        needed = {name for name, bit in Problem.bits.items() if needs & bit}
         grads: dict[str, Tensor] = {}
-        if needed["key_bias"]:
+        if "key_bias" in needed:
             grads["key_bias"] = _by_row(problem, _like_bias(problem, (grad * score).T), problem.key_bias)
         gathered = _gather_keys(problem)
-        if needed["query"] or needed["key"]:
+        if needed & {"query", "key"}:
             grads["query"], grad_key = _grad_tokens(ctx.backend, gathered, grad, needed)
-            if needed["key"]:
+            if "key" in needed:
                 if grad_key.shape[1] != problem.key.shape[1]:  # of heads that no longer share a key
                     grad_key = grad_key.unflatten(1, (problem.key.shape[1], -1)).sum(2)
                 grads["key"] = _by_row(problem, grad_key, problem.key)
-        if needed["lse"] or needed["row_weight"]:
+        if needed & {"lse", "row_weight"}:
             received = _weighted_rows(ctx.backend, gathered, grad)  # (heads, rows_q)
             weight = problem.row_weight
             grads["lse"] = -received if weight is None else -received * weight
             if weight is not None:
                 grads["row_weight"] = received if weight.ndim == 2 else received.sum(0)
-        return None, *(grads.get(name) if needed[name] else None for name in ImportanceProblem._fields)
+        return None, *Problem.routed([grads.get(name) for name in Problem.bits], needs)
 
 
-def _gather_keys(problem: ImportanceProblem) -> ImportanceProblem:
+def _gather_keys(problem: Problem) -> Problem:
     """The same problem without key_index and without shared heads when values would need too many columns."""
     key, key_bias, index = problem.key, problem.key_bias, problem.key_index
     if index is not None:
@@ -83,10 +93,10 @@ def _gather_keys(problem: ImportanceProblem) -> ImportanceProblem:
     group = problem.query.shape[1] // key.shape[1]
     if 3 * group > _MAX_VALUE_DIM:
         key = key.repeat_interleave(group, 1)
-    return problem._replace(key=key, key_bias=key_bias, key_index=None)
+    return problem.replace(key=key, key_bias=key_bias, key_index=None)
 
 
-def _by_row(problem: ImportanceProblem, by_slot: Tensor, like: Tensor | None) -> Tensor:
+def _by_row(problem: Problem, by_slot: Tensor, like: Tensor | None) -> Tensor:
     """Sums of slots at the rows they stand for."""
     assert like is not None
     if problem.key_index is None:
@@ -95,7 +105,7 @@ def _by_row(problem: ImportanceProblem, by_slot: Tensor, like: Tensor | None) ->
     return torch.zeros_like(like, memory_format=torch.contiguous_format).index_add_(0, rows, by_slot.to(like.dtype))
 
 
-def _like_bias(problem: ImportanceProblem, by_head: Tensor) -> Tensor:
+def _like_bias(problem: Problem, by_head: Tensor) -> Tensor:
     assert problem.key_bias is not None
     return by_head if problem.key_bias.ndim == 2 else by_head.sum(1)
 
@@ -108,7 +118,7 @@ def _split(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [high, (x - high.to(x.dtype)).to(dtype)]
 
 
-def _columns(problem: ImportanceProblem, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _columns(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Value (slots_k, kv_heads, columns) and grad_out (rows_q, heads, columns) whose product is w g."""
     query, weight = problem.query, problem.row_weight
     heads, kv_heads = query.shape[1], problem.key.shape[1]
@@ -128,13 +138,11 @@ def _columns(problem: ImportanceProblem, grad: Tensor) -> tuple[Tensor, Tensor]:
     return value.contiguous(), (own[None, :, :, None] * rows[:, :, None, :]).flatten(2)
 
 
-def _grad_tokens(
-    backend: str, problem: ImportanceProblem, grad: Tensor, needed: dict[str, bool]
-) -> tuple[Tensor, Tensor]:
+def _grad_tokens(backend: str, problem: Problem, grad: Tensor, needed: set[str]) -> tuple[Tensor, Tensor]:
     """Gradients of query and, by slot, of key in its own heads."""
     value, grad_out = _columns(problem, grad)
-    needs = NEEDS["query"] * needed["query"] + NEEDS["key"] * needed["key"]
-    lse, given = problem.lse, problem.attention(value)
+    needs = sum(NEEDS[name] for name in ("query", "key") if name in needed)
+    lse, given = problem.lse, problem.attention(value).values()
     grad_lse = None
     if problem.query.dtype == lse.dtype:
         # float32 attention divides weights by what they add up to and sums delta itself: the first is undone by the
@@ -149,7 +157,7 @@ def _grad_tokens(
     return grad_query, grad_key
 
 
-def _weighted_rows(backend: str, problem: ImportanceProblem, grad: Tensor) -> Tensor:
+def _weighted_rows(backend: str, problem: Problem, grad: Tensor) -> Tensor:
     """r_hi = sum_j g_hj exp(s_hij - lse_hi), (heads, rows_q) float32.
 
     In float32 that is attention over the values g. In 16 bits its output would be rounded too far: there, with log g
@@ -157,16 +165,16 @@ def _weighted_rows(backend: str, problem: ImportanceProblem, grad: Tensor) -> Te
     """
     lse, forward = problem.lse, attention.FORWARD[backend]
     if problem.query.dtype == lse.dtype:
-        value, own = _columns(problem._replace(row_weight=None), grad)
-        out, total = forward(*problem.attention(value))
+        value, own = _columns(problem.replace(row_weight=None), grad)
+        out, total = forward(*problem.attention(value).values())
         return (out * own).sum(2).T * _ratio(total, lse)
     given = problem.key_bias
     bias = lse.new_zeros(()) if given is None else given if given.ndim == 2 else given[:, None]
     value = problem.key[:, :, :1].contiguous()  # any will do
     received = torch.zeros_like(lse)
     for sign in (1, -1):
-        part = problem._replace(key_bias=((sign * grad).clamp(min=0).log().T + bias).contiguous())
-        received += sign * _ratio(forward(*part.attention(value))[1], lse)
+        part = problem.replace(key_bias=((sign * grad).clamp(min=0).log().T + bias).contiguous())
+        received += sign * _ratio(forward(*part.attention(value).values())[1], lse)
     return received
 
 

@@ -1,4 +1,11 @@
-"""The jit kernel of co-attention's backward pass and its launcher; imported only when it runs."""
+"""Co-attention in Triton: two attention forwards, and a backward kernel that shares the scores.
+
+One forward pass over the scores would save one product of four, but the programs that own rows of one side would have
+to leave partial sums of the other in memory: for every 128 rows as many bytes as the product saves in time on no GPU
+that was considered (docs/design/triton.md). Backward needs no such sums: a program owns rows of one side, meets
+all of the other, and computes both directions' share of its own rows from one tile of scores, so that two launches
+with the sides swapped make ten products where four launches made fourteen. Imported with the first call.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
 from __future__ import annotations
@@ -38,10 +45,15 @@ from fastxattn.ops.attention.triton.launch import (
     tiles,
     warps_of,
 )
-from fastxattn.ops.co_attention.config import TILES
-from fastxattn.ops.co_attention.problem import CoAttentionProblem
-from fastxattn.ops.co_attention.schema import NEEDS
+from fastxattn.ops.co_attention.problem import SIDES, Problem, roles
 from fastxattn.runtime import tuning
+
+TILES = {
+    "half": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
+    "single": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1)},  # wider ones go one direction after the other
+}
+"""Of the backward kernel, by kind and widest head dim."""
+Grads = dict[str, Tensor]
 
 
 @triton.jit
@@ -103,10 +115,27 @@ def co_attention_backward_rows(
         b_dw = load_rows(p_doy + i_head64 * stride_oyh, o_y, stride_oyr, m_n, True, DIM_X, BLOCK_X)
         m_seen = m_m[:, None] & m_n[None, :]
         b_s = rows_by_keys(b_q, b_k, EXACT, PRECISION)  # [BLOCK_M, BLOCK_N]
+        o_row_x, o_row_y, o_head = o_x[:, None], o_y[None, :], o_head_x[:, None]
         b_s, b_tanh = adjust_scores(
-            b_s, None, None, o_x[:, None], o_y[None, :], o_x[:, None], o_y[None, :], o_head_x[:, None], m_seen, 0, 0,
-            0, 0, scale, softcap, UNIT, SOFTCAP, False,
-        )  # fmt: skip
+            b_s,
+            None,
+            None,
+            o_row_x,
+            o_row_y,
+            o_row_x,
+            o_row_y,
+            o_head,
+            m_seen,
+            0,
+            0,
+            0,
+            0,
+            scale,
+            softcap,
+            UNIT,
+            SOFTCAP,
+            False,
+        )
         # x reads y, then y reads x: weights, and their gradients.
         b_bias_y = load_bias(p_bias_y, o_y, i_head64, m_n, stride_bias_yr, stride_bias_yh, UNIT)
         b_p = tl.where(m_seen, power(b_s + b_bias_y[None, :] - b_lse_x[:, None], UNIT), 0.0)
@@ -152,93 +181,110 @@ def tile_for(query: Tensor, dim: int) -> Tile:
     return tuning.tuned("co_attention", "backward", kind, dim, query.device, Tile) or TILES[kind][dim]
 
 
-def co_attention_forward(problem: CoAttentionProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def co_attention_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``fastxattn::co_attention_triton``."""
-    (out_a, lse_a), (out_b, lse_b) = (attention_forward(*problem.direction(reader)) for reader in (0, 1))
+    directions = [Problem.of(arguments).direction(reader) for reader in (0, 1)]
+    (out_a, lse_a), (out_b, lse_b) = (attention_forward(*one.values()) for one in directions)
     return out_a, out_b, lse_a.float(), lse_b.float()
 
 
 @tuning.or_shipped
-def co_attention_backward(
-    results: tuple[Tensor, ...], problem: CoAttentionProblem, needs: int
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """``fastxattn::co_attention_backward_triton``; ``results`` are grad_out, out and lse of a and b."""
-    wanted = {name for name, bit in NEEDS.items() if needs & bit}
-    grads: dict[str, Tensor] = {}
-    for name in NEEDS:
-        shape = results["ab".index(name[-1]) + 4].shape if name.startswith("bias") else getattr(problem, name).shape
-        dtype = torch.float32 if name.startswith("bias") else problem.query_a.dtype
-        grads[name] = problem.query_a.new_zeros(shape if name in wanted else (0,), dtype=dtype)
-    if all(t.numel() for t in problem[:4]) and problem.cu_seqlens_a.numel() > 1:
+def co_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """``fastxattn::co_attention_backward_triton``: grad_out, out and lse of a and b, the problem, needs."""
+    results, fields, needs = arguments[:6], arguments[6:-1], arguments[-1]
+    problem = Problem.of(fields)
+    wanted = {name for name, bit in Problem.bits.items() if needs & bit}
+    grads: Grads = {}
+    for name in Problem.bits:
+        bias = name.startswith("key_bias")
+        like = results[4 + SIDES.index(name[-1])] if bias else getattr(problem, name)
+        dtype = torch.float32 if bias else problem.query_a.dtype
+        grads[name] = problem.query_a.new_zeros(like.shape if name in wanted else (0,), dtype=dtype)
+    rows = (problem.query_a, problem.query_b, problem.value_a, problem.value_b)
+    if all(t.numel() for t in rows) and problem.cu_seqlens_a.numel() > 1:
         with on_device(problem.query_a):
-            dims = (t.shape[2] for t in problem[1:4])
-            wide = problem.query_a.dtype == torch.float32 and max(dims) > max(TILES["single"])
+            wide = problem.query_a.dtype == torch.float32 and max(t.shape[2] for t in rows) > max(TILES["single"])
             (_one_by_one if wide else _launch)(results, problem, grads, wanted)
-    return tuple(grads[name] for name in NEEDS)
+    return tuple(grads.values())
 
 
-def _one_by_one(
-    results: tuple[Tensor, ...], problem: CoAttentionProblem, grads: dict[str, Tensor], wanted: set[str]
-) -> None:  # fmt: skip
+def _one_by_one(results: tuple[Tensor, ...], problem: Problem, grads: Grads, wanted: set[str]) -> None:
     """Attention's backward pass of each direction, for heads so wide that no tile of both fits the registers."""
     heads = problem.query_a.shape[1]
-    for reader, (mine, other) in enumerate(("ab", "ba")):
-        names = {
-            "query": f"query_{mine}",
-            "key": f"query_{other}",
-            "value": f"value_{other}",
-            "key_bias": f"bias_{other}",
-        }
+    for reader in (0, 1):
+        names = roles(reader)
         one = problem.direction(reader)
         if one.key_bias is not None and one.key_bias.ndim == 1:
-            one = one._replace(key_bias=one.key_bias[:, None].expand(-1, heads).contiguous())
+            one = one.replace(key_bias=one.key_bias[:, None].expand(-1, heads).contiguous())
         needs = sum(bit for name, bit in ATTENTION_NEEDS.items() if names.get(name) in wanted)
-        found = attention_backward(results[reader], None, results[2 + reader], results[4 + reader], *one, needs)
+        grad_out, out, lse = results[reader::2]
+        found = attention_backward(grad_out, None, out, lse, *one.values(), needs)
         for name, grad in zip(ATTENTION_NEEDS, found, strict=True):
             if (to := names.get(name)) in wanted:
                 grads[to] += grad.T if name == "key_bias" else grad
 
 
-def _launch(
-    results: tuple[Tensor, ...], problem: CoAttentionProblem, grads: dict[str, Tensor], wanted: set[str]
-) -> None:  # fmt: skip
+def _launch(results: tuple[Tensor, ...], problem: Problem, grads: Grads, wanted: set[str]) -> None:
     sides = [_side(problem, results, reader) for reader in (0, 1)]
-    query = problem.query_a
+    query, batch = problem.query_a, problem.cu_seqlens_a.numel() - 1
     heads, head_dim = query.shape[1:]
     tile = tile_for(query, max(64, *(padded_dim(t.shape[2]) for t in (query, problem.value_a, problem.value_b))))
-    for name, (x, y) in {"a": sides, "b": sides[::-1]}.items():
-        mine = {f"p_d{short}x": f"{long}_{name}" for short, long in (("q", "query"), ("v", "value"), ("bias_", "bias"))}
+    shared = {
+        "batch": batch,
+        "heads": heads,
+        "scale": problem.scale,
+        "softcap": problem.softcap,
+        "dropout_p": problem.dropout_p,
+        "SOFTCAP": problem.softcap != 0.0,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_dim(head_dim),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "PRECISION": precision(),
+        "num_warps": warps_of(tile, query),
+        "num_stages": tile.stages,
+    }
+    for reader, name in enumerate(SIDES):
+        x, y = sides[reader], sides[1 - reader]
+        mine = {"p_dqx": f"query_{name}", "p_dvx": f"value_{name}", "p_dbias_x": f"key_bias_{name}"}
         if not wanted & set(mine.values()):
             continue
-        dim_x, dim_y = x["p_v@"].shape[2], y["p_v@"].shape[2]
-        co_attention_backward_rows[(tiles(x["rows_@"], problem.cu_seqlens_a.numel() - 1, 1, tile.block_m) * heads,)](
-            **{key.replace("@", "x"): value for key, value in x.items()},
-            **{key.replace("@", "y"): value for key, value in y.items()},
+        co_attention_backward_rows[(tiles(x["rows_@"], batch, 1, tile.block_m) * heads,)](
+            **{key.replace("@", "x").replace("#", "X"): value for key, value in x.items()},
+            **{key.replace("@", "y").replace("#", "Y"): value for key, value in y.items()},
             **{key: grads[grad] if grad in wanted else None for key, grad in mine.items()},
-            batch=problem.cu_seqlens_a.numel() - 1, heads=heads, scale=problem.scale, softcap=problem.softcap,
-            dropout_p=problem.dropout_p, SOFTCAP=problem.softcap != 0.0, HEAD_DIM=head_dim, DIM_X=dim_x, DIM_Y=dim_y,
-            BLOCK_D=padded_dim(head_dim), BLOCK_X=padded_dim(dim_x), BLOCK_Y=padded_dim(dim_y), BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n, PRECISION=precision(), num_warps=warps_of(tile, query), num_stages=tile.stages,
-        )  # fmt: skip
+            **shared,
+        )
 
 
-def _side(problem: CoAttentionProblem, results: tuple[Tensor, ...], reader: int) -> dict[str, Any]:
-    """The kernel's arguments about one side, with @ for its letter."""
-    letter = "ab"[reader]
+def _side(problem: Problem, results: tuple[Tensor, ...], reader: int) -> dict[str, Any]:
+    """The kernel's arguments about one side, with @ for its letter and # for that in capitals."""
+    letter, one = SIDES[reader], problem.direction(reader)
     query, value = (dense_rows(getattr(problem, f"{name}_{letter}")) for name in ("query", "value"))
-    bias = getattr(problem, f"bias_{letter}")
-    grad_out, out, lse = dense_rows(results[reader]), results[2 + reader].contiguous(), results[4 + reader].contiguous()
+    bias = getattr(problem, f"key_bias_{letter}")
+    grad_out, out, lse = results[reader::2]
+    grad_out, out, lse = dense_rows(grad_out), out.contiguous(), lse.contiguous()
     norm = None
     if query.dtype == torch.float32:
-        norm, delta = exact_rows(Launch.of(*problem.direction(reader)), out, grad_out, lse)
+        norm, delta = exact_rows(Launch.of(*one.values()), out, grad_out, lse)
     else:
         delta = (out.float() * grad_out).sum(2).T.contiguous()
-    return {
-        "p_q@": query, "p_v@": value, "p_do@": grad_out, "p_lse_@": lse, "p_delta_@": delta, "p_norm_@": norm,
-        "p_bias_@": bias, "p_seed_@": problem.direction(reader).dropout_seed if problem.dropout_p else None,
-        "p_cu_@": getattr(problem, f"cu_seqlens_{letter}"), "rows_@": query.shape[0],
-        "stride_q@r": query.stride(0), "stride_q@h": query.stride(1), "stride_v@r": value.stride(0),
-        "stride_v@h": value.stride(1), "stride_o@r": grad_out.stride(0), "stride_o@h": grad_out.stride(1),
+    side = {
+        "p_q@": query,
+        "p_v@": value,
+        "p_do@": grad_out,
+        "p_lse_@": lse,
+        "p_delta_@": delta,
+        "p_norm_@": norm,
+        "p_bias_@": bias,
+        "p_seed_@": one.dropout_seed if problem.dropout_p else None,
+        "p_cu_@": one.cu_seqlens_q,
+        "rows_@": query.shape[0],
         "stride_bias_@r": 0 if bias is None else bias.stride(0),
         "stride_bias_@h": 0 if bias is None or bias.ndim == 1 else bias.stride(1),
-    }  # fmt: skip
+        "DIM_#": value.shape[2],
+        "BLOCK_#": padded_dim(value.shape[2]),
+    }
+    for name, t in (("q", query), ("v", value), ("o", grad_out)):
+        side |= {f"stride_{name}@r": t.stride(0), f"stride_{name}@h": t.stride(1)}
+    return side

@@ -1,0 +1,80 @@
+"""Backends of key importance: their order, what each supports, how each runs, and the fast path of eager CPU calls."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from fastxattn.ops.attention import dispatch as attention
+from fastxattn.ops.importance.checks import check
+from fastxattn.ops.importance.operator import FORWARD, Importance
+from fastxattn.ops.importance.problem import OWN, Problem
+from fastxattn.ops.importance.reference import importance_reference
+from fastxattn.runtime import fast_path
+from fastxattn.runtime.autocast import no_autocast
+from fastxattn.runtime.backend import Backend
+from fastxattn.runtime.operators import needs_function, plain
+from fastxattn.runtime.reasons import at_first_call
+
+at_first_call(
+    "importance_triton", ("CUDA", "CPU"), "fastxattn.ops.importance.kernels_triton", "importance_forward"
+)  # on CPU tensors: the interpreter
+_ATTENTION = {backend.name: backend for backend in attention.BACKENDS}
+
+
+def _supports(name: str, problem: Problem) -> str | None:
+    """The kernels of a backend support what its attention kernels do."""
+    return _ATTENTION[name].supports(problem.attention())
+
+
+def _run(name: str, problem: Problem) -> Tensor:
+    """Run a compiled backend, differentiably."""
+    score: Tensor
+    if needs_function(*problem.differentiated()):
+        score = Importance.apply(name, *problem.values())
+    else:
+        score = plain(FORWARD[name], *problem.values())
+    return score
+
+
+def _reference(problem: Problem) -> Tensor:
+    with no_autocast(problem.query.device):
+        return importance_reference(problem)
+
+
+BACKENDS = (
+    *(Backend(name, functools.partial(_supports, name), functools.partial(_run, name)) for name in FORWARD),
+    Backend("reference", lambda problem: None, _reference),
+)
+
+
+def score_of(problem: Problem, backend: str) -> Tensor:
+    """Score (heads, slots_k)."""
+    return fast_path.dispatch("importance", _order, problem, backend, fast=_fast, prepare=_prepare)
+
+
+def _order(problem: Problem) -> tuple[Backend, ...]:
+    return BACKENDS
+
+
+def _fast(problem: Problem) -> Tensor | None:
+    p = problem
+    if p.query.dtype == torch.float64 or not fast_path.sound_numbers(p.scale, p.softcap):
+        return None
+    return _run("cpu", p) if fast_path.fits(p.kv_range, p.query) else None
+
+
+def _prepare(problem: Problem) -> Problem:
+    """Dtypes and layouts as backends want them, checked; what is not a tensor passes through to the checks."""
+    shared = attention.prepare(*problem.attention().values())
+    changes: dict[str, Any] = {name: getattr(shared, name) for name in Problem.names if name not in OWN}
+    if isinstance(problem.lse, Tensor) and problem.lse.layout == torch.strided:
+        changes["lse"] = problem.lse.contiguous()
+    problem = problem.replace(**changes)
+    if not is_compiling():  # while tracing, the operator's fake checks
+        check(problem)
+    return problem
