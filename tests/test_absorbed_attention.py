@@ -1,8 +1,8 @@
-"""Context attention: dtypes and instruction sets against float64; edges, refusals, tracing, the cost rule."""
+"""Absorbed attention: dtypes and instruction sets against float64; edges, refusals, tracing, the cost rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,25 +14,20 @@ import fastxattn
 import fastxattn.nn
 from fastxattn.ops.absorbed_attention import absorbed_attention
 from fastxattn.ops.absorbed_attention.cost import choose
+from fastxattn.ops.absorbed_attention.problem import Problem
 from fastxattn.ops.absorbed_attention.reference import absorbed_attention_reference
 from fastxattn.runtime import native
 from fastxattn.testing import assert_within_budget, offsets
 
 ISAS = native.available_cpu_isas()
 needs_native = pytest.mark.skipif(not ISAS, reason="the native library is not built")
+Run = Callable[[Problem], tuple[Tensor, Tensor]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def eager(
-    query: Tensor,
-    context: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    kv_range: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def eager(problem: Problem) -> tuple[Tensor, Tensor]:
     """Plain PyTorch: products in the inputs' dtype, softmax in float32; the yardstick of the budget."""
+    query, context, cu_q, cu_k, kv_range, key_bias, scale = problem.values()
     out = torch.zeros_like(query)
     lse = torch.full((query.shape[1], query.shape[0]), -torch.inf)
     for b in range(len(cu_q) - 1):
@@ -52,6 +47,11 @@ def eager(
         out = out.index_copy(0, rows, (weights.to(query.dtype) @ x).transpose(0, 1))
         lse = lse.index_copy(1, rows, scores.logsumexp(-1).masked_fill(none[..., 0], -torch.inf))
     return out, lse
+
+
+def on(backend: str) -> Run:
+    """The public function on a backend."""
+    return lambda problem: absorbed_attention(**vars(problem), return_lse=True, backend=backend)
 
 
 @dataclass
@@ -81,32 +81,33 @@ class Case:
             self.key_bias = torch.randn(rows_k) * 0.5
         self.grad_out, self.grad_lse = torch.randn(self.query.shape), torch.randn(self.heads, rows_q)
 
-    def results(self, dtype: torch.dtype, function: object, rounded: torch.dtype, **keywords: object) -> list[Tensor]:
-        """Out, lse and the gradients of query, context and key_bias, of inputs rounded to ``rounded``."""
-        query, context = (t.clone().to(rounded).to(dtype).requires_grad_() for t in (self.query, self.context))
+    def problem(self, dtype: torch.dtype, rounded: torch.dtype) -> Problem:
+        """Of inputs rounded to ``rounded``, in ``dtype``, with a gradient where fields have one."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        bias = None if self.key_bias is None else self.key_bias.to(wide).requires_grad_()
-        out, lse = function(  # type: ignore[operator]
-            query,
-            context,
-            self.cu_q,
-            self.cu_k,
-            kv_range=self.kv_range,
-            key_bias=bias,
-            scale=self.width**-0.5,
-            **keywords,
-        )
+        given: dict[str, Any] = {
+            "query": self.query.to(rounded).to(dtype),
+            "context": self.context.to(rounded).to(dtype),
+            "key_bias": None if self.key_bias is None else self.key_bias.to(wide),
+        }
+        leaves = {n: None if t is None else t.clone().requires_grad_() for n, t in given.items()}
+        sides = {"cu_seqlens_q": self.cu_q, "cu_seqlens_k": self.cu_k, "kv_range": self.kv_range}
+        return Problem(**leaves, **sides, scale=self.width**-0.5)
+
+    def results(self, dtype: torch.dtype, function: Run, rounded: torch.dtype) -> list[Tensor]:
+        """Out, lse and the gradients of query, context and key_bias, of inputs rounded to ``rounded``."""
+        problem = self.problem(dtype, rounded)
+        out, lse = function(problem)
         loss = (out.double() * self.grad_out.to(rounded).double()).sum()
         loss = loss + (torch.where(lse.isfinite(), lse, 0).double() * self.grad_lse.double()).sum()
-        leaves = [t for t in (query, context, bias) if t is not None]
+        leaves = [t for t in problem.differentiated() if t is not None]
         return [out, lse, *torch.autograd.grad(loss, leaves)]
 
     def check(self, dtype: torch.dtype, backend: str) -> None:
         reference = self.results(torch.float64, absorbed_attention_reference, dtype)
         plain = self.results(dtype, eager, dtype)
-        ours = self.results(dtype, absorbed_attention, dtype, return_lse=True, backend=backend)
-        names = ["out", "lse", "grad query", "grad context", "grad key_bias"]
-        for name, a, r, e in zip(names, ours, reference, plain, strict=False):
+        found = self.results(dtype, on(backend), dtype)
+        names = ["out", "lse", *(f"grad {name}" for name in Problem.bits)]
+        for name, a, r, e in zip(names, found, reference, plain, strict=False):
             assert_within_budget(f"{name} {dtype}", a, r, e, backward=name.startswith("grad"))
 
 
@@ -160,13 +161,13 @@ def test_nan_stays_where_it_is_seen(dtype: torch.dtype) -> None:
     starts = torch.tensor([[0, 10], [5, 30], [12, 20], [3, 3]], dtype=torch.int32)
     case.kv_range = torch.cat([starts, torch.tensor([[0, 200]], dtype=torch.int32).expand(72, 2)]).contiguous()
     case.kv_range[74:] = 0
-    clean = case.results(dtype, absorbed_attention, dtype, return_lse=True, backend="cpu")
+    clean = case.results(dtype, on("cpu"), dtype)
     case.context[11] = torch.nan  # key 11 of the first sequence: seen by its second query alone
     case.context[230:] = torch.nan  # beyond the last offset
     case.query[74:] = torch.nan
     case.grad_out[3] = 0.0
     case.query[3] = torch.inf  # sees nothing
-    dirty = case.results(dtype, absorbed_attention, dtype, return_lse=True, backend="cpu")
+    dirty = case.results(dtype, on("cpu"), dtype)
     seen = torch.zeros(76, dtype=torch.bool)
     seen[1] = True
     assert dirty[0][1].isnan().all()
@@ -214,10 +215,10 @@ def test_bitwise_equal_for_any_thread_count_neighbour_and_stride() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = case.results(torch.float32, absorbed_attention, torch.float32, return_lse=True, backend="cpu")
+        one = case.results(torch.float32, on("cpu"), torch.float32)
     finally:
         torch.set_num_threads(threads)
-    two = case.results(torch.float32, absorbed_attention, torch.float32, return_lse=True, backend="cpu")
+    two = case.results(torch.float32, on("cpu"), torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     strided = case.query.transpose(0, 1).contiguous().transpose(0, 1)
     out = absorbed_attention(strided, case.context, case.cu_q, case.cu_k, scale=64**-0.5, backend="cpu")
@@ -259,15 +260,19 @@ def test_refusals_name_the_argument() -> None:
         (ValueError, "query must be", {"query": query[0]}),
         (TypeError, "context must be a tensor; got list", {"context": [1.0]}),
         (ValueError, "as wide as context", {"context": context[:, :4]}),
-        (TypeError, "query's dtype", {"context": context.half()}),
+        (TypeError, "the dtype of query", {"context": context.half()}),
         (TypeError, "cu_seqlens_q must be int32", {"cu_seqlens_q": cu_q.long()}),
         (ValueError, "cu_seqlens_k must end within", {"cu_seqlens_k": offsets([2, 5])}),
         (ValueError, "must not decrease", {"cu_seqlens_k": torch.tensor([0, 3, 2], dtype=torch.int32)}),
         (ValueError, "start at 0", {"cu_seqlens_k": torch.tensor([1, 3, 4], dtype=torch.int32)}),
-        (ValueError, "as many entries", {"cu_seqlens_k": offsets([2])}),
+        (ValueError, "as many offsets", {"cu_seqlens_k": offsets([2])}),
         (ValueError, "kv_range must have shape", {"kv_range": torch.zeros(3, 2, dtype=torch.int32)}),
-        (ValueError, "key_bias must have shape", {"key_bias": torch.zeros(5)}),
-        (ValueError, "key_index must lie in", {"key_index": torch.tensor([0, 1, 2, 3, 4, 6], dtype=torch.int32)}),
+        (ValueError, "key_bias must have one row per key token, 6", {"key_bias": torch.zeros(5)}),
+        (
+            ValueError,
+            "key_index must lie between 0 and 5; got 6",
+            {"key_index": torch.tensor([0, 1, 2, 3, 4, 6], dtype=torch.int32)},
+        ),
         (ValueError, "backend must be", {"backend": "quantum"}),
     ]
     for kind, message, change in wrong:

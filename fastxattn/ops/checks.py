@@ -39,12 +39,10 @@ def check_wide(name: str, t: Tensor, query: Tensor, query_name: str = "query") -
         raise TypeError(f"{name} must be {wide} beside a {query.dtype} {query_name}; got {t.dtype}")
 
 
-def check_int32(name: str, t: Tensor, ndim: int = 1) -> None:
-    """Refuse dtypes other than int32 and another number of axes."""
+def check_int32(name: str, t: Tensor) -> None:
+    """Refuse dtypes other than int32."""
     if t.dtype != torch.int32:
         raise TypeError(f"{name} must be int32; got {t.dtype}")
-    if t.ndim != ndim:
-        raise ValueError(f"{name} must have {'one axis' if ndim == 1 else f'{ndim} axes'}; got shape {tuple(t.shape)}")
 
 
 def check_key_bias(name: str, t: Tensor, rows: int, heads: int) -> None:

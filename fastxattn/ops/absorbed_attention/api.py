@@ -1,20 +1,14 @@
-"""Context attention: few queries over raw features, the key and value projections absorbed."""
+"""Public function: few queries over raw features, the key and value projections absorbed."""
 
 from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
-from fastxattn.ops.absorbed_attention import cpu
-from fastxattn.ops.absorbed_attention.autograd import FORWARD, AbsorbedAttention
-from fastxattn.ops.absorbed_attention.checks import check_arguments
+from fastxattn.ops.absorbed_attention.backends import attend
 from fastxattn.ops.absorbed_attention.problem import Problem
-from fastxattn.ops.absorbed_attention.reference import absorbed_attention_reference
-from fastxattn.runtime.backend import Backend, Explanation, explain, resolve
-
-BACKENDS = (Backend("cpu", cpu.supports), Backend("reference", lambda problem: None))
+from fastxattn.ops.arguments import default_scale
 
 
 @overload
@@ -26,7 +20,7 @@ def absorbed_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     kv_range: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_index: Tensor | None = None,
@@ -42,7 +36,7 @@ def absorbed_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     kv_range: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_index: Tensor | None = None,
@@ -57,14 +51,14 @@ def absorbed_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     kv_range: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_index: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend with queries as wide as the features; the features are key and value of every head.
+    """Compute attention with queries as wide as the features, which are key and value of every head.
 
     For query i, head h and the context rows k that i sees::
 
@@ -79,14 +73,15 @@ def absorbed_attention(
         context: (total_k, width), of the query's dtype.
         cu_seqlens_q: (batch + 1,) int32, where each sequence's queries start.
         cu_seqlens_k: (batch + 1,) int32, where each sequence's context starts (in ``key_index``, when given).
-        max_seqlen_q: a bound on the queries per sequence; a hint.
-        max_seqlen_k: a bound on the context rows per sequence; a hint.
-        scale: of the products; absorbed queries usually want their old head_dim ** -0.5.
-        kv_range: (total_q, 2) int32: query i sees places [start, end) of its sequence's context.
+        max_seqlen_q: ignored; accepted so that call sites match attention's.
+        max_seqlen_k: ignored.
+        scale: of the products; 1 / sqrt(width) when None. Absorbed queries usually need 1 / sqrt(head_dim) of the
+            heads that they came from.
+        kv_range: (total_q, 2) int32: query i sees rows [start, end) of its sequence's context.
         key_bias: (total_k,) or (total_k, heads) float32, by context row, added to the scores; differentiable.
         key_index: (kept,) int32, rows of ``context`` that the sequences consist of; others are not read.
         return_lse: also return the log-sum-exp of the scores, (heads, total_q) float32, differentiable.
-        backend: "auto", "cpu" or "reference".
+        backend: ``"auto"``, or a name that is used or refused.
 
     Returns:
         ``out`` (total_q, heads, width); 0 where a query sees nothing (lse -inf). With ``return_lse`` also lse.
@@ -94,45 +89,20 @@ def absorbed_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: ``backend`` cannot run the problem; the message says why.
+
+    Example:
+        >>> absorbed = torch.einsum("qhd,hde->qhe", q, w_k)  # queries as wide as the features
+        >>> mixed = absorbed_attention(absorbed, features, cu_q, cu_k, scale=q.shape[2] ** -0.5)
+        >>> out = torch.einsum("qhe,hde->qhd", mixed, w_v)
     """
-    check_arguments(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, key_index, scale)
-    chosen = resolve("absorbed_attention", BACKENDS, _problem(query, key_bias), backend)
-    if key_index is not None:
-        # Every row is used by all heads and queries of its sequence: gathering costs little beside that.
-        context = context.index_select(0, key_index)
-        key_bias = None if key_bias is None else key_bias.index_select(0, key_index)
-    if chosen == "reference":
-        out, lse = absorbed_attention_reference(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, scale)
-    else:
-        query = query if query.stride(2) == 1 else query.contiguous()
-        problem = (
-            query,
-            context.contiguous(),
-            cu_seqlens_q.contiguous(),
-            cu_seqlens_k.contiguous(),
-            None if kv_range is None else kv_range.contiguous(),
-            None if key_bias is None else key_bias.float().contiguous(),
-            float(scale),
-        )
-        # The operator has its own derivative, and Dynamo keeps it whole.
-        compiling = torch.compiler.is_compiling()
-        out, lse, _ = FORWARD[chosen](*problem) if compiling else AbsorbedAttention.apply(chosen, *problem)
-    return (out, lse) if return_lse else out
-
-
-def explain_absorbed_attention(
-    query: Tensor, context: Tensor, *, key_bias: Tensor | None = None, backend: str = "auto"
-) -> Explanation:
-    """Which backend :func:`absorbed_attention` would use for these tensors, and why."""
-    return explain("absorbed_attention", BACKENDS, _problem(query, key_bias), backend)
-
-
-def _problem(query: Tensor, key_bias: Tensor | None) -> Problem:
-    return Problem(
-        device=query.device.type,
-        dtype=query.dtype,
-        heads=query.shape[1],
-        width=query.shape[2],
-        bias_per_head=key_bias is not None and key_bias.ndim == 2,
-        grad=torch.is_grad_enabled() and query.requires_grad,
+    problem = Problem(
+        query=query,
+        context=context,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        kv_range=kv_range,
+        key_bias=key_bias,
+        scale=default_scale(query, scale),
     )
+    out, lse = attend(problem, key_index, backend)
+    return (out, lse) if return_lse else out

@@ -1,14 +1,14 @@
-"""Absorb the key and value projections, or project: the rule, in counted work.
+"""Cost rule: absorb the key and value projections, or project the context, by counted work.
 
 Work of one attention with ``rows_q`` queries over ``rows_k`` context rows in ``batch`` sequences (pairs =
 rows_q * rows_k / batch query-key pairs), heads H of width D over features of width E, in multiply-adds::
 
     project   2 rows_k E H D   projections     + 2 pairs H D   attention
-    absorb    2 rows_q E H D   moved to query  + 2 pairs H E   context attention
+    absorb    2 rows_q E H D   moved to query  + 2 pairs H E   absorbed attention
               and output
 
 A backward pass adds the gradients of weights and, where they have one, of the features: one product each per
-projection. Attention adds 5 products to its 2, context attention 3, or 5 with a gradient for the features.
+projection. Attention adds 5 products to its 2, absorbed attention 3, or 5 with a gradient for the features.
 
 Each term is divided by the speed its step was measured to reach, relative to the others; see
 ``docs/design/absorbed_attention.md`` for the measurements. Absorbing wins when queries per sequence are fewer than
@@ -23,9 +23,9 @@ import torch
 
 from fastxattn.runtime import native
 
-# Multiply-add rates relative to each other: the projection's GEMM, the attention kernel, the context kernel, the small
-# products that move projections to query and output; measured on a CPU with AVX-512 and bf16 dot products. What is not
-# listed has no compiled context kernel.
+# Multiply-add rates relative to each other: the projection's GEMM, the attention kernel, the absorbed attention kernel,
+# the small products that move projections to query and output; measured on a CPU with AVX-512 and bf16 dot products.
+# Pairs that are not listed have no compiled kernel.
 _RATES = {
     ("cpu", torch.float32): (65.0, 65.0, 95.0, 65.0),
     ("cpu", torch.bfloat16): (195.0, 100.0, 190.0, 195.0),
@@ -45,7 +45,7 @@ class Choice:
     """The part that grows with the context, per context row."""
     absorb_per_row: float = 0.0
     obstacle: str | None = None
-    """Why absorbing is out of the question, whatever the work."""
+    """Why absorbing is impossible, whatever the work."""
 
     @property
     def absorb(self) -> bool:
@@ -95,7 +95,7 @@ def choose(
     """
     obstacle, rates = None, _RATES
     if (device, dtype) not in _RATES:
-        obstacle = f"context attention has no compiled kernel for {dtype} on {device}"
+        obstacle = f"absorbed attention has no compiled kernel for {dtype} on {device}"
     elif not torch.compiler.is_compiling():  # a tracer cannot load a library
         obstacle = native.cpu_library().reason
         if native.active_cpu_isa() in ("generic", "avx2", "neon"):

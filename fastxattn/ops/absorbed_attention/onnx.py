@@ -1,4 +1,4 @@
-"""How context attention appears in an ONNX graph: the node ``fastxattn::AbsorbedAttention`` and its portable body.
+"""Absorbed attention in ONNX graphs: the node ``fastxattn::AbsorbedAttention`` and its portable body.
 
 An empty tensor stands for an absent ``kv_range`` or ``key_bias``. The body is a Loop over sequences.
 """
@@ -9,9 +9,10 @@ from onnx import TensorProto
 from onnxscript import FLOAT, INT32, script
 from onnxscript import opset18 as op
 
+from fastxattn.ops.absorbed_attention.problem import Problem
 from fastxattn.ops.attention.onnx import T
-from fastxattn.ops.onnx_node import DOMAIN, node
-from fastxattn.ops.onnx_parts import HIDDEN, NO_KEY_BIAS, NO_RANGE, Inside, Poison, Sift, Softmax, given
+from fastxattn.ops.onnx_node import DOMAIN, node, translation
+from fastxattn.ops.onnx_parts import HIDDEN, NO_KEY_BIAS, NO_RANGE, Inside, Poison, Sift, Softmax
 
 
 @script(DOMAIN, default_opset=op)
@@ -77,13 +78,12 @@ def AbsorbedAttention(
 
 
 NODE = node(AbsorbedAttention)
+_translate = translation(Problem, NODE, kv_range=NO_RANGE, key_bias=NO_KEY_BIAS)
 
 
-def translate(query, context, cu_seqlens_q, cu_seqlens_k, kv_range, key_bias, scale):
+def translate(*arguments):
     """The node for a call of ``fastxattn::absorbed_attention_<backend>`` met by torch's exporter."""
-    out, lse = NODE(
-        query, context, cu_seqlens_q, cu_seqlens_k, given(kv_range, NO_RANGE), given(key_bias, NO_KEY_BIAS), scale=scale
-    )
+    out, lse = _translate(*arguments)
     return out, lse, lse  # the third result only serves a backward pass
 
 

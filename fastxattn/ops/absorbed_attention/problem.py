@@ -1,19 +1,20 @@
-"""What a backend is told of a problem before it says whether it supports it."""
+"""Arguments of absorbed attention."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from torch import Tensor
 
-import torch
+from fastxattn.ops.arguments import Arguments, differentiable, problem
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One call of context attention."""
+@problem
+class Problem(Arguments):
+    """One call; the rows that a ``key_index`` selects have been gathered."""
 
-    device: str
-    dtype: torch.dtype
-    heads: int
-    width: int
-    bias_per_head: bool
-    grad: bool
+    query: Tensor = differentiable()  # (rows_q, heads, width)
+    context: Tensor = differentiable()  # (rows_k, width)
+    cu_seqlens_q: Tensor  # (batch + 1,) int32
+    cu_seqlens_k: Tensor  # (batch + 1,) int32
+    kv_range: Tensor | None = None  # (rows_q, 2) int32
+    key_bias: Tensor | None = differentiable(default=None)  # (rows_k,) or (rows_k, heads) float32
+    scale: float = 1.0

@@ -56,6 +56,8 @@ def check_shapes(problem: Problem) -> None:
         t, bias = getattr(problem, name), getattr(problem, bias_name)
         check_tensor(name, t, query, "query_a")
         check_int32(name, t)
+        if t.ndim != 1:
+            raise ValueError(f"{name} must have shape (batch + 1,); got {tuple(t.shape)}")
         check_value(t.shape[0] >= 1, f"{name} must have shape (batch + 1,), at least one offset; got none")
         if bias is not None:
             check_tensor(bias_name, bias, query, "query_a")
