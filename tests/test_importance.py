@@ -55,6 +55,7 @@ def test_cpu(feature, dtype):
 def test_triton(feature, dtype, small_tiles):
     # Not seed 0: there one key's bias gradient depends on how NumPy's BLAS sums float32 products, which the interpreter
     # uses and which differs between processors (1.25 of the budget on AVX-512, 0.24 with products summed in float64).
+    # It is the largest error of one number: pooling mean errors over seeds would not lower it.
     check("triton", interpretable(feature, dtype, (5, 0, 33, 1), (20, 9, 40, 7), seed=1))
 
 

@@ -1,4 +1,4 @@
-"""Attention in both directions between two token sets: GroundingDINO's fusion and LXMERT's shared cross-attention."""
+"""Co-attention modules: GroundingDINO's fusion and LXMERT's shared cross-attention."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class CoAttention(nn.Module):
         image_mask: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
     ) -> tuple[Tokens, Tokens]:
-        """Both updates, each in its input's form.
+        """Compute both updates, each in its input's form.
 
         Args:
             image: (batch, Li, image_dim) or PackedTokens.
             text: (batch, Lt, text_dim) or PackedTokens.
-            image_mask: (batch, Li) boolean, True = the token is there (the original's masks are inverted).
+            image_mask: (batch, Li) boolean, True = valid token (the original's masks are inverted).
             text_mask: (batch, Lt) boolean.
         """
         images, image_layout = pack(image, image_mask, name="image")
@@ -160,7 +160,7 @@ class SharedCrossAttention(nn.Module):
         text_mask: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
     ) -> tuple[Tokens, Tokens]:
-        """Text over image, and image over text; each result in its input's form, (batch, length, hidden_size)."""
+        """Attend text over image and image over text; each result in its input's form, (batch, length, hidden_size)."""
         texts, text_layout = pack(text, text_mask, name="text")
         images, image_layout = pack(image, image_mask, name="image")
         return text_layout.restore(self._attend(texts, images)), image_layout.restore(self._attend(images, texts))

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class ModalityGate(nn.Module):
-    """Mix one vector per modality with weights that look at all of them.
+    """Mix one vector per modality, with weights that depend on all of them.
 
     ::
 
@@ -57,8 +57,8 @@ class ModalityGate(nn.Module):
         if present is None:
             present = torch.ones(batch, self.modalities, dtype=torch.bool, device=stacked.device)
         elif present.shape != (batch, self.modalities) or present.dtype != torch.bool:
-            wanted = (batch, self.modalities)
-            raise ValueError(f"present must be boolean of shape {wanted}; got {present.dtype} {tuple(present.shape)}")
+            shape = (batch, self.modalities)
+            raise ValueError(f"present must be boolean of shape {shape}; got {present.dtype} {tuple(present.shape)}")
         if self.training and self.dropout:
             luck = torch.rand(batch, self.modalities, dtype=torch.float32, device=stacked.device)
             luck = luck.masked_fill(~present, -1.0)

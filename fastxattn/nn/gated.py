@@ -1,4 +1,4 @@
-"""GatedCrossAttentionBlock: Flamingo's and IDEFICS's tanh-gated look at the images before a token."""
+"""GatedCrossAttentionBlock: tanh-gated cross-attention of Flamingo and IDEFICS to the images before a token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(..., width) normalised over the last axis."""
+        """Normalise (..., width) over the last axis."""
         scaled = states * torch.rsqrt(states.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(self.weight.dtype)
 
@@ -48,7 +48,7 @@ class _GatedMLP(nn.Module):
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """A language model's layer that looks at images through a gate that starts closed.
+    """Language-model layer with cross-attention to images through a gate that starts closed.
 
     ::
 
@@ -122,9 +122,9 @@ class GatedCrossAttentionBlock(nn.Module):
                 activation=layer.mlp.act_fn,
                 absorb=absorb,
             )
-        wanted = set(new.state_dict())
+        names = set(new.state_dict())
         state = layer.state_dict(keep_vars=True)
-        new.load_state_dict({k: v for k, v in state.items() if k in wanted}, assign=True)  # less rotary buffers
+        new.load_state_dict({k: v for k, v in state.items() if k in names}, assign=True)  # less rotary buffers
         return new.train(layer.training)
 
     def _project(self, context: PackedTokens) -> ContextKV:
@@ -148,16 +148,16 @@ class GatedCrossAttentionBlock(nn.Module):
         kv_range: torch.Tensor | None = None,
         context_kv: ContextKV | None = None,
     ) -> Tokens:
-        """Both branches.
+        """Apply both branches.
 
         Args:
             hidden: text states (batch, length, hidden_size) or PackedTokens.
             context: image features (batch, tokens, context_width) or PackedTokens.
-            hidden_mask: (batch, length) boolean, True = the token is there.
+            hidden_mask: (batch, length) boolean, True = valid token.
             context_mask: (batch, tokens) boolean.
             kv_range: (batch, length, 2) int32 for padded text, (total, 2) for packed: the context tokens each text
                 token sees; None: all.
-            context_kv: what :meth:`precompute_kv` gave, instead of ``context``.
+            context_kv: result of :meth:`precompute_kv`, instead of ``context``.
 
         Returns:
             As ``hidden``.

@@ -11,7 +11,7 @@ from fastxattn.nn.projected import Absorb, ContextKV, KeyValueWeights, attend, c
 
 
 class MultiheadCrossAttention(nn.Module):
-    """Multi-head attention of one token set over another, padded or packed, at the cost of the tokens that exist.
+    """Multi-head attention of one token set over another, padded or packed, at the cost of the valid tokens.
 
     ::
 
@@ -73,7 +73,7 @@ class MultiheadCrossAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """torch.nn.MultiheadAttention's initialisation."""
+        """Initialise as torch.nn.MultiheadAttention does."""
         for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
             if weight is not None:
                 nn.init.xavier_uniform_(weight)
@@ -150,15 +150,15 @@ class MultiheadCrossAttention(nn.Module):
             query: (batch, Lq, embed_dim), or PackedTokens with values (total_q, embed_dim).
             context: (batch, Lk, kdim) or PackedTokens; None with ``context_kv``.
             value: features of the values where they are not the context's, in the context's form.
-            query_mask: (batch, Lq) boolean, True = the token is there; for a padded query.
+            query_mask: (batch, Lq) boolean, True = valid token; for a padded query.
             context_mask: (batch, Lk) boolean; for a padded context.
-            context_kv: what :meth:`precompute_kv` gave.
+            context_kv: result of :meth:`precompute_kv`.
             kv_range: (batch, Lq, 2) int32 for a padded query, (total_q, 2) for a packed one: query i sees its
-                sequence's present context tokens [start, end), counted without padding.
+                sequence's valid context tokens [start, end), counted without padding.
             key_bias: (total_k,) or (total_k, num_heads) float32, added to the scores; by packed context row.
 
         Returns:
-            As ``query``: (batch, Lq, embed_dim) with zeros where no token is, or PackedTokens.
+            As ``query``: (batch, Lq, embed_dim) with zeros in padding, or PackedTokens.
 
         Raises:
             ValueError: neither or both of ``context`` and ``context_kv``; shapes that do not fit.
@@ -195,5 +195,5 @@ class MultiheadCrossAttention(nn.Module):
         return layout.restore(self.out_proj(out))
 
     def extra_repr(self) -> str:
-        """What repr() shows."""
+        """Arguments that repr() shows."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, absorb={self.absorb!r}"

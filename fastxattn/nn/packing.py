@@ -1,4 +1,4 @@
-"""Tokens in, tokens out: every module takes padded tensors or PackedTokens and works on the packed rows alone."""
+"""Padded tensors and PackedTokens as packed rows, on which all modules work, and back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Tokens = torch.Tensor | PackedTokens
 
 
 def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query") -> tuple[PackedTokens, Layout]:
-    """``tokens`` as packed rows, and the layout that gives a result of the same rows its old form back.
+    """Pack ``tokens``; the layout restores a result of the same rows to their form.
 
     Args:
         tokens: (batch, length, width), or PackedTokens with values (total, width), which are returned as they are.
-        mask: (batch, length) boolean, True = the token is there; None: all are. Not with PackedTokens.
+        mask: (batch, length) boolean, True = valid token; None: all are valid. Not with PackedTokens.
         name: the argument's name, for messages.
 
     Raises:
@@ -26,7 +26,7 @@ def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query
     """
     if isinstance(tokens, PackedTokens):
         if mask is not None:
-            raise ValueError(f"{name}_mask must be None when {name} is PackedTokens: its lengths say what is there")
+            raise ValueError(f"{name}_mask must be None when {name} is PackedTokens: its lengths mark the valid tokens")
         rows = tokens.values.shape[0]
         if tokens.values.device.type == "cpu" and readable(tokens.cu_seqlens):
             # Rows past the last sequence may hold anything, and 0 * NaN in a weight's gradient is NaN.
@@ -45,7 +45,7 @@ def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query
         packed = PackedTokens(values, starts, length)
         return packed, Layout(packed, (batch, length), None)
     if mask.dtype != torch.bool:
-        raise TypeError(f"{name}_mask must be boolean, True = the token is there; got {mask.dtype}")
+        raise TypeError(f"{name}_mask must be boolean, True = valid token; got {mask.dtype}")
     if mask.shape != (batch, length):
         raise ValueError(f"{name}_mask must have shape {(batch, length)}; got {tuple(mask.shape)}")
     if mask.device != tokens.device:
@@ -60,29 +60,29 @@ def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query
         values = torch.where(valid, values.index_select(0, order), 0)
         packed = PackedTokens(values, starts, length)
         return packed, Layout(packed, (batch, length), order, valid=valid)
-    present = mask.reshape(-1).nonzero().squeeze(1)
-    if present.numel() != batch * length:
-        values = values.index_select(0, present)
+    valid_rows = mask.reshape(-1).nonzero().squeeze(1)
+    if valid_rows.numel() != batch * length:
+        values = values.index_select(0, valid_rows)
     packed = PackedTokens(values, starts, length)
-    return packed, Layout(packed, (batch, length), present)
+    return packed, Layout(packed, (batch, length), valid_rows)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The form that tokens came in."""
+    """Form of a module's input: padded, masked or packed."""
 
     packed: PackedTokens
     padded: tuple[int, int] | None
-    """(batch, length) of a padded tensor; None: the tokens came packed."""
+    """(batch, length) of a padded tensor; None: the input was packed."""
     rows: torch.Tensor | None
-    """Flat positions of the present tokens in the padded tensor; None: every token is there."""
+    """Flat positions of the valid tokens in the padded tensor; None: every token is valid."""
     unused: int = 0
     """Rows of packed tokens past their last sequence, left out of the work."""
     valid: torch.Tensor | None = None
     """(total, 1) boolean, False in rows of zeros that stand for padding; None: there are none."""
 
     def restore(self, values: torch.Tensor) -> Tokens:
-        """``values`` (total, width) as the tokens came: PackedTokens, or padded with zeros where no token is."""
+        """Restore ``values`` (total, width) to the input's form: PackedTokens, or padded with zeros."""
         if self.padded is None:
             if self.unused:
                 values = torch.nn.functional.pad(values, (0, 0, 0, self.unused))
@@ -95,14 +95,14 @@ class Layout:
         return values.reshape(batch, length, values.shape[-1])
 
     def pack_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows (batch, length, ...) of another tensor that belong to the present tokens, packed."""
+        """The rows (batch, length, ...) of another tensor that belong to the valid tokens, packed."""
         if self.padded is None:
             return rows[: rows.shape[0] - self.unused]
         flat = rows.reshape(self.padded[0] * self.padded[1], *rows.shape[2:])
         return flat if self.rows is None else flat.index_select(0, self.rows)
 
     def pack_like(self, tokens: Tokens, name: str) -> torch.Tensor:
-        """Packed rows of other tokens that came in the same form, of the same lengths."""
+        """Pack other tokens of the same form and lengths."""
         if isinstance(tokens, PackedTokens):
             if self.padded is not None:
                 raise ValueError(f"{name} must be padded like the tokens it goes with; got PackedTokens")
@@ -120,12 +120,12 @@ class Layout:
         return packed
 
 
-def check_same_lengths(name: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
+def check_same_lengths(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
     """Refuse offsets that cut rows into other sequences, where they can be read without waiting for a device."""
-    if got.shape != wanted.shape:
+    if got.shape != expected.shape:
         raise ValueError(f"{name} must have as many sequences as the tokens it goes with; got {got.shape[0] - 1}")
-    if readable(got) and readable(wanted) and not torch.equal(got, wanted):
-        lengths = [offsets.diff().tolist()[:8] for offsets in (wanted, got)]
+    if readable(got) and readable(expected) and not torch.equal(got, expected):
+        lengths = [offsets.diff().tolist()[:8] for offsets in (expected, got)]
         raise ValueError(f"{name} must have the lengths of the tokens it goes with, {lengths[0]}; got {lengths[1]}")
 
 

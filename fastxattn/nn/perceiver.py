@@ -1,4 +1,4 @@
-"""PerceiverResampler: a fixed number of latents from any number of features."""
+"""PerceiverResampler: attention of a fixed number of latents over any number of features."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class PerceiverResampler(nn.Module):
 
         Args:
             context: (batch, length, width) or PackedTokens.
-            context_mask: (batch, length) boolean, True = the feature is there.
+            context_mask: (batch, length) boolean, True = valid feature.
 
         Returns:
             (batch, latents, width).

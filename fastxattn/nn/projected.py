@@ -95,7 +95,6 @@ def attend(
         key_bias=key_bias,
         dropout_p=dropout_p,
     )
-    assert isinstance(out, torch.Tensor)
     return out.flatten(1)
 
 
@@ -109,7 +108,7 @@ def attend_features(
     key_bias: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """The same as projecting ``context`` and calling :func:`attend`, with both projections absorbed."""
+    """Project ``context`` and :func:`attend`, computed with both projections absorbed."""
     heads, head_dim = query.shape[1:]
     key_weight = weights.key_weight.unflatten(0, (heads, head_dim))
     value_weight = weights.value_weight.unflatten(0, (heads, -1))
@@ -134,7 +133,7 @@ def attend_features(
         seen = (lse.detach() != -torch.inf).transpose(0, 1).unsqueeze(-1)
         out = out + weights.value_bias.to(out.dtype).unflatten(0, (heads, -1)) * seen
     if weights.key_bias is not None and weights.key_bias.requires_grad and torch.is_grad_enabled():
-        # The key bias cancels; its zero gradient is spelled out for those who count on every parameter having one.
+        # The key bias cancels; its zero gradient is explicit because optimizers and DDP expect one of every parameter.
         out = out + 0.0 * weights.key_bias.sum()
     return out.flatten(1)
 
@@ -152,7 +151,7 @@ def cross_attend(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Attention of projected queries over raw features, the cheaper way.
+    """Compute attention of projected queries over raw features, projecting or absorbing by cost.
 
     Args:
         query: (total_q, heads, head_dim), projected.

@@ -60,7 +60,7 @@ def pixel_shuffle(tokens: PackedTokens, grids: Sequence[tuple[int, int]], factor
 
 
 class VisualProjector(nn.Module):
-    """One linear layer or LLaVA's two, after an optional pixel-shuffle and norm; work on existing tokens only.
+    """One linear layer or LLaVA's two, after an optional pixel-shuffle and norm; valid tokens only.
 
     ``state_dict``: ``linear_1`` (and ``linear_2``, ``layer_norm``), the names of ``LlavaMultiModalProjector`` and
     ``InternVLMultiModalProjector``; :meth:`from_hf` shares theirs and ``Idefics3Connector``'s parameters.
@@ -132,7 +132,7 @@ class VisualProjector(nn.Module):
 
         Args:
             tokens: (batch, length, in_width) or PackedTokens.
-            mask: (batch, length) boolean, True = the token is there (without pixel-shuffle).
+            mask: (batch, length) boolean, True = valid token (without pixel-shuffle).
             grids: rows and columns of each image, for pixel-shuffle; default: square grids of a padded tensor.
 
         Returns:

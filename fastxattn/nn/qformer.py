@@ -44,7 +44,7 @@ class _Rows:
 
 
 def _arrange(queries: torch.Tensor, text: PackedTokens | None) -> tuple[torch.Tensor, _Rows]:
-    """The hidden matrix (rows, hidden) of queries (batch, count, hidden) and text, and where its rows belong."""
+    """Build the hidden matrix (rows, hidden) of queries (batch, count, hidden) and text, and its layout."""
     packed, _ = pack(queries)
     if text is None:
         return packed.values, _Rows(packed, None, None, packed.cu_seqlens, packed.max_seqlen)
@@ -251,7 +251,7 @@ class _Embeddings(nn.Module):
 
 
 class QFormer(nn.Module):
-    """The querying transformer: learned queries, and optionally text, look at image features.
+    """The querying transformer: learned queries, and optionally text, attend to image features.
 
     Parameters and ``state_dict`` are those of Hugging Face's ``Blip2QFormerModel``, or with ``vocabulary`` those of
     ``InstructBlipQFormerModel``; :meth:`from_hf` shares either's.
@@ -378,8 +378,8 @@ class QFormer(nn.Module):
         Args:
             queries: (batch, count, hidden_size) or (1, count, hidden_size), shared by all sequences; None: text alone.
             context: image features (batch, length, context_width) or PackedTokens.
-            context_mask: (batch, length) boolean, True = the feature is there.
-            context_kv: what :meth:`precompute_kv` gave, instead of ``context``.
+            context_mask: (batch, length) boolean, True = valid feature.
+            context_kv: result of :meth:`precompute_kv`, instead of ``context``.
             text: text embeddings (batch, length, hidden_size) or PackedTokens.
             text_mask: (batch, length) boolean.
             input_ids: (batch, length) token ids, instead of ``text`` (with a vocabulary).

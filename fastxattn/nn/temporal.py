@@ -63,7 +63,7 @@ class TemporalCrossAttention(MultiheadCrossAttention):
             query_times: (batch, Lq) for padded queries, (total_q,) for packed ones; floating or integer, compared
                 exactly (:func:`fastxattn.ops.attention.ranges.timestamp_kv_range`).
             context_times: (batch, Lk) or (total_k,), ascending within each sequence.
-            query_mask: (batch, Lq) boolean, True = the token is there.
+            query_mask: (batch, Lq) boolean, True = valid token.
             context_mask: (batch, Lk) boolean.
 
         Returns:
@@ -86,7 +86,7 @@ class TemporalCrossAttention(MultiheadCrossAttention):
 
 def _packed_times(name: str, times: torch.Tensor, layout: Layout) -> torch.Tensor:
     """(rows,) times of the valid tokens; refuses times of another shape than the tokens."""
-    wanted = layout.padded or (layout.packed.values.shape[0] + layout.unused,)
-    if tuple(times.shape) != tuple(wanted):
-        raise ValueError(f"{name} must have shape {tuple(wanted)}, like its tokens; got {tuple(times.shape)}")
+    shape = layout.padded or (layout.packed.values.shape[0] + layout.unused,)
+    if tuple(times.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, like its tokens; got {tuple(times.shape)}")
     return layout.pack_rows(times)

@@ -24,7 +24,7 @@ _TYPES = {
 
 
 def node(function: OnnxFunction) -> values.Op:
-    """The operator that ``function`` is the portable body of, to be called where its node is wanted.
+    """The operator that ``function`` is the portable body of, called where a graph needs its node.
 
     Calling the function itself would make the exporter inline it.
     """

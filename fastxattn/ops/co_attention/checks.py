@@ -63,8 +63,8 @@ def check_shapes(problem: Problem) -> None:
             check_tensor(bias_name, bias, query, "query_a")
             check_wide(bias_name, bias, query, "query_a")
             check_key_bias(bias_name, bias, getattr(problem, f"query_{side}").shape[0], heads)
-    wanted, got = problem.cu_seqlens_a.shape[0], problem.cu_seqlens_b.shape[0]
-    check_value(got == wanted, f"cu_seqlens_b must have as many offsets as cu_seqlens_a, {wanted}; got {got}")
+    count, got = problem.cu_seqlens_a.shape[0], problem.cu_seqlens_b.shape[0]
+    check_value(got == count, f"cu_seqlens_b must have as many offsets as cu_seqlens_a, {count}; got {got}")
     for name, low in (("scale", -torch.inf), ("softcap", 0.0), ("dropout_p", 0.0)):
         check_number(name, getattr(problem, name), low)
     if isinstance(problem.dropout_p, (int, float)) and problem.dropout_p >= 1:
