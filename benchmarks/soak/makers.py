@@ -50,8 +50,8 @@ def padded_attention(d: Draw) -> Trial:
 def importance(d: Draw) -> Trial:
     batch, heads, dim = d.r.randint(1, 4), d.of(1, 2, 4), d.of(3, 16, 64, 80)
     of_q, of_k = d.lengths(batch), d.lengths(batch)
-    options: dict[str, Any] = {"reduce": d.of("mean", "sum", "max", "none"), "normalize": d.often(0.3)}
-    if options["reduce"] == "max":  # heads tie on a key that is alone, and any of them may take its gradient
+    options: dict[str, Any] = {"reduction": d.of("mean", "sum", "max", "none"), "normalize": d.often(0.3)}
+    if options["reduction"] == "max":  # heads tie on a key that is alone, and any of them may take its gradient
         of_k = [n + (n == 1) for n in of_k]
     inputs = {"query": d.rows(sum(of_q), heads, dim), "key": d.rows(sum(of_k), heads, dim)}
     cu_q, cu_k, softcap = offsets(of_q), offsets(of_k), d.of(0.0, 0.0, 5.0)
