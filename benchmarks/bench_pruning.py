@@ -22,8 +22,8 @@ from fastxattn.bench import Case, Record, Workload, timing, write_csv
 from fastxattn.bench.report import print_table
 from fastxattn.integrations.pruning import prune_model
 from fastxattn.integrations.pruning_encoder import encoder_scores
-from fastxattn.ops.pruning import STRATEGIES, Budget, bipartite, ops, prune_tokens, select_tokens
-from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
+from fastxattn.ops.pruning import STRATEGIES, Budget, backends, bipartite, prune_tokens, select_tokens
+from fastxattn.ops.pruning.problem import DETERMINANT, MAX_MIN, Greedy, Quantile
 
 SHARES = (0.5, 0.25, 0.11)
 
@@ -93,7 +93,7 @@ def quantiles() -> Workload:
         return torch.stack([s.quantile(q) for s in scores])
 
     def ours() -> Tensor:
-        return ops.run("quantile", scores, "auto", scores.view(-1), cu, q)  # type: ignore[no-any-return]
+        return backends.run(Quantile(scores=scores.view(-1), cu_seqlens=cu, q=q), "auto")  # type: ignore[no-any-return]
 
     return Workload(
         {"fastxattn": ours, "eager loop": eager, "eager batched": lambda: scores.quantile(q, dim=1).T},
@@ -183,7 +183,7 @@ def greedy(mode: int, batch: int, length: int, keep: int) -> Workload:
         return torch.cat([search(image, weight) + b * length for b, (image, weight) in enumerate(images)])
 
     def ours() -> Tensor:
-        scores = ops.run("greedy", x, "auto", x, quality, cu, counts, None, mode, keep)
+        scores = backends.run(Greedy.of((x, quality, cu, counts, None, mode, keep)), "auto")
         return scores.view(batch, length).topk(keep).indices + cu[:-1, None]
 
     def check() -> str:

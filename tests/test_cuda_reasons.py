@@ -11,7 +11,8 @@ from fastxattn.ops.contrastive import cuda as contrastive
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.ops.late_interaction import cuda as late_interaction
 from fastxattn.ops.late_interaction.cpu import Problem as Tokens
-from fastxattn.ops.pruning import cuda as pruning
+from fastxattn.ops.pruning import backends as pruning
+from fastxattn.ops.pruning.problem import Merge
 from fastxattn.runtime import cuda, native
 
 
@@ -21,6 +22,13 @@ def problem(dtype: torch.dtype, scale: torch.dtype = torch.float32, **options: o
     for name, value in options.items():
         setattr(made, name, value)
     return made
+
+
+def merging(dtype: torch.dtype) -> str | None:
+    """Why CUDA merges no rows of this dtype."""
+    x, place = torch.empty(5, 8, dtype=dtype, device="cuda"), torch.empty(5, dtype=torch.int32, device="cuda")
+    backend = next(b for b in pruning.BACKENDS["merge"] if b.name == "cuda")
+    return backend.supports(Merge(x=x, assignment=place, coefficient=None, rows=3))
 
 
 @pytest.fixture
@@ -36,12 +44,12 @@ def test_each_room_takes_its_dtypes_and_says_what_it_does_not() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for options in ({}, {"metrics": True, "margin": 0.1}, {"normalize": True, "bias": torch.zeros(())}):
                 assert contrastive.supports(problem(dtype, **options)) is None
-            assert pruning.supports(torch.empty(5, 8, dtype=dtype, device="cuda")) is None
+            assert merging(dtype) is None
             for smooth in (None, 0.5):
                 assert late_interaction.supports(Tokens("cuda", dtype, smooth)) is None
         for wide in (problem(torch.float64), problem(torch.float32, torch.float64)):
             assert contrastive.supports(wide) == "computes in float32; the features or the scale are float64"
-        assert "got torch.float64" in str(pruning.supports(torch.empty(5, 8, dtype=torch.float64, device="cuda")))
+        assert merging(torch.float64) == "it computes in float32, and the tensors are float64"
     assert late_interaction.supports(Tokens("cuda", torch.float64, None)) == (
         "computes in float32; the tokens are float64"
     )
@@ -79,7 +87,7 @@ def test_where_nothing_of_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         for reason in (
             contrastive.supports(problem(torch.float16)),
             late_interaction.supports(Tokens("cuda", torch.float16, None)),
-            pruning.supports(torch.empty(5, 8, device="cuda")),
+            merging(torch.float32),
         ):
             assert reason == "it needs compute capability 8.0, and the device has 7.5"
 

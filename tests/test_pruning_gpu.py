@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 from fastxattn.ops import pruning
 from fastxattn.ops.pruning import STRATEGIES, Budget, reference
+from fastxattn.ops.pruning.problem import PROBLEMS
 from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION
 from tests.device import BACKENDS, RUNS, WHY_NOT, there
 
@@ -27,9 +28,15 @@ def backend(request):
 
 
 def kernel(backend, name):
-    """The function of that name in the room of a backend, on the tests' device."""
-    function = getattr(importlib.import_module(f"fastxattn.ops.pruning.{backend}"), name)
+    """The launcher of that operation in a backend's module, on the tests' device."""
+    module = importlib.import_module(f"fastxattn.ops.pruning.kernels_{backend}")
+    function = PROBLEMS[name].positional(getattr(module, name))
     return functools.partial(there(lambda *arguments, backend: function(*arguments)), backend=backend)
+
+
+def oracle(name, *arguments):
+    """The reference's results of that operation."""
+    return getattr(reference, name)(PROBLEMS[name].of(arguments))
 
 
 def same(got, want):
@@ -51,22 +58,22 @@ def test_select(backend, data, k, guarded):
     scores, guard, x = data
     counts = torch.full((4,), k, dtype=torch.int32)
     arguments = (scores, CU, counts, guard if guarded else None, x, 120)
-    same(kernel(backend, "select")(*arguments), reference.select(*arguments))
+    same(kernel(backend, "select")(*arguments), oracle("select", *arguments))
 
 
 def test_quantile_and_gather(data):
     scores, _, x = data
     arguments = (scores, CU, torch.tensor([0, 0.77, 1.0]))
-    same([kernel("triton", "quantile")(*arguments)], [reference.quantile(*arguments)])
+    same([kernel("triton", "quantile")(*arguments)], [oracle("quantile", *arguments)])
     place = torch.randint(-1, 9, (TOTAL,), dtype=torch.int32)
     for weight in (None, torch.rand(TOTAL)):
-        same([kernel("triton", "gather")(x, place, weight)], [reference.gather(x, place, weight)])
+        same([kernel("triton", "gather")(x, place, weight)], [oracle("gather", x, place, weight)])
 
 
 def test_merge(backend, data):
     x, place = data[2], torch.randint(-1, 9, (TOTAL,), dtype=torch.int32)
     for weight in (None, torch.rand(TOTAL)):
-        found, wanted = kernel(backend, "merge")(x, place, weight, 10), reference.merge(x, place, weight, 10)
+        found, wanted = kernel(backend, "merge")(x, place, weight, 10), oracle("merge", x, place, weight, 10)
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
 
 
@@ -82,7 +89,7 @@ def test_match(backend, data, dtype):
     a, b = torch.arange(0, 160, 2, dtype=torch.int32), torch.arange(1, 160, 2, dtype=torch.int32)
     cu_a, cu_b = (torch.tensor(t, dtype=torch.int32) for t in ([0, 3, 3, 35, 80], [0, 2, 2, 35, 80]))
     best, near = kernel(backend, "match")(x, a, cu_a, b, cu_b)
-    wanted, exact = reference.match(x, a, cu_a, b, cu_b)
+    wanted, exact = oracle("match", x, a, cu_a, b, cu_b)
     assert torch.equal(best, wanted)
     torch.testing.assert_close(near, exact, rtol=0, atol=1e-6, equal_nan=True)
 
@@ -95,7 +102,7 @@ def test_greedy(data, dtype):
     every = itertools.product((0, 1), (None, guard))
     for mode, protected in every if dtype == torch.float32 else ((0, None), (1, guard)):
         arguments = (x, quality, CU, counts, protected, mode, 66)
-        same([kernel("triton", "greedy")(*arguments)], [reference.greedy(*arguments)])
+        same([kernel("triton", "greedy")(*arguments)], [oracle("greedy", *arguments)])
 
 
 def test_through_the_public_functions_by_name(backend, data):

@@ -23,8 +23,8 @@ from fastxattn.ops.pruning import (
     select_tokens,
     text_relevance,
 )
-from fastxattn.ops.pruning.ops import run
-from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
+from fastxattn.ops.pruning.backends import run
+from fastxattn.ops.pruning.problem import DETERMINANT, MAX_MIN, Greedy, Match
 from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION
 from fastxattn.runtime import native
 from fastxattn.testing import offsets
@@ -49,7 +49,8 @@ def test_matching_agrees_with_the_oracle(backend: str, dtype: torch.dtype, lengt
     odd = [n // 2 for n in lengths]
     places = torch.cat([torch.arange(b, b + 2 * k, 2) + 1 for b, k in zip(cu.tolist(), odd, strict=False)])
     best, similarity = best_match(x, every, cu, places.to(torch.int32), offsets(odd), backend=backend)
-    want, exact = reference.match(x, every, cu, places.to(torch.int32), offsets(odd))
+    problem = Match(x=x, a_index=every, cu_a=cu, b_index=places.to(torch.int32), cu_b=offsets(odd))
+    want, exact = reference.match(problem)
     # A different choice is allowed only between similarities that differ by rounding.
     chosen = (reference.unit_rows(x) * reference.unit_rows(x)[best.clamp_min(0).long()]).sum(1)
     differs = best != want
@@ -95,7 +96,7 @@ def test_greedy_search_is_the_definition(backend: str, mode: int) -> None:
     lengths, width, count = [70, 30], 24, 9
     x, q, cu = torch.randn(100, width), torch.rand(100) + 0.5, offsets(lengths)
     counts = torch.tensor([count, count], dtype=torch.int32)
-    scores = run("greedy", x, backend, x, q, cu, counts, None, mode, 99)
+    scores = run(Greedy.of((x, q, cu, counts, None, mode, 99)), backend)
     for b in range(2):
         part = slice(int(cu[b]), int(cu[b + 1]))
         want = brute_max_min(x[part], count) if mode == MAX_MIN else brute_determinant(x[part], q[part], count)
@@ -111,8 +112,9 @@ def test_greedy_rules_on_awkward_rows(backend: str, mode: int, dtype: torch.dtyp
     protected[[3, 40]] = True
     for guard, limit in itertools.product((None, protected), (99, 4)):
         counts = torch.tensor([7, 3, 2, 69], dtype=torch.int32)
-        got = run("greedy", x, backend, x, None, cu, counts, guard, mode, limit)
-        assert torch.equal(got, reference.greedy(x, None, cu, counts, guard, mode, limit))
+        problem = Greedy.of((x, None, cu, counts, guard, mode, limit))
+        got = run(problem, backend)
+        assert torch.equal(got, reference.greedy(problem))
         picks = (got > -torch.inf).split([50, 0, 1, 69])
         assert [int(p.sum()) for p in picks] == [min(k, limit) for k in (7, 0, 1, 69)]
         if guard is not None:
@@ -125,7 +127,7 @@ def test_greedy_rules_on_awkward_rows(backend: str, mode: int, dtype: torch.dtyp
 def test_greedy_may_be_asked_for_nothing(backend: str, mode: int) -> None:
     counts = torch.tensor([0, 2], dtype=torch.int32)
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-    scores = run("greedy", x, backend, x, None, offsets([5, 3]), counts, None, mode, 2)
+    scores = run(Greedy.of((x, None, offsets([5, 3]), counts, None, mode, 2)), backend)
     assert (scores[:5] == -torch.inf).all()
     assert (scores[5:] > -torch.inf).sum() == 2
 
@@ -138,8 +140,8 @@ def test_long_sequences_recompute_similarities() -> None:
     if not native.available_cpu_isas():
         pytest.skip("the CPU kernels are not built")
     for mode in (MAX_MIN, DETERMINANT):
-        arguments = (x, None, offsets([4200]), counts, None, mode, 6)
-        assert torch.equal(run("greedy", x, "cpu", *arguments), reference.greedy(*arguments))
+        problem = Greedy.of((x, None, offsets([4200]), counts, None, mode, 6))
+        assert torch.equal(run(problem, "cpu"), reference.greedy(problem))
 
 
 def test_bipartite_is_tome(backend: str) -> None:

@@ -9,9 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastxattn.ops.pruning import Budget, Selection, prune_tokens, reference, select_tokens
+import fastxattn
+from fastxattn.ops.pruning import (
+    STRATEGIES,
+    Budget,
+    Selection,
+    best_match,
+    gather_rows,
+    merge_rows,
+    prune_tokens,
+    reference,
+    select_tokens,
+)
+from fastxattn.ops.pruning.backends import run
+from fastxattn.ops.pruning.problem import Quantile, Select
 from fastxattn.ops.pruning.segments import share
-from fastxattn.runtime import native
+from fastxattn.runtime import env, native, triton
 from fastxattn.testing import offsets
 
 ISAS = native.available_cpu_isas()
@@ -101,11 +114,11 @@ def test_rows_beyond_the_last_sequence_are_never_kept(backend: str) -> None:
 
 def test_capacity_bounds_the_result_and_pads_with_minus_one(backend: str) -> None:
     counts = torch.tensor([2, 2], dtype=torch.int32)
-    run = reference.select if backend == "reference" else torch.ops.fastxattn.pruning_select_cpu
+    select = Select.positional(reference.select) if backend == "reference" else torch.ops.fastxattn.pruning_select_cpu
     x = torch.ones(6, 2)
-    index, cu, _, rows = run(torch.arange(6.0), offsets([3, 3]), counts, None, x, 6)
+    index, cu, _, rows = select(torch.arange(6.0), offsets([3, 3]), counts, None, x, 6)
     assert index.tolist() == [1, 2, 4, 5, -1, -1] and rows[4:].abs().sum() == 0
-    index, cu, assignment, _ = run(torch.arange(6.0), offsets([3, 3]), counts, None, None, 3)
+    index, cu, assignment, _ = select(torch.arange(6.0), offsets([3, 3]), counts, None, None, 3)
     assert cu.tolist() == [0, 2, 3] and index.tolist() == [1, 2, 5] and assignment.tolist() == [-1, 0, 1, -1, -1, 2]
 
 
@@ -158,8 +171,7 @@ def test_quantiles_agree_with_torch(backend: str) -> None:
     scores = torch.randn(400)
     scores[5] = float("nan")
     cu, q = offsets([3, 0, 300, 1, 90]), torch.tensor([0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
-    run = reference.quantile if backend == "reference" else torch.ops.fastxattn.pruning_quantile_cpu
-    got = run(scores, cu, q)
+    got = run(Quantile(scores=scores, cu_seqlens=cu, q=q), backend)
     for b in range(5):
         part = scores[cu[b] : cu[b + 1]]
         if part.numel() == 0:
@@ -237,8 +249,6 @@ def test_gradients_of_everything() -> None:
 
 
 def test_weight_gradients() -> None:
-    from fastxattn.ops.pruning import gather_rows, merge_rows
-
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     c = torch.rand(5, dtype=torch.float64, requires_grad=True)
     a = torch.tensor([0, 1, 0, -1, 1], dtype=torch.int32)
@@ -370,3 +380,52 @@ def test_bad_rows_are_refused_before_memory_is_touched() -> None:
     if ISAS:
         with pytest.raises(RuntimeError, match=r"index must lie in \[-1, 4\)"):
             torch.ops.fastxattn.pruning_gather_cpu(torch.zeros(4, 2), torch.tensor([4], dtype=torch.int32), None)
+
+
+def test_the_interpreter_leaves_cpu_tensors_to_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "interpreted", lambda: True)
+    x, cu = torch.randn(6, 3), offsets([6])
+    index = torch.zeros(6, dtype=torch.int32)
+    for call in (
+        lambda: select_tokens(x[:, 0], cu, Budget.count(2)),
+        lambda: prune_tokens(x, x[:, 0], cu, Budget.count(2)),
+        lambda: gather_rows(x, index),
+        lambda: merge_rows(x, index, None, 2),
+        lambda: best_match(x, index, cu, index, cu),
+        lambda: STRATEGIES["divprune"](x, cu, Budget.count(2)),
+        lambda: Budget.adaptive().counts(x[:, 0].contiguous(), cu),
+    ):
+        verdicts = fastxattn.explain(call).verdicts
+        assert next(v.backend for v in verdicts if v.reason is None) == ("cpu" if ISAS else "triton"), verdicts
+        assert [v.backend for v in verdicts if v.backend != "cuda"] == ["cpu", "triton", "reference"]
+
+
+def test_reasons_are_those_of_every_operation() -> None:
+    wide = torch.zeros(4, 2, dtype=torch.float64)
+    reasons = {v.backend: v.reason for v in fastxattn.explain(merge_rows, wide, torch.zeros(4).int(), None, 1).verdicts}
+    assert reasons["cuda"] == reasons["cpu"] == "it computes in float32, and the tensors are float64"
+    reasons = {v.backend: v.reason for v in fastxattn.explain(gather_rows, wide.float(), torch.zeros(4).int()).verdicts}
+    assert reasons["triton"] in (None, "the tensors are on cpu, and TRITON_INTERPRET=1 is not set")
+    with pytest.raises(RuntimeError, match="cannot run this problem: the tensors are on cpu"):
+        merge_rows(wide.float(), torch.zeros(4).int(), None, 1, backend="cuda")
+    tiny = torch.zeros(4, 2, dtype=torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError, match=r"float32, bfloat16 and float16, and the tensors are float8_e4m3fn"):
+        gather_rows(tiny, torch.zeros(4).int(), backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "flash"])
+def test_a_default_backend_that_an_operation_lacks_is_refused_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(env, "default_backend", name)
+    x, cu = torch.randn(6, 3), offsets([6])
+    words = (
+        f"environment variable FASTXATTN_BACKEND={name} names a backend that this operation lacks; it has cpu, triton"
+    )
+    for call in (
+        lambda: gather_rows(x, torch.zeros(6).int()),
+        lambda: STRATEGIES["cdpruner"](x, cu, Budget.count(2)),
+        lambda: select_tokens(x[:, 0], cu, Budget.adaptive()),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

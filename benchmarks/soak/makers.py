@@ -13,10 +13,10 @@ from benchmarks.soak.models import model
 from benchmarks.soak.modules import MODULES
 from benchmarks.soak.pruning import PRUNING
 from benchmarks.soak.trials import Draw, Maker, Trial
-from fastxattn.ops.pruning import ops as pruning
+from fastxattn.ops.pruning import backends as pruning
 from fastxattn.ops.pruning.merge import best_match
+from fastxattn.ops.pruning.problem import DETERMINANT, MAX_MIN, Greedy, Quantile
 from fastxattn.ops.pruning.rows import gather_rows, merge_rows
-from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
 from fastxattn.ops.retrieval.api import quantize_int8
 from fastxattn.testing import offsets
 
@@ -186,7 +186,7 @@ def greedy(d: Draw) -> Trial:
     mode, protected = d.of(MAX_MIN, DETERMINANT), d.chance(sum(of), 0.05) if d.often(0.3) else None
 
     def run(_: Inputs, backend: str) -> Any:
-        return pruning.run("greedy", x, backend, x, quality, offsets(of), counts, protected, mode, 12)
+        return pruning.run(Greedy.of((x, quality, offsets(of), counts, protected, mode, 12)), backend)
 
     return Trial(f"{of}, keep {counts.tolist()}, mode {mode}, D={width}", d.dtype, {}, run, exact=True)
 
@@ -197,8 +197,7 @@ def quantile(d: Draw) -> Trial:
     scores[d.chance(sum(of), 0.1)] = torch.nan
 
     def run(x: Inputs, backend: str) -> Any:
-        given = x["scores"].detach()
-        return pruning.run("quantile", given, backend, given, offsets(of), q)
+        return pruning.run(Quantile(scores=x["scores"].detach(), cu_seqlens=offsets(of), q=q), backend)
 
     return Trial(f"{of}, {q.tolist()}", torch.float32, {"scores": scores}, run)
 

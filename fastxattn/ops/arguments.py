@@ -8,6 +8,7 @@ and :meth:`Arguments.routed` select and place its gradients. Adding an argument 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import typing
 from collections.abc import Callable, Sequence
@@ -62,6 +63,16 @@ class Arguments:
     def of(cls, values: Sequence[Any]) -> Self:
         """A problem from an operator's positional arguments."""
         return cls(**dict(zip(cls.names, values, strict=True)))
+
+    @classmethod
+    def positional(cls, function: Callable[[Any], Any]) -> Callable[..., Any]:
+        """``function`` of a problem as one of an operator's positional arguments."""
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            return function(cls.of(arguments))
+
+        return call
 
     @classmethod
     def schema(cls) -> str:

@@ -6,7 +6,7 @@ Each function returns None when nothing stands in the way. An operation's ``back
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,19 +55,27 @@ def exported(what: str) -> str | None:
     return None
 
 
-def at_first_call(name: str, keys: tuple[str, ...], module: str, function: str) -> None:
+def at_first_call(
+    name: str,
+    keys: tuple[str, ...],
+    module: str,
+    function: str,
+    *,
+    of: Callable[[Sequence[Any]], Any] | None = None,
+) -> None:
     """Implement operator ``fastxattn::<name>`` by ``function`` of ``module``, imported with the first call.
 
     Args:
         name: of the operator.
         keys: dispatch keys; ``("CUDA", "CPU")`` for Triton, whose interpreter takes CPU tensors.
         module: importing it may need Triton or a library.
-        function: takes the operator's arguments.
+        function: takes the operator's arguments, or with ``of`` what that makes of them.
+        of: ``Problem.of``, for a function that takes a problem.
     """
 
     def run(*arguments: Any) -> Any:
         implementation: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        return implementation(*arguments)
+        return implementation(*arguments) if of is None else implementation(of(arguments))
 
     for key in keys:
         torch.library.impl(f"fastxattn::{name}", key, run)

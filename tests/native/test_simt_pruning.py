@@ -11,7 +11,8 @@ import torch
 from simt.build import Simt
 from simt.launches import on_simt
 
-from fastxattn.ops.pruning import cuda, reference
+from fastxattn.ops.pruning import kernels_cuda, reference
+from fastxattn.ops.pruning.problem import PROBLEMS, Match, Merge, Select
 
 LENGTHS = ((5, 0, 300, 1, 256), (0,), (), (700, 33))
 
@@ -40,16 +41,19 @@ def run_select(simt: Simt, scores: np.ndarray, cu: np.ndarray, counts: list[int]
         None if x is None else torch.from_numpy(np.ascontiguousarray(x).view(np.int16 if x.itemsize == 2 else x.dtype))
     )
     capacity = sum(min(max(c, 0), int(n)) for c, n in zip(counts, np.diff(cu), strict=True)) + extra
-    expected = reference.select(
-        torch.from_numpy(scores[: cu[-1]]), torch.from_numpy(cu), torch.tensor(counts, dtype=torch.int32),
-        None if guard is None else torch.from_numpy(guard[: cu[-1]].astype(bool)), None, capacity,
-    )  # fmt: skip
+    problem = Select(
+        scores=torch.from_numpy(scores[: cu[-1]]),
+        cu_seqlens=torch.from_numpy(cu),
+        counts=torch.tensor(counts, dtype=torch.int32),
+        protected=None if guard is None else torch.from_numpy(guard[: cu[-1]].astype(bool)),
+        x=None,
+        capacity=capacity,
+    )
+    expected = reference.select(problem)
     keep_index, assignment = np.empty(capacity, np.int32), np.empty(len(scores), np.int32)
     gathered = None if x is None else np.empty((capacity, x.shape[1]), x.dtype)
-    simt.select(
-        scores=scores, cu=cu, cu_keep=expected[1].numpy(), protected=guard, x=x, keep_index=keep_index,
-        assignment=assignment, gathered=gathered, **options,
-    )  # fmt: skip
+    results = {"keep_index": keep_index, "assignment": assignment, "gathered": gathered}
+    simt.select(scores=scores, cu=cu, cu_keep=expected[1].numpy(), protected=guard, x=x, **results, **options)
     np.testing.assert_array_equal(keep_index, expected[0].numpy())
     np.testing.assert_array_equal(assignment[: cu[-1]], expected[2].numpy())
     assert (assignment[cu[-1] :] == -1).all()
@@ -106,15 +110,13 @@ def test_match(simt: Simt, dtype: str, channels: int, aligned: int) -> None:
     a_index, b_index = order[:100].copy(), order[100:].copy()
     cu_a, cu_b = offsets((70, 0, 29, 1)), offsets((66, 3, 61, 0))
     best, similarity = np.empty(100, np.int32), np.empty(100, np.float32)
-    counts = getattr(simt, f"match_{dtype}")(
-        x=stored, a_index=a_index, cu_a=cu_a, b_index=b_index, cu_b=cu_b, best=best, similarity=similarity,
-        inverse_norm=inverse_norms(values), aligned=aligned, shares=2, order=1,
-    )  # fmt: skip
-    wanted, expected = (
-        t.numpy() for t in reference.match(*map(torch.from_numpy, (values, a_index, cu_a, b_index, cu_b)))
-    )
-    np.testing.assert_array_equal(best, wanted)
-    np.testing.assert_allclose(similarity, expected, atol=1e-6)
+    rows = {"a_index": a_index, "cu_a": cu_a, "b_index": b_index, "cu_b": cu_b}
+    tensors = {"x": stored, **rows, "best": best, "similarity": similarity, "inverse_norm": inverse_norms(values)}
+    counts = getattr(simt, f"match_{dtype}")(**tensors, aligned=aligned, shares=2, order=1)
+    problem = Match(x=torch.from_numpy(values), **{name: torch.from_numpy(t) for name, t in rows.items()})
+    expected, exact = (t.numpy() for t in reference.match(problem))
+    np.testing.assert_array_equal(best, expected)
+    np.testing.assert_allclose(similarity, exact, atol=1e-6)
     if aligned:
         for kind in ("ldmatrix", "load", "cp_async"):
             assert counts[kind][0] == counts[kind][1], f"bank conflicts in {kind}"
@@ -134,9 +136,8 @@ def test_merge(simt: Simt, dtype: str) -> None:
         getattr(simt, f"merge_{dtype}")(
             x=stored, members=ordered.indices.numpy(), first=first, coefficient=coefficient, out=out
         )
-        expected = reference.merge(
-            values.double(), assignment, None if coefficient is None else torch.from_numpy(coefficient), 10
-        )
+        weights = None if coefficient is None else torch.from_numpy(coefficient)
+        expected = reference.merge(Merge(x=values.double(), assignment=assignment, coefficient=weights, rows=10))
         np.testing.assert_allclose(
             cases.from_bits(out, dtype), expected, rtol=2**-8 if dtype == "bfloat16" else 0, atol=1e-6
         )
@@ -149,19 +150,21 @@ def test_host_code_and_kernels_together(simt: Simt, monkeypatch: Any, dtype: tor
     x, scores = torch.randn(77, 24, generator=g).to(dtype), torch.randn(77, generator=g)
     guard = torch.rand(77, generator=g) < 0.1
     counts = torch.tensor([10, 2, 40], dtype=torch.int32)
-    functions = (("pruning_", f) for f in (cuda.select, cuda.merge, cuda.match))
+    names = ("select", "merge", "match")
+    functions = (("pruning_", PROBLEMS[name].positional(getattr(kernels_cuda, name))) for name in names)
     with on_simt(simt, monkeypatch, *functions):
         ops = torch.ops.fastxattn
         found = ops.pruning_select_cuda(scores, cu, counts, guard, x, 55)
-        for t, expected in zip(found, reference.select(scores, cu, counts, guard, x, 55), strict=True):
+        problem = Select(scores=scores, cu_seqlens=cu, counts=counts, protected=guard, x=x, capacity=55)
+        for t, expected in zip(found, reference.select(problem), strict=True):
             assert torch.equal(t, expected)
         order = torch.randperm(77, generator=g).int()
-        arguments = (x, order[:40], torch.tensor([0, 20, 40], dtype=torch.int32), order[40:],
-                     torch.tensor([0, 30, 37], dtype=torch.int32))  # fmt: skip
-        best, similarity = ops.pruning_match_cuda(*arguments)
-        expected = reference.match(*arguments)
+        cu_a, cu_b = (torch.tensor(t, dtype=torch.int32) for t in ([0, 20, 40], [0, 30, 37]))
+        pairs = Match(x=x, a_index=order[:40], cu_a=cu_a, b_index=order[40:], cu_b=cu_b)
+        best, similarity = ops.pruning_match_cuda(*pairs.values())
+        expected = reference.match(pairs)
         assert torch.equal(best, expected[0])
         torch.testing.assert_close(similarity, expected[1], rtol=0, atol=1e-6)
         assignment, weight = torch.randint(-1, 12, (77,), generator=g).int(), torch.rand(77, generator=g)
-        merged = ops.pruning_merge_cuda(x, assignment, weight, 12)
-        torch.testing.assert_close(merged, reference.merge(x, assignment, weight, 12))
+        sums = Merge(x=x, assignment=assignment, coefficient=weight, rows=12)
+        torch.testing.assert_close(ops.pruning_merge_cuda(*sums.values()), reference.merge(sums))

@@ -3,7 +3,6 @@
 from fastxattn.ops.pruning.api import prune_tokens, select_tokens
 from fastxattn.ops.pruning.budget import Budget
 from fastxattn.ops.pruning.merge import best_match, bipartite, contextual, leftover, nearest
-from fastxattn.ops.pruning.ops import explain_pruning
 from fastxattn.ops.pruning.rows import gather_rows, merge_rows
 from fastxattn.ops.pruning.scores import frame_change, frame_counts, probe_scores, received_scores, text_relevance
 from fastxattn.ops.pruning.selection import Selection
@@ -16,7 +15,6 @@ __all__ = [
     "best_match",
     "bipartite",
     "contextual",
-    "explain_pruning",
     "frame_change",
     "frame_counts",
     "gather_rows",

@@ -1,4 +1,4 @@
-"""select: scores and a budget become a Selection. prune_tokens: the same with the kept rows, in one call."""
+"""Selection of tokens by scores and a budget, with or without the kept rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from torch import Tensor
 
 from fastxattn.ops.offsets import readable
 from fastxattn.ops.pruning import checks
+from fastxattn.ops.pruning.backends import run
 from fastxattn.ops.pruning.budget import Budget, counts_of
-from fastxattn.ops.pruning.ops import run
+from fastxattn.ops.pruning.problem import Select
 from fastxattn.ops.pruning.reference import kept_offsets
 from fastxattn.ops.pruning.rows import gather_rows
 from fastxattn.ops.pruning.selection import Selection
+from fastxattn.runtime import env
 from fastxattn.runtime.operators import derivative_wanted
 
 
@@ -37,7 +39,7 @@ def select_tokens(
         budget: a :class:`Budget`, or (batch,) int32 counts.
         protected: (total,) bool: tokens such as CLS and registers that outrank all others.
         max_seqlen: a bound on the lengths; makes the static size of a ratio exact for equal lengths.
-        backend: auto, triton, cpu or reference.
+        backend: auto, cpu, triton, cuda or reference.
 
     Returns:
         The selection; its size is exact on the CPU, and elsewhere a bound that needs no synchronisation.
@@ -65,14 +67,38 @@ def prune_tokens(
     max_seqlen: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Selection]:
-    """:func:`select`, and the kept rows of ``x`` (total, ...) from the same call. Differentiable in ``x``."""
+    """Keep the best tokens as :func:`select_tokens` does, and gather their rows of ``x`` in the same call.
+
+    Args:
+        x: (total, ...) floating point. Differentiable.
+        scores: (total,) as in :func:`select_tokens`, as are the other arguments.
+        cu_seqlens: (batch + 1,) int32.
+        budget: a :class:`Budget`, or (batch,) int32 counts.
+        protected: (total,) bool or None.
+        max_seqlen: a bound on the lengths.
+        backend: auto, cpu, triton, cuda or reference.
+
+    Returns:
+        The kept rows (kept, ...), and the selection.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape or offset is wrong.
+
+    Example:
+        >>> x, cu_seqlens = torch.arange(6.0).view(3, 2), torch.tensor([0, 3], dtype=torch.int32)
+        >>> rows, kept = prune_tokens(x, torch.tensor([0.1, 0.9, 0.5]), cu_seqlens, Budget.count(2))
+        >>> rows.tolist(), kept.keep_index.tolist()
+        ([[2.0, 3.0], [4.0, 5.0]], [1, 2])
+    """
     checks.check_scores(scores, cu_seqlens)
     checks.check_rows("x", x, scores.shape[0])
     checks.check_device("x", x, "scores", scores)
     fused = x.ndim == 2 and x.is_contiguous() and not derivative_wanted(x)
     selection, rows = _select(scores, cu_seqlens, budget, protected, max_seqlen, backend, x if fused else None)
     if not fused:  # the CUDA library gathers only in the launch that selects
-        rows = gather_rows(x, selection.keep_index, backend="auto" if backend == "cuda" else backend)
+        asked = env.default_backend if backend == "auto" else backend
+        rows = gather_rows(x, selection.keep_index, backend="triton" if asked == "cuda" else backend)
     return rows, selection
 
 
@@ -100,16 +126,13 @@ def _select(
         offsets = kept_offsets(cu_seqlens, counts, capacity)
         capacity = int(offsets[-1])
         longest = int(offsets.diff().max()) if batch else 0
-    probe = ranked if x is None else x
-    index, cu_keep, assignment, rows = run(
-        "select",
-        probe,
-        backend,
-        ranked,
-        cu_seqlens,
-        counts,
-        None if protected is None else protected.contiguous(),
-        x,
-        capacity,
+    problem = Select(
+        scores=ranked,
+        cu_seqlens=cu_seqlens,
+        counts=counts,
+        protected=None if protected is None else protected.contiguous(),
+        x=x,
+        capacity=capacity,
     )
+    index, cu_keep, assignment, rows = run(problem, backend)
     return Selection(index, cu_keep, assignment, cu_seqlens, longest, ranked, protected), rows

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.pruning import checks, segments
-from fastxattn.ops.pruning.ops import run
+from fastxattn.ops.pruning.backends import run
+from fastxattn.ops.pruning.problem import Quantile
 
 STATIC = ("count", "ratio", "total")
 RANGES = {
@@ -156,7 +157,8 @@ class Budget:
         elif self.kind == "mass":
             counts = self._mass(scores, cu_seqlens, protected)
         else:
-            quartiles = run("quantile", scores, backend, scores, cu_seqlens, scores.new_tensor([0.25, 0.75]))
+            shares = scores.new_tensor([0.25, 0.75])
+            quartiles = run(Quantile(scores=scores, cu_seqlens=cu_seqlens, q=shares), backend)
             cut = quartiles[:, 1] + self.value * (quartiles[:, 1] - quartiles[:, 0])
             counts = _passing(scores > segments.spread(cut, cu_seqlens, scores.shape[0]), cu_seqlens, protected)
         if self.minimum:

@@ -1,4 +1,4 @@
-"""What becomes of tokens that are not kept: merged into kept ones instead of dropped.
+"""Merging of tokens that are not kept into those that are.
 
 Each function takes a selection (or makes one) and returns a selection with an assignment and weights;
 ``Selection.reduce`` then averages, ``Selection.sizes`` counts, ``Selection.scatter_back`` undoes.
@@ -12,7 +12,8 @@ from torch import Tensor
 from fastxattn.ops.offsets import check_offsets
 from fastxattn.ops.pruning import checks, segments
 from fastxattn.ops.pruning.api import select_tokens
-from fastxattn.ops.pruning.ops import run
+from fastxattn.ops.pruning.backends import run
+from fastxattn.ops.pruning.problem import Match
 from fastxattn.ops.pruning.selection import Selection
 
 
@@ -57,7 +58,7 @@ def best_match(
         features: (total, channels); similarity is the cosine, 0 for a zero row, NaN for a row that is not finite.
         a_index, b_index: int32 rows of ``features``, grouped by sequence.
         cu_a, cu_b: (batch + 1,) int32 offsets of the groups.
-        backend: auto, triton, cpu or reference.
+        backend: auto, cpu, triton, cuda or reference.
 
     Returns:
         ``best`` int32 rows of ``features`` (-1 without a B) and float32 ``similarity``. Ties go to the first in B.
@@ -72,7 +73,8 @@ def best_match(
         checks.check_device(f"cu_{name}", offsets, "features", features)
     if cu_a.shape != cu_b.shape:
         raise ValueError(f"cu_b must have the shape of cu_a, {tuple(cu_a.shape)}; got {tuple(cu_b.shape)}")
-    best, similarity = run("match", features, backend, features.detach().contiguous(), a_index, cu_a, b_index, cu_b)
+    rows = features.detach().contiguous()
+    best, similarity = run(Match(x=rows, a_index=a_index, cu_a=cu_a, b_index=b_index, cu_b=cu_b), backend)
     return best, similarity
 
 
@@ -96,7 +98,7 @@ def bipartite(
         merges: tokens to merge away in each sequence, or (batch,) int32; at most half of the unprotected ones.
         sizes: (total,) float32 tokens that each token already stands for; 1 when None.
         protected: (total,) bool: neither merged nor merged into.
-        backend: auto, triton, cpu or reference.
+        backend: auto, cpu, triton, cuda or reference.
     """
     checks.check_rows("features", features)
     total = features.shape[0]
@@ -144,7 +146,7 @@ def nearest(
         selection: what is kept.
         features: (total, channels) that similarity is measured on.
         weight: (total,) float32 of the average: attention received, in PruMerge; equal when None.
-        backend: auto, triton, cpu or reference.
+        backend: auto, cpu, triton, cuda or reference.
     """
     _check_features(features, selection)
     if weight is not None:

@@ -1,4 +1,4 @@
-"""The readable oracle of every pruning operation: plain PyTorch, one sequence at a time, float64 where it decides.
+"""Reference implementations of the six operations: plain PyTorch, one sequence at a time, float64 where it decides.
 
 The one order everything ranks by, best first: protected tokens before others; numbers before NaN; higher score before
 lower (-0 equals 0); lower index before higher.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastxattn.ops.pruning.schema import MAX_MIN
+from fastxattn.ops.pruning.problem import MAX_MIN, Gather, Greedy, Match, Merge, Quantile, Select
 
 FLOOR = 1e-6
 """A token whose residual volume is below this share of the largest quality adds nothing to a determinant."""
@@ -37,40 +37,39 @@ def kept_offsets(cu_seqlens: Tensor, counts: Tensor, capacity: int) -> Tensor:
     return torch.nn.functional.pad(kept, (1, 0)).to(torch.int32)
 
 
-def select(
-    scores: Tensor, cu_seqlens: Tensor, counts: Tensor, protected: Tensor | None, x: Tensor | None, capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def select(p: Select) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best ``counts[b]`` tokens of each sequence, ascending; where each token went; optionally their rows of x."""
-    cu_keep = kept_offsets(cu_seqlens, counts, capacity)
-    keep_index = torch.full((capacity,), -1, dtype=torch.int32, device=scores.device)
-    assignment = torch.full((scores.shape[0],), -1, dtype=torch.int32, device=scores.device)
-    for (begin, end), (out, out_end) in zip(_bounds(cu_seqlens), _bounds(cu_keep), strict=True):
-        ranked = order(scores[begin:end], None if protected is None else protected[begin:end])
+    cu_keep = kept_offsets(p.cu_seqlens, p.counts, p.capacity)
+    keep_index = torch.full((p.capacity,), -1, dtype=torch.int32, device=p.scores.device)
+    assignment = torch.full((p.scores.shape[0],), -1, dtype=torch.int32, device=p.scores.device)
+    for (begin, end), (out, out_end) in zip(_bounds(p.cu_seqlens), _bounds(cu_keep), strict=True):
+        ranked = order(p.scores[begin:end], None if p.protected is None else p.protected[begin:end])
         kept = ranked[: out_end - out].sort().values + begin
         keep_index[out:out_end] = kept.to(torch.int32)
-        assignment[kept] = torch.arange(out, out_end, dtype=torch.int32, device=scores.device)
-    gathered = scores.new_empty(0) if x is None else gather(x, keep_index, None)
-    return keep_index, cu_keep, assignment, gathered
+        assignment[kept] = torch.arange(out, out_end, dtype=torch.int32, device=p.scores.device)
+    if p.x is None:
+        return keep_index, cu_keep, assignment, p.scores.new_empty(0)
+    return keep_index, cu_keep, assignment, gather(Gather(x=p.x, index=keep_index, coefficient=None))
 
 
-def gather(x: Tensor, index: Tensor, coefficient: Tensor | None) -> Tensor:
+def gather(p: Gather) -> Tensor:
     """``out[j] = coefficient[j] * x[index[j]]``, 0 where ``index[j]`` is -1."""
-    if x.shape[0] == 0:
-        return x.new_zeros(index.shape[0], x.shape[1])
-    rows = x.index_select(0, index.clamp_min(0).long())
-    if coefficient is not None:
-        rows = (rows.to(_wide(x)) * coefficient.to(_wide(x))[:, None]).to(x.dtype)
-    return torch.where(index[:, None] >= 0, rows, 0.0)
+    if p.x.shape[0] == 0:
+        return p.x.new_zeros(p.index.shape[0], p.x.shape[1])
+    rows = p.x.index_select(0, p.index.clamp_min(0).long())
+    if p.coefficient is not None:
+        rows = (rows.to(_wide(p.x)) * p.coefficient.to(_wide(p.x))[:, None]).to(p.x.dtype)
+    return torch.where(p.index[:, None] >= 0, rows, 0.0)
 
 
-def merge(x: Tensor, assignment: Tensor, coefficient: Tensor | None, rows: int) -> Tensor:
+def merge(p: Merge) -> Tensor:
     """``out[a] = sum of coefficient[i] * x[i] over assignment[i] == a``; rows of -1 are never read into a sum."""
-    members = torch.nonzero(assignment >= 0).squeeze(1)
-    values = x.index_select(0, members).to(_wide(x))
-    if coefficient is not None:
-        values = values * coefficient.to(_wide(x)).index_select(0, members)[:, None]
-    out = torch.zeros(rows, x.shape[1], dtype=_wide(x), device=x.device)
-    return out.index_add(0, assignment.index_select(0, members).long(), values).to(x.dtype)
+    members = torch.nonzero(p.assignment >= 0).squeeze(1)
+    values = p.x.index_select(0, members).to(_wide(p.x))
+    if p.coefficient is not None:
+        values = values * p.coefficient.to(_wide(p.x)).index_select(0, members)[:, None]
+    out = torch.zeros(p.rows, p.x.shape[1], dtype=_wide(p.x), device=p.x.device)
+    return out.index_add(0, p.assignment.index_select(0, members).long(), values).to(p.x.dtype)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -81,53 +80,45 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(wide.isfinite().all(1, keepdim=True), unit, torch.nan)
 
 
-def match(x: Tensor, a_index: Tensor, cu_a: Tensor, b_index: Tensor, cu_b: Tensor) -> tuple[Tensor, Tensor]:
+def match(p: Match) -> tuple[Tensor, Tensor]:
     """For each row of A the row of B (same sequence) of the highest cosine similarity, ties to the first in B.
 
     NaN ranks below every number. Without a B, ``best`` is -1 and the similarity NaN.
     """
-    best = torch.full_like(a_index, -1)
-    similarity = torch.full(a_index.shape, torch.nan, dtype=torch.float32, device=x.device)
-    for (a, a_end), (b, b_end) in zip(_bounds(cu_a), _bounds(cu_b), strict=True):
+    best = torch.full_like(p.a_index, -1)
+    similarity = torch.full(p.a_index.shape, torch.nan, dtype=torch.float32, device=p.x.device)
+    for (a, a_end), (b, b_end) in zip(_bounds(p.cu_a), _bounds(p.cu_b), strict=True):
         if a == a_end or b == b_end:
             continue
-        rows_a, rows_b = a_index[a:a_end].long(), b_index[b:b_end]
-        products = (unit_rows(x[rows_a]) @ unit_rows(x[rows_b.long()]).T).float()
+        rows_a, rows_b = p.a_index[a:a_end].long(), p.b_index[b:b_end]
+        products = (unit_rows(p.x[rows_a]) @ unit_rows(p.x[rows_b.long()]).T).float()
         comparable = torch.where(products.isnan(), -torch.inf, products)
-        # max() promises no order among equals; the first equal one is wanted.
+        # max() promises no order among equals; the result is the first of them.
         first = (comparable == comparable.amax(1, keepdim=True)).to(torch.uint8).argmax(1)
         best[a:a_end] = rows_b[first]
         similarity[a:a_end] = products.gather(1, first[:, None]).squeeze(1)
     return best, similarity
 
 
-def greedy(
-    x: Tensor,
-    quality: Tensor | None,
-    cu_seqlens: Tensor,
-    counts: Tensor,
-    protected: Tensor | None,
-    mode: int,
-    max_count: int,
-) -> Tensor:
+def greedy(p: Greedy) -> Tensor:
     """(total,) float32: -t for the row picked at step t of its sequence's greedy search, -inf for the others.
 
     ``MAX_MIN`` picks the row farthest (1 - cosine) from its nearest picked row, starting with the row farthest from its
     nearest neighbour. ``DETERMINANT`` picks the row that enlarges ``det(diag(q) S diag(q))`` of the picked rows most.
     Protected rows are picked first, in order; rows that are not finite last.
     """
-    out = torch.full((x.shape[0],), -torch.inf, dtype=torch.float32, device=x.device)
-    for (begin, end), count in zip(_bounds(cu_seqlens), counts.tolist(), strict=True):
+    out = torch.full((p.x.shape[0],), -torch.inf, dtype=torch.float32, device=p.x.device)
+    search = _max_min if p.mode == MAX_MIN else _determinant
+    for (begin, end), count in zip(_bounds(p.cu_seqlens), p.counts.tolist(), strict=True):
         n = end - begin
-        unit = unit_rows(x[begin:end])
-        weight = torch.ones(n, dtype=torch.float64, device=x.device)
-        if quality is not None:
-            weight = quality[begin:end].double()
+        unit = unit_rows(p.x[begin:end])
+        weight = torch.ones(n, dtype=torch.float64, device=p.x.device)
+        if p.quality is not None:
+            weight = p.quality[begin:end].double()
         invalid = ~(unit.isfinite().all(1) & weight.isfinite())
         unit, weight = torch.where(invalid[:, None], 0.0, unit), torch.where(invalid, 0.0, weight)
-        seeds = [] if protected is None else torch.nonzero(protected[begin:end]).flatten().tolist()
-        walk = _max_min if mode == MAX_MIN else _determinant
-        for step, row in enumerate(walk(unit, weight, invalid, seeds, min(max(count, 0), n, max_count))):
+        seeds = [] if p.protected is None else torch.nonzero(p.protected[begin:end]).flatten().tolist()
+        for step, row in enumerate(search(unit, weight, invalid, seeds, min(max(count, 0), n, p.max_count))):
             out[begin + row] = -float(step)
     return out
 
@@ -186,14 +177,14 @@ def _determinant(unit: Tensor, weight: Tensor, invalid: Tensor, seeds: list[int]
     return picked
 
 
-def quantile(scores: Tensor, cu_seqlens: Tensor, q: Tensor) -> Tensor:
+def quantile(p: Quantile) -> Tensor:
     """(batch, len(q)) float32: linearly interpolated quantiles of each sequence's scores, NaN scores left out."""
-    out = scores.new_full((cu_seqlens.shape[0] - 1, q.shape[0]), torch.nan)
-    for b, (begin, end) in enumerate(_bounds(cu_seqlens)):
-        values = scores[begin:end]
+    out = p.scores.new_full((p.cu_seqlens.shape[0] - 1, p.q.shape[0]), torch.nan)
+    for b, (begin, end) in enumerate(_bounds(p.cu_seqlens)):
+        values = p.scores[begin:end]
         values = values[~values.isnan()].sort().values
         if values.numel():
-            place = q.double() * (values.numel() - 1)
+            place = p.q.double() * (values.numel() - 1)
             low = place.floor().long().clamp(0, values.numel() - 1)
             high = (low + 1).clamp_max(values.numel() - 1)
             share = (place - low).float()

@@ -16,9 +16,9 @@ from torch import Tensor
 from fastxattn.ops.offsets import check_offsets, readable
 from fastxattn.ops.pruning import checks, merge, segments
 from fastxattn.ops.pruning.api import select_tokens
+from fastxattn.ops.pruning.backends import run
 from fastxattn.ops.pruning.budget import Budget, counts_of
-from fastxattn.ops.pruning.ops import run
-from fastxattn.ops.pruning.schema import DETERMINANT, MAX_MIN
+from fastxattn.ops.pruning.problem import DETERMINANT, MAX_MIN, Greedy
 from fastxattn.ops.pruning.selection import Selection
 
 
@@ -101,7 +101,16 @@ def _greedy(
     if isinstance(budget, Budget):
         most = budget.per_sequence(most, options.get("max_seqlen"))
     flat = tokens.detach().flatten(1).contiguous()
-    scores = run("greedy", flat, backend, flat, quality, cu_seqlens.contiguous(), counts, protected, mode, most)
+    problem = Greedy(
+        x=flat,
+        quality=quality,
+        cu_seqlens=cu_seqlens.contiguous(),
+        counts=counts,
+        protected=protected,
+        mode=mode,
+        max_count=most,
+    )
+    scores = run(problem, backend)
     return select_tokens(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, **options)
 
 

@@ -1,25 +1,23 @@
-# ruff: noqa: D103  (the six launchers and their kernels are documented once, in schema.py and reference.py)
+# ruff: noqa: D103  (the six launchers and their kernels are documented in problem.py and reference.py)
 """Triton kernels of pruning: the same six operations, the same indices.
 
 Selection and quantiles search the cut-off bit by bit: a score becomes an integer that orders as scores do, and 33
-counts over the sequence fix its bits from the top (bit 32: protected). Every reduction walks in a fixed order, so
-results repeat.
+counts over the sequence fix its bits from the top (bit 32: protected). Every reduction has a fixed order, so results
+repeat.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastxattn.ops.pruning.problem import MAX_MIN, Gather, Greedy, Match, Merge, Quantile, Select
 from fastxattn.ops.pruning.reference import FLOOR, kept_offsets
-from fastxattn.ops.pruning.schema import MAX_MIN
 from fastxattn.ops.pruning.segments import inverse_norms, members_by_row
+from fastxattn.runtime.triton import interpreted
 
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SELECT_BLOCK, ROW_BLOCK = 1024, 256
 MATCH_M, MATCH_N, MATCH_K = 64, 64, 32
 GREEDY_N, GREEDY_K = 64, 64
@@ -145,9 +143,21 @@ def merge_kernel(p_x, p_members, p_first, p_coefficient, p_out, C, HAS_COEFFICIE
 
 @triton.jit
 def match_kernel(
-    p_x, p_inverse, p_a, p_cu_a, p_b, p_cu_b, p_best, p_similarity, C,
-    EXCLUDE_SELF: tl.constexpr, UPCAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_inverse,
+    p_a,
+    p_cu_a,
+    p_b,
+    p_cu_b,
+    p_best,
+    p_similarity,
+    C,
+    EXCLUDE_SELF: tl.constexpr,
+    UPCAST: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
     i_b = tl.program_id(0)
     a_begin, a_end = tl.load(p_cu_a + i_b), tl.load(p_cu_a + i_b + 1)
     b_begin, b_end = tl.load(p_cu_b + i_b), tl.load(p_cu_b + i_b + 1)
@@ -165,10 +175,16 @@ def match_kernel(
             products = tl.zeros((M, N), tl.float32)
             for k in range(0, C, K):
                 o_k = k + tl.arange(0, K)
-                b_a = tl.load(p_x + a_row[:, None] * C + o_k[None, :],
-                              mask=(a_scale == a_scale)[:, None] & (o_k < C)[None, :], other=0.0)  # fmt: skip
-                b_b = tl.load(p_x + b_row[None, :] * C + o_k[:, None],
-                              mask=(b_scale == b_scale)[None, :] & (o_k < C)[:, None], other=0.0)  # fmt: skip
+                b_a = tl.load(
+                    p_x + a_row[:, None] * C + o_k[None, :],
+                    mask=(a_scale == a_scale)[:, None] & (o_k < C)[None, :],
+                    other=0.0,
+                )
+                b_b = tl.load(
+                    p_x + b_row[None, :] * C + o_k[:, None],
+                    mask=(b_scale == b_scale)[None, :] & (o_k < C)[:, None],
+                    other=0.0,
+                )
                 if UPCAST:
                     b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
                 products = tl.dot(b_a, b_b, products, input_precision="ieee")
@@ -193,9 +209,24 @@ def match_kernel(
 
 @triton.jit
 def greedy_kernel(
-    p_x, p_inverse, p_quality, p_protected, p_cu, p_counts, p_value, p_factors, p_scores, C, T, max_count,
-    MAXMIN: tl.constexpr, HAS_PROTECTED: tl.constexpr, FLOOR_SHARE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_inverse,
+    p_quality,
+    p_protected,
+    p_cu,
+    p_counts,
+    p_value,
+    p_factors,
+    p_scores,
+    C,
+    T,
+    max_count,
+    MAXMIN: tl.constexpr,
+    HAS_PROTECTED: tl.constexpr,
+    FLOOR_SHARE: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
     i_b = tl.program_id(0)
     begin = tl.load(p_cu + i_b).to(tl.int64)
     n = (tl.load(p_cu + i_b + 1) - begin).to(tl.int32)
@@ -243,8 +274,11 @@ def greedy_kernel(
                 row = tl.load(p_x + (begin + pick) * C + o_k, mask=o_k < tl.where(usable_pick, C, 0), other=0.0).to(
                     tl.float32
                 )
-                tile = tl.load(p_x + (begin + o)[:, None] * C + o_k[None, :],
-                               mask=((o < n) & usable)[:, None] & (o_k < C)[None, :], other=0.0)  # fmt: skip
+                tile = tl.load(
+                    p_x + (begin + o)[:, None] * C + o_k[None, :],
+                    mask=((o < n) & usable)[:, None] & (o_k < C)[None, :],
+                    other=0.0,
+                )
                 likeness += tl.sum(tile.to(tl.float32) * row[None, :], 1)
             likeness = tl.where(usable, likeness * scale * tl.where(usable_pick, chosen_scale, 0.0), 0.0)
             new = old
@@ -268,102 +302,88 @@ def greedy_kernel(
         tl.debug_barrier()
 
 
-def select(
-    scores: Tensor, cu_seqlens: Tensor, counts: Tensor, protected: Tensor | None, x: Tensor | None, capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cu_keep = kept_offsets(cu_seqlens, counts, capacity)
-    keep_index = torch.full((capacity,), -1, dtype=torch.int32, device=scores.device)
-    assignment = torch.full((scores.shape[0],), -1, dtype=torch.int32, device=scores.device)
-    if cu_seqlens.shape[0] > 1:
-        guard = scores if protected is None else protected.to(torch.uint8)
-        select_kernel[(cu_seqlens.shape[0] - 1,)](
-            scores, guard, cu_seqlens, cu_keep, keep_index, assignment, protected is not None, SELECT_BLOCK
+def select(p: Select) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cu_keep = kept_offsets(p.cu_seqlens, p.counts, p.capacity)
+    keep_index = torch.full((p.capacity,), -1, dtype=torch.int32, device=p.scores.device)
+    assignment = torch.full((p.scores.shape[0],), -1, dtype=torch.int32, device=p.scores.device)
+    if p.cu_seqlens.shape[0] > 1:
+        guard = p.scores if p.protected is None else p.protected.to(torch.uint8)
+        select_kernel[(p.cu_seqlens.shape[0] - 1,)](
+            p.scores, guard, p.cu_seqlens, cu_keep, keep_index, assignment, p.protected is not None, SELECT_BLOCK
         )
-    return keep_index, cu_keep, assignment, scores.new_empty(0) if x is None else gather(x, keep_index, None)
+    if p.x is None:
+        return keep_index, cu_keep, assignment, p.scores.new_empty(0)
+    return keep_index, cu_keep, assignment, gather(Gather(x=p.x, index=keep_index, coefficient=None))
 
 
-def gather(x: Tensor, index: Tensor, coefficient: Tensor | None) -> Tensor:
-    out = x.new_empty(index.shape[0], x.shape[1])
+def gather(p: Gather) -> Tensor:
+    rows, channels = p.index.shape[0], p.x.shape[1]
+    out = p.x.new_empty(rows, channels)
     if out.numel():
-        given = index if coefficient is None else coefficient
-        grid = (index.shape[0], triton.cdiv(x.shape[1], ROW_BLOCK))
-        gather_kernel[grid](x, index, given, out, x.shape[1], coefficient is not None, ROW_BLOCK)
+        coefficient = p.index if p.coefficient is None else p.coefficient
+        gather_kernel[rows, triton.cdiv(channels, ROW_BLOCK)](
+            p.x, p.index, coefficient, out, channels, p.coefficient is not None, ROW_BLOCK
+        )
     return out
 
 
-def merge(x: Tensor, assignment: Tensor, coefficient: Tensor | None, rows: int) -> Tensor:
-    out = x.new_empty(rows, x.shape[1])
+def merge(p: Merge) -> Tensor:
+    channels = p.x.shape[1]
+    out = p.x.new_empty(p.rows, channels)
     if out.numel():
-        members, first = members_by_row(assignment, rows)
-        given = x if coefficient is None else coefficient
-        grid = (rows, triton.cdiv(x.shape[1], ROW_BLOCK))
-        merge_kernel[grid](x, members, first, given, out, x.shape[1], coefficient is not None, ROW_BLOCK)
+        members, first = members_by_row(p.assignment, p.rows)
+        coefficient = p.x if p.coefficient is None else p.coefficient
+        merge_kernel[p.rows, triton.cdiv(channels, ROW_BLOCK)](
+            p.x, members, first, coefficient, out, channels, p.coefficient is not None, ROW_BLOCK
+        )
     return out
 
 
-def match(
-    x: Tensor, a_index: Tensor, cu_a: Tensor, b_index: Tensor, cu_b: Tensor, exclude_self: bool = False
-) -> tuple[Tensor, Tensor]:
-    best = torch.full_like(a_index, -1)
-    similarity = torch.full(a_index.shape, torch.nan, dtype=torch.float32, device=x.device)
-    if a_index.shape[0] and cu_a.shape[0] > 1:
-        grid = (cu_a.shape[0] - 1, triton.cdiv(a_index.shape[0], MATCH_M))
-        match_kernel[grid](
-            x, inverse_norms(x), a_index, cu_a, b_index, cu_b, best, similarity, x.shape[1], exclude_self,
-            INTERPRET and x.dtype == torch.bfloat16, MATCH_M, MATCH_N, MATCH_K,
-        )  # fmt: skip
+def match(p: Match, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+    best = torch.full_like(p.a_index, -1)
+    similarity = torch.full(p.a_index.shape, torch.nan, dtype=torch.float32, device=p.x.device)
+    if p.a_index.shape[0] and p.cu_a.shape[0] > 1:
+        upcast = interpreted() and p.x.dtype == torch.bfloat16
+        tensors = (p.x, inverse_norms(p.x), p.a_index, p.cu_a, p.b_index, p.cu_b, best, similarity)
+        match_kernel[p.cu_a.shape[0] - 1, triton.cdiv(p.a_index.shape[0], MATCH_M)](
+            *tensors, p.x.shape[1], exclude_self, upcast, MATCH_M, MATCH_N, MATCH_K
+        )
     return best, similarity
 
 
-def greedy(
-    x: Tensor,
-    quality: Tensor | None,
-    cu_seqlens: Tensor,
-    counts: Tensor,
-    protected: Tensor | None,
-    mode: int,
-    max_count: int,
-) -> Tensor:
-    total = x.shape[0]
-    scores = torch.full((total,), -torch.inf, dtype=torch.float32, device=x.device)
-    if total == 0 or cu_seqlens.shape[0] < 2:
+def greedy(p: Greedy) -> Tensor:
+    total, device = p.x.shape[0], p.x.device
+    scores = torch.full((total,), -torch.inf, dtype=torch.float32, device=device)
+    if total == 0 or p.cu_seqlens.shape[0] < 2:
         return scores
-    inverse = inverse_norms(x)
-    weight = torch.ones_like(scores) if quality is None else torch.where(quality.isfinite(), quality, torch.nan)
+    inverse = inverse_norms(p.x)
+    weight = torch.ones_like(scores) if p.quality is None else torch.where(p.quality.isfinite(), p.quality, torch.nan)
     unusable = inverse.isnan() | weight.isnan()
-    maxmin = mode == MAX_MIN
+    maxmin = p.mode == MAX_MIN
     if maxmin:
-        finite = torch.where(unusable[:, None], torch.nan, x)
-        everything = torch.arange(total, dtype=torch.int32, device=x.device)
-        value = -match(finite, everything, cu_seqlens, everything, cu_seqlens, True)[1].nan_to_num(nan=-torch.inf)
+        finite = torch.where(unusable[:, None], torch.nan, p.x)
+        every = torch.arange(total, dtype=torch.int32, device=device)
+        pairs = Match(x=finite, a_index=every, cu_a=p.cu_seqlens, b_index=every, cu_b=p.cu_seqlens)
+        value = -match(pairs, exclude_self=True)[1].nan_to_num(nan=-torch.inf)
         factors = scores
     else:
         value = torch.where(inverse > 0, weight * weight, 0.0)  # a unit row's similarity to itself is 1, not nearly 1
-        owner = torch.searchsorted(
-            cu_seqlens[1:].contiguous(), torch.arange(total, device=x.device, dtype=torch.int32), right=True
-        )
-        largest = torch.zeros(cu_seqlens.shape[0], dtype=torch.float32, device=x.device)
+        every = torch.arange(total, device=device, dtype=torch.int32)
+        owner = torch.searchsorted(p.cu_seqlens[1:].contiguous(), every, right=True)
+        largest = torch.zeros(p.cu_seqlens.shape[0], dtype=torch.float32, device=device)
         largest = largest.scatter_reduce(0, owner, torch.where(unusable, 0.0, value), "amax")
         value = torch.where(value <= FLOOR * largest[owner], 0.0, value)
-        factors = torch.empty(max(max_count, 1), total, dtype=torch.float32, device=x.device)
+        factors = torch.empty(max(p.max_count, 1), total, dtype=torch.float32, device=device)
     value = torch.where(unusable, -torch.inf, value).contiguous()
-    guard = scores if protected is None else protected.to(torch.uint8)
-    greedy_kernel[(cu_seqlens.shape[0] - 1,)](
-        x, inverse, weight, guard, cu_seqlens, counts, value, factors, scores, x.shape[1], total, max_count, maxmin,
-        protected is not None, FLOOR, GREEDY_N, GREEDY_K,
-    )  # fmt: skip
+    guard = scores if p.protected is None else p.protected.to(torch.uint8)
+    tensors = (p.x, inverse, weight, guard, p.cu_seqlens, p.counts, value, factors, scores)
+    flags = (maxmin, p.protected is not None, FLOOR, GREEDY_N, GREEDY_K)
+    greedy_kernel[(p.cu_seqlens.shape[0] - 1,)](*tensors, p.x.shape[1], total, p.max_count, *flags)
     return scores
 
 
-def quantile(scores: Tensor, cu_seqlens: Tensor, q: Tensor) -> Tensor:
-    out = scores.new_empty(cu_seqlens.shape[0] - 1, q.shape[0])
+def quantile(p: Quantile) -> Tensor:
+    out = p.scores.new_empty(p.cu_seqlens.shape[0] - 1, p.q.shape[0])
     if out.numel():
-        quantile_kernel[tuple(out.shape)](scores, cu_seqlens, q, out, q.shape[0], SELECT_BLOCK)
+        quantile_kernel[tuple(out.shape)](p.scores, p.cu_seqlens, p.q, out, p.q.shape[0], SELECT_BLOCK)
     return out
-
-
-for _name, _function in {
-    "select": select, "gather": gather, "merge": merge, "match": match, "greedy": greedy, "quantile": quantile,
-}.items():  # fmt: skip
-    for _key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
-        torch.library.impl(f"fastxattn::pruning_{_name}_triton", _key, _function)
