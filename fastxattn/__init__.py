@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
     from fastxattn.ops.importance import key_importance
     from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
-    from fastxattn.ops.pruning import Budget, Selection, prune_tokens, select_tokens
+    from fastxattn.ops.pruning import Budget, Selection, prune_tokens, register_strategy, select_tokens
     from fastxattn.ops.retrieval import recall_at_k, topk_similarity
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ _LAZY = {
     "fastxattn.ops.importance": ("key_importance",),
     "fastxattn.ops.late_interaction": ("late_interaction_loss", "maxsim"),
     "fastxattn.ops.retrieval": ("recall_at_k", "topk_similarity"),
-    "fastxattn.ops.pruning": ("Budget", "Selection", "prune_tokens", "select_tokens"),
+    "fastxattn.ops.pruning": ("Budget", "Selection", "prune_tokens", "register_strategy", "select_tokens"),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -58,6 +58,7 @@ __all__ = [
     "ranges",
     "recall_at_k",
     "register_adapter",
+    "register_strategy",
     "restore",
     "select_tokens",
     "sigmoid_loss",

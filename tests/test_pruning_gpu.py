@@ -13,7 +13,6 @@ pytest.importorskip("triton")
 from fastxattn.ops import pruning
 from fastxattn.ops.pruning import STRATEGIES, Budget, reference
 from fastxattn.ops.pruning.problem import PROBLEMS
-from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION
 from tests.device import BACKENDS, RUNS, WHY_NOT, there
 
 pytestmark = pytest.mark.skipif(not RUNS, reason=WHY_NOT)
@@ -123,7 +122,7 @@ def kept_of(selection):
 def test_strategies(name):
     g = torch.Generator().manual_seed(1)
     x, attention = torch.randn(TOTAL, 8, generator=g), torch.rand(TOTAL, generator=g)
-    needs = {"attention": attention} if name in NEEDS_ATTENTION else {}
+    needs = {"attention": attention} if "attention" in STRATEGIES[name].needs else {}
     strategy = there(STRATEGIES[name])
     got, want = (strategy(x, CU, Budget.count(34), backend=b, **needs) for b in ("triton", "reference"))
     same([kept_of(got), got.assignment, got.cu_seqlens], [want.keep_index, want.assignment, want.cu_seqlens])

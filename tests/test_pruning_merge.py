@@ -25,7 +25,6 @@ from fastxattn.ops.pruning import (
 )
 from fastxattn.ops.pruning.backends import run
 from fastxattn.ops.pruning.problem import DETERMINANT, MAX_MIN, Greedy, Match
-from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION
 from fastxattn.runtime import native
 from fastxattn.testing import offsets
 
@@ -228,7 +227,7 @@ def test_every_strategy_on_ragged_batches(name: str, backend: str) -> None:
     torch.manual_seed(3)
     lengths = [33, 0, 1, 50]
     x, cu = torch.randn(84, 12, requires_grad=True), offsets(lengths)
-    needs = {"attention": torch.rand(84)} if name in NEEDS_ATTENTION else {}
+    needs = {"attention": torch.rand(84)} if "attention" in STRATEGIES[name].needs else {}
     kept = STRATEGIES[name](x, cu, Budget.count(30), backend=backend, **needs)
     again = STRATEGIES[name](x, cu, Budget.count(30), backend=backend, **needs)
     assert torch.equal(kept.keep_index, again.keep_index)

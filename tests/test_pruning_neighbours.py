@@ -25,7 +25,7 @@ from fastxattn.ops.pruning import (
     text_relevance,
 )
 from fastxattn.ops.pruning.segments import share
-from fastxattn.ops.pruning.strategies import check_selection
+from fastxattn.ops.pruning.selection import check_selection
 from fastxattn.testing import offsets
 
 INF, NAN = float("inf"), float("nan")
@@ -335,12 +335,12 @@ def test_a_strategy_that_drops_protected_tokens_is_refused() -> None:
     with pytest.raises(TypeError, match="strategy <lambda> must return a Selection; got int"):
         TokenPruner(0.3, strategy=lambda *a, **o: 3, protected=1)(x)  # type: ignore[arg-type, return-value]
     scores, cu, first = torch.arange(4.0), offsets([4]), torch.arange(4) < 1
-    check_selection("mine", select_tokens(scores, cu, Budget.count(2), protected=first), first)
+    check_selection("mine", select_tokens(scores, cu, Budget.count(2), protected=first), cu, 4, protected=first)
     more = torch.arange(4) < 3
-    check_selection("mine", select_tokens(scores, cu, Budget.count(2), protected=more), more)  # no place for all
+    check_selection("mine", select_tokens(scores, cu, Budget.count(2), protected=more), cu, 4, protected=more)
     names_none = select_tokens(scores, cu, Budget.count(2))
     with pytest.raises(ValueError, match="strategy mine must keep protected tokens; its selection names none"):
-        check_selection("mine", names_none, first.to("meta"))
+        check_selection("mine", names_none, cu, 4, protected=first.to("meta"))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -351,7 +351,7 @@ def test_every_strategy_keeps_protected_tokens(name: str, backend: str) -> None:
         protected = torch.rand(60) < few / 20
         needs = {"attention": attention} if name in ("attention", "evit", "visionzip", "prumerge") else {}
         kept = STRATEGIES[name](x, cu, Budget.count(6), protected=protected, backend=backend, **needs)
-        check_selection(name, kept, protected)
+        check_selection(name, kept, cu, x.shape[0], Budget.count(6), protected)
 
 
 def test_pooled_patches_never_join_protected_tokens(backend: str) -> None:

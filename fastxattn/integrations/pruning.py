@@ -24,7 +24,7 @@ from fastxattn.integrations.pruning_encoder import (
 )
 from fastxattn.integrations.pruning_language import LanguagePruning
 from fastxattn.ops.pruning import Budget, Selection
-from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, STRATEGIES
+from fastxattn.ops.pruning.strategies import Strategy, find_strategy
 from fastxattn.runtime import html
 
 _CLAIMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -107,31 +107,32 @@ def prune_model(
     Papers: EViT (arXiv 2202.07800), ToMe (2210.09461), FastV (2403.06764), PyramidDrop (2410.17247), VisionZip
     (2412.04467).
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+    chosen = find_strategy(strategy)
     budget = keep if isinstance(keep, Budget) else Budget.ratio(keep)
     pruning = Pruning()
     try:
         core = getattr(model, "model", model)
         if hasattr(core, "language_model"):
-            _prune_language(core, pruning, budget, strategy, 0 if at is None else at, restore)
+            _prune_language(core, pruning, budget, chosen, 0 if at is None else at, restore)
         else:
-            EncoderPruning(model, pruning, budget, strategy, at).attach()
+            EncoderPruning(model, pruning, budget, chosen, at).attach()
     except BaseException:
         pruning.undo()
         raise
     return pruning
 
 
-def _prune_language(core: nn.Module, pruning: Pruning, budget: Budget, strategy: str, at: Any, restore: bool) -> None:
+def _prune_language(
+    core: nn.Module, pruning: Pruning, budget: Budget, strategy: Strategy, at: Any, restore: bool
+) -> None:
     language: Any = core.language_model
     check_layer(at, language.layers, 0)
     pruning.claim(language.layers)
     provider: Callable[[], Tensor] | None = None
     watch = None
-    if strategy in NEEDS_ATTENTION and at == 0:
+    if "attention" in strategy.needs and at == 0:
         provider = _vision_attention(core, pruning)
-    elif strategy in NEEDS_ATTENTION:
+    elif "attention" in strategy.needs:
         watch = QueriesAndKeys(attention_of(language.layers[at - 1]), pruning)
     LanguagePruning(core, pruning, budget, strategy, at, restore, provider, watch).attach()
 

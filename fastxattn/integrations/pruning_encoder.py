@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxattn.ops.pruning import Budget, Selection, probe_scores, received_scores
-from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, STRATEGIES, TAKES_COLUMNS, TAKES_SIZES, check_selection
+from fastxattn.ops.pruning.strategies import Strategy
 
 if TYPE_CHECKING:
     from fastxattn.integrations.pruning import Pruning
@@ -109,7 +109,7 @@ class EncoderPruning:
     """The hooks of one pruned encoder, and what they hand on from layer to layer of a forward pass."""
 
     def __init__(
-        self, model: nn.Module, pruning: Pruning, budget: Budget, strategy: str, at: int | Sequence[int] | None
+        self, model: nn.Module, pruning: Pruning, budget: Budget, strategy: Strategy, at: int | Sequence[int] | None
     ) -> None:
         vision = getattr(model, "vision_model", model)
         self.pruning, self.budget, self.strategy = pruning, budget, strategy
@@ -120,7 +120,7 @@ class EncoderPruning:
         if not self.stages:
             raise ValueError("at must name a layer; got none")
         for stage in self.stages:
-            check_layer(stage, self.layers, 1 if strategy in NEEDS_ATTENTION else 0)
+            check_layer(stage, self.layers, 1 if "attention" in strategy.needs else 0)
         if budget.kind not in ("count", "ratio"):
             raise ValueError(
                 f"keep must be a count or ratio in an encoder of equal lengths; got a budget of {budget.kind}"
@@ -134,7 +134,7 @@ class EncoderPruning:
         hooks = []
         for stage in self.stages:
             watch = None
-            if self.strategy in NEEDS_ATTENTION:
+            if "attention" in self.strategy.needs:
                 watch = QueriesAndKeys(attention_of(self.layers[stage - 1]), self.pruning)
             enter = self._entering(watch, stage == self.stages[0])
             hooks.append(self.layers[stage].register_forward_pre_hook(enter, with_kwargs=True))
@@ -156,7 +156,10 @@ class EncoderPruning:
             self.pruning.last = selection
             kept = selection.rows // max(batch, 1)
             if kept * batch != selection.rows:
-                raise RuntimeError(f"{self.strategy} kept unequal numbers of tokens, which this encoder cannot take")
+                raise RuntimeError(
+                    f"strategy {self.strategy.name} must keep equal numbers of tokens in an encoder of equal lengths; "
+                    f"it kept {selection.rows} in {batch} sequences"
+                )
             shorter = selection.reduce(hidden.flatten(0, 1)).reshape(batch, kept, width)
             if selection.weight is not None or self.sizes is not None:
                 self.bias = selection.key_bias(self.sizes).reshape(batch, 1, 1, kept).to(hidden.dtype)
@@ -178,17 +181,13 @@ class EncoderPruning:
         if self.special:
             needs["protected"] = (torch.arange(batch * length, device=hidden.device) % length) < self.special
         side = math.isqrt(patches)
-        if self.strategy in TAKES_COLUMNS and side * side == patches:
+        if "columns" in self.strategy.needs and side * side == patches:
             needs["columns"] = side
-        if self.strategy in TAKES_SIZES:
+        if "sizes" in self.strategy.needs:
             needs["sizes"] = self.sizes
         # The share is of patches; special tokens come on top.
-        wanted = min(self.budget.capacity(patches, 1, patches), patches) + self.special
-        selection = STRATEGIES[self.strategy](
-            hidden.flatten(0, 1), offsets, Budget.count(wanted), max_seqlen=length, **needs
-        )
-        check_selection(self.strategy, selection, needs.get("protected"))
-        return selection
+        count = min(self.budget.capacity(patches, 1, patches), patches) + self.special
+        return self.strategy(hidden.flatten(0, 1), offsets, Budget.count(count), max_seqlen=length, **needs)
 
     def _weigh(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         if self.bias is None:

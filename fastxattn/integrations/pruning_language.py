@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastxattn.ops.pruning import Budget, probe_scores
 from fastxattn.ops.pruning.segments import offsets_of
-from fastxattn.ops.pruning.strategies import STRATEGIES, check_selection
+from fastxattn.ops.pruning.strategies import Strategy
 
 if TYPE_CHECKING:
     from fastxattn.integrations.pruning import Pruning
@@ -39,7 +39,7 @@ class LanguagePruning:
         core: nn.Module,
         pruning: Pruning,
         budget: Budget,
-        strategy: str,
+        strategy: Strategy,
         at: int,
         restore: bool,
         provider: Callable[[], Tensor] | None,
@@ -138,8 +138,8 @@ class LanguagePruning:
             needs["attention"] = self.provider()
         elif self.watch is not None:
             needs["attention"] = self._text_attention(hidden)[rows]
-        selection = STRATEGIES[self.strategy](tokens, offsets, self.budget, max_seqlen=max(lengths, default=0), **needs)
-        check_selection(self.strategy, selection, None)
+        longest = max(lengths, default=0)
+        selection = self.strategy(tokens, offsets, self.budget, protected=None, max_seqlen=longest, **needs)
         self.pruning.last = selection
         stay = ~images.flatten()
         seats = rows[selection.keep_index.long()]

@@ -1,4 +1,4 @@
-"""TokenPruner: fewer tokens between any two layers."""
+"""Pruning of tokens between any two layers."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from torch import Tensor, nn
 
 from fastxattn.nn.packing import Tokens
 from fastxattn.ops.pruning import Budget, Selection
-from fastxattn.ops.pruning.strategies import STRATEGIES, check_selection
+from fastxattn.ops.pruning.strategies import STRATEGIES, Strategy, find_strategy
 from fastxattn.packed import PackedTokens
 
 
 class TokenPruner(nn.Module):
-    """Keeps a budget of tokens of each sequence, for any strategy. Place it between two layers.
+    """Keep a budget of tokens of each sequence, by any strategy.
 
     Gradients flow through gathered and merged rows. With ``learned=True`` a linear layer scores the tokens, the best
     are kept, and the straight-through trick lets the kept rows train it: forward multiplies them by exactly 1,
-    backward as
-    if by ``sigmoid(score)``.
+    backward as if by ``sigmoid(score)``.
 
     Args:
         budget: a :class:`fastxattn.Budget`, or a float for ``Budget.ratio``.
-        strategy: a name of ``fastxattn.ops.pruning.STRATEGIES``, or a function ``(values, cu_seqlens, budget,
-            **options) -> Selection``. A selection that drops protected tokens for others is refused.
+        strategy: a name of ``fastxattn.ops.pruning.STRATEGIES`` (:func:`fastxattn.register_strategy` adds to it), or a
+            function like registered ones. Its selection is checked: one that drops protected tokens for others, that
+            exceeds the budget, or whose rows are out of order is refused.
         protected: the first so many tokens of each sequence (CLS, registers) are kept before all others.
         learned: score with a trained linear layer instead of the strategy; needs ``width``.
         width: channels of the tokens, for ``learned``.
 
     Raises:
-        TypeError: ``protected`` is not an int.
+        TypeError: ``protected`` is not an int; in ``forward``, no ``attention`` for a strategy that needs it.
         ValueError: an unknown strategy, a negative ``protected``, or ``learned`` without ``width``; in ``forward``, a
-            strategy that ignores ``protected``.
+            selection that is refused.
 
     Example:
         >>> pruner = TokenPruner(0.25, strategy="divprune", protected=1)
@@ -51,8 +51,8 @@ class TokenPruner(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(strategy, str) and strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+        if not callable(strategy):
+            find_strategy(strategy)
         if not isinstance(protected, int) or isinstance(protected, bool):
             raise TypeError(f"protected must be an int; got {type(protected).__name__}")
         if protected < 0:
@@ -69,7 +69,8 @@ class TokenPruner(nn.Module):
 
         Args:
             tokens: (batch, length, channels), or PackedTokens with values (total, channels).
-            **needs: what the strategy needs, in packed rows: ``attention`` (total,), ``relevance``, ``sizes``.
+            **needs: what the strategy needs, in packed rows: ``attention`` (total,), ``relevance``, ``sizes``, or the
+                ``columns`` of the grid of patches.
 
         Returns:
             The kept tokens, packed, and the selection (for positions, sizes and the way back).
@@ -94,18 +95,20 @@ class TokenPruner(nn.Module):
             gate = torch.sigmoid(scores)
             rows = selection.gather(values * (gate - gate.detach() + 1).unsqueeze(-1))
         else:
-            strategy = STRATEGIES[self.strategy] if isinstance(self.strategy, str) else self.strategy
+            strategy = find_strategy(self.strategy) if isinstance(self.strategy, str) else self._unregistered()
             selection = strategy(
                 values, offsets, self.budget, protected=protected, max_seqlen=packed.max_seqlen, **needs
             )
-            check_selection(self._name(), selection, protected)
             rows = selection.reduce(values)
         return PackedTokens(rows, selection.cu_seqlens, selection.max_seqlen), selection
 
     def extra_repr(self) -> str:
-        """What the module does."""
+        """Budget, strategy and protected tokens, for ``repr``."""
         name = "learned" if self.scorer is not None else self._name()
         return f"{self.budget.kind}={self.budget.value}, strategy={name}, protected={self.protected}"
+
+    def _unregistered(self) -> Strategy:
+        return self.strategy if isinstance(self.strategy, Strategy) else Strategy(self._name(), self.strategy)
 
     def _name(self) -> str:
         return self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "custom")

@@ -8,6 +8,7 @@ from tests.compositions.modules import MODULES
 ROWS = [*FUNCTIONS, *MODULES]
 BY_NAME = {row.name: row for row in ROWS}
 NOT_COMPUTING = {
-    "__version__", "accelerate", "accelerated", "explain", "prune_model", "register_adapter", "restore", "status",
+    "__version__", "accelerate", "accelerated", "explain", "prune_model", "register_adapter",
+    "register_strategy", "restore", "status",
 }  # fmt: skip
 """Public names that compute nothing by themselves: they change models, or describe a call."""

@@ -6,12 +6,13 @@ from fastxattn.ops.pruning.merge import best_match, bipartite, contextual, lefto
 from fastxattn.ops.pruning.rows import gather_rows, merge_rows
 from fastxattn.ops.pruning.scores import frame_change, frame_counts, probe_scores, received_scores, text_relevance
 from fastxattn.ops.pruning.selection import Selection
-from fastxattn.ops.pruning.strategies import STRATEGIES
+from fastxattn.ops.pruning.strategies import STRATEGIES, Strategy, register_strategy
 
 __all__ = [
     "STRATEGIES",
     "Budget",
     "Selection",
+    "Strategy",
     "best_match",
     "bipartite",
     "contextual",
@@ -24,6 +25,7 @@ __all__ = [
     "probe_scores",
     "prune_tokens",
     "received_scores",
+    "register_strategy",
     "select_tokens",
     "text_relevance",
 ]

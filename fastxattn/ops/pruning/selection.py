@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.fields import TensorFields, describe_lengths
+from fastxattn.ops.offsets import check_contents, readable
 from fastxattn.ops.pruning import segments
+from fastxattn.ops.pruning.budget import Budget, counts_of
 from fastxattn.ops.pruning.checks import check_rows
 from fastxattn.ops.pruning.rows import gather_rows, merge_rows
 from fastxattn.runtime import html
@@ -210,6 +212,80 @@ class Selection(TensorFields):
 def _places(cu_seqlens: Tensor, rows: int) -> Tensor:
     at = torch.arange(rows, device=cu_seqlens.device)
     return at - torch.nn.functional.pad(cu_seqlens, (0, 1))[segments.sequence_ids(cu_seqlens, rows)]
+
+
+def check_selection(
+    name: str,
+    selection: object,
+    cu_seqlens: Tensor,
+    total: int,
+    budget: Budget | Tensor | None = None,
+    protected: Tensor | None = None,
+) -> None:
+    """Refuse a selection that the strategy ``name`` should not have made.
+
+    Where contents cannot be read without waiting for a device, only shapes are checked, and that the selection names
+    protected tokens.
+
+    Args:
+        name: of the strategy, for messages.
+        selection: what it returned.
+        cu_seqlens: (batch + 1,) int32 offsets of the tokens that it was given.
+        total: how many these were.
+        budget: what it was given; bounds the rows of each sequence where lengths decide and nothing is merged.
+        protected: (total,) bool or None.
+
+    Raises:
+        TypeError: not a selection.
+        ValueError: it is of other tokens, its rows are out of order or too many, or a sequence lost a protected token
+            and kept an unprotected one.
+    """
+    if not isinstance(selection, Selection):
+        raise TypeError(f"strategy {name} must return a Selection; got {type(selection).__name__}")
+    if selection.assignment.shape[0] != total or selection.cu_seqlens.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"strategy {name} must select among the {total} tokens of {cu_seqlens.shape[0] - 1} sequences that it got; "
+            f"its selection is of {selection.assignment.shape[0]} tokens of {len(selection)} sequences"
+        )
+    advice = "pass `protected` on, as in select_tokens(..., protected=protected)"
+    source, offsets, index = selection.source_cu_seqlens, selection.cu_seqlens, selection.keep_index
+    contents = (cu_seqlens, source, offsets, index, *(() if protected is None else (protected,)))
+    if not all(readable(t) for t in contents):
+        if protected is not None and selection.protected is None:
+            raise ValueError(f"strategy {name} must keep protected tokens; its selection names none: {advice}")
+        return
+    if not torch.equal(source, cu_seqlens):
+        raise ValueError(f"strategy {name} must select within the sequences that it got; its selection is of others")
+    check_contents(f"cu_seqlens of the selection of strategy {name}", offsets, index.shape[0], "kept rows")
+    rows = index[: int(offsets[-1])].long()
+    sequence = segments.sequence_ids(offsets, rows.shape[0])
+    wrong = (rows < source[sequence]) | (rows >= source[sequence + 1])
+    wrong[1:] |= rows.diff() <= 0
+    if bool(wrong.any()):
+        at = int(wrong.to(torch.uint8).argmax())
+        raise ValueError(
+            f"strategy {name} must keep rows of each sequence, in ascending order; keep_index has {int(rows[at])} at "
+            f"place {at}, of sequence {int(sequence[at])}"
+        )
+    if selection.weight is None and (isinstance(budget, Tensor) or (isinstance(budget, Budget) and budget.by_length)):
+        kept, limit = offsets.diff(), counts_of(budget, selection.scores, cu_seqlens, None, "auto")
+        if bool((kept > limit).any()):
+            at = int((kept - limit).argmax())
+            raise ValueError(
+                f"strategy {name} must keep no more than the budget; it kept {int(kept[at])} of sequence {at}, where "
+                f"the budget is {int(limit[at])}"
+            )
+    if protected is None:
+        return
+    stays = torch.zeros_like(protected)
+    stays[rows] = True
+    lost = segments.segment_count(protected & ~stays, source)
+    dropped = (lost > 0) & (segments.segment_count(stays & ~protected, source) > 0)
+    if bool(dropped.any()):
+        at = int(dropped.to(torch.uint8).argmax())
+        raise ValueError(
+            f"strategy {name} must keep protected tokens; it dropped {int(lost[at])} of sequence {at}: {advice}"
+        )
 
 
 torch.serialization.add_safe_globals([Selection])

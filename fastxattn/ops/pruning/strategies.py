@@ -1,4 +1,4 @@
-"""Published pruning strategies, each a few lines over the shared kernels.
+"""Pruning strategies by name: a table that :func:`register_strategy` fills, and published ones over the shared kernels.
 
 A strategy is ``strategy(tokens, cu_seqlens, budget, **what it needs) -> Selection``; :data:`STRATEGIES` lists them by
 name. ``tokens`` (total, channels) are packed; ``attention`` (total,) is the attention that each token received, from
@@ -7,7 +7,9 @@ name. ``tokens`` (total, channels) are packed; ``attention`` (total,) is the att
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +21,116 @@ from fastxattn.ops.pruning.api import select_tokens
 from fastxattn.ops.pruning.backends import run
 from fastxattn.ops.pruning.budget import Budget, counts_of
 from fastxattn.ops.pruning.problem import DETERMINANT, MAX_MIN, Greedy
-from fastxattn.ops.pruning.selection import Selection
+from fastxattn.ops.pruning.selection import Selection, check_selection
+
+NEEDS = ("attention", "columns", "sizes")
+"""What callers compute for strategies that name it: see :func:`register_strategy`."""
+OPTIONS = ("protected", "max_seqlen")
+"""What callers pass to every strategy."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A pruning strategy by its name; call it as its function, whose result is checked."""
+
+    name: str
+    function: Callable[..., Selection]
+    needs: tuple[str, ...] = ()
+
+    def __call__(
+        self, tokens: Tensor, cu_seqlens: Tensor, budget: Budget | Tensor | None = None, **options: Any
+    ) -> Selection:
+        """Select tokens.
+
+        Raises:
+            TypeError: ``attention`` is missing that the strategy needs, or its result is no selection.
+            ValueError: the result breaks a rule of :func:`check_selection`.
+        """
+        if "attention" in self.needs and options.get("attention") is None:
+            raise TypeError(f"strategy {self.name} needs attention, (total,) scores of the tokens; got none")
+        selection = self.function(tokens, cu_seqlens, budget, **(dict.fromkeys((*OPTIONS, *self.needs)) | options))
+        check_selection(self.name, selection, cu_seqlens, tokens.shape[0], budget, options.get("protected"))
+        return selection
+
+
+class _Table(dict[str, Strategy]):
+    def __setitem__(self, name: str, strategy: Strategy) -> None:
+        raise TypeError("STRATEGIES is filled by fastxattn.register_strategy(name, function, needs=...)")
+
+
+STRATEGIES: dict[str, Strategy] = _Table()
+"""Every registered strategy by name."""
+
+
+def register_strategy(
+    name: str, function: Callable[..., Selection], *, needs: Sequence[str] = (), replace: bool = False
+) -> None:
+    """Let :func:`fastxattn.prune_model`, ``nn.TokenPruner`` and ``fastxattn prune`` find a strategy by name.
+
+    Every selection that it makes is checked: it must be of the tokens and sequences given, keep rows in ascending
+    order, no more than a budget of counts allows (unless it merges), and no other token in place of a protected one.
+
+    Args:
+        name: of the strategy.
+        function: ``function(tokens, cu_seqlens, budget, **options) -> Selection`` over packed ``tokens`` (total,
+            channels). ``options`` are ``protected`` ((total,) bool or None), ``max_seqlen`` (int or None) and what
+            ``needs`` names; pass ``protected`` on to :func:`fastxattn.select_tokens`.
+        needs: what the strategy takes besides: "attention" (total,) that each token received; "columns", the width of
+            each image's grid of patches, None where it is unknown; "sizes" (total,), how many original tokens each
+            stands for, None where that is 1.
+        replace: whether ``name`` may be registered already.
+
+    Raises:
+        TypeError: ``name`` is not a string or ``function`` not callable.
+        ValueError: ``name`` is registered, ``needs`` names something unknown, or ``function`` does not take what it
+            will be given, or needs what it will not.
+
+    Example:
+        >>> def brightest(tokens, cu_seqlens, budget, **options):
+        ...     return fastxattn.select_tokens(tokens.float().mean(1), cu_seqlens, budget, **options)
+        >>> fastxattn.register_strategy("brightest", brightest)
+        >>> fewer, kept = fastxattn.nn.TokenPruner(0.5, strategy="brightest")(torch.randn(2, 8, 4))
+        >>> kept.cu_seqlens.tolist()
+        [0, 4, 8]
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str; got {type(name).__name__}")
+    if not callable(function):
+        raise TypeError(f"function of strategy {name} must be callable; got {type(function).__name__}")
+    named = (needs,) if isinstance(needs, str) else tuple(needs)
+    if unknown := [n for n in named if n not in NEEDS]:
+        raise ValueError(f"needs of strategy {name} must be of {', '.join(NEEDS)}; got {unknown[0]!r}")
+    if name in STRATEGIES and not replace:
+        raise ValueError(f"name must not be registered already (or pass replace=True); got {name!r}")
+    _check_signature(name, function, named)
+    dict.__setitem__(STRATEGIES, name, Strategy(name, function, named))
+
+
+def _check_signature(name: str, function: Callable[..., Selection], needs: tuple[str, ...]) -> None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some compiled callables have none
+        return
+    named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    given = (*OPTIONS, *needs)
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters) and (lacks := [n for n in given if n not in named]):
+        raise ValueError(f"function of strategy {name} must take {lacks[0]}, or **options; got {function!r}")
+    required = [p.name for p in named.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if missing := [n for n in required if n not in given]:
+        allowed = f"needs must name it (of {', '.join(NEEDS)})" if missing[0] in NEEDS else "give it a default"
+        raise ValueError(f"function of strategy {name} has the required argument {missing[0]}: {allowed}")
+
+
+def find_strategy(name: str) -> Strategy:
+    """The registered strategy of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(name, str) or name not in STRATEGIES:
+        hint = "" if isinstance(name, str) else "; fastxattn.register_strategy gives a function a name"
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {name!r}{hint}")
+    return STRATEGIES[name]
 
 
 def attention_topk(
@@ -318,49 +429,18 @@ def norm(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> 
     return select_tokens(length, cu_seqlens, budget, **options)
 
 
-STRATEGIES: dict[str, Callable[..., Selection]] = {
-    "attention": attention_topk,
-    "evit": evit,
-    "tome": tome,
-    "divprune": divprune,
-    "cdpruner": cdpruner,
-    "visionzip": visionzip,
-    "prumerge": prumerge,
-    "random": random_tokens,
-    "uniform": uniform_grid,
-    "pool": average_pool,
-    "norm": norm,
+_built_in = {
+    "attention": (attention_topk, ("attention",)),
+    "evit": (evit, ("attention",)),
+    "tome": (tome, ("sizes",)),
+    "divprune": (divprune, ()),
+    "cdpruner": (cdpruner, ()),
+    "visionzip": (visionzip, ("attention",)),
+    "prumerge": (prumerge, ("attention",)),
+    "random": (random_tokens, ()),
+    "uniform": (uniform_grid, ("columns",)),
+    "pool": (average_pool, ("columns",)),
+    "norm": (norm, ()),
 }
-NEEDS_ATTENTION = frozenset({"attention", "evit", "visionzip", "prumerge"})
-TAKES_COLUMNS = frozenset({"uniform", "pool"})
-TAKES_SIZES = frozenset({"tome"})
-
-
-def check_selection(name: str, selection: object, protected: Tensor | None) -> None:
-    """Refuse what the strategy ``name`` returned if it is no selection, or if it drops protected tokens for others.
-
-    Where contents cannot be read without waiting for a device, the selection must at least name protected tokens.
-
-    Raises:
-        TypeError: not a selection.
-        ValueError: a sequence lost a protected token and kept an unprotected one.
-    """
-    if not isinstance(selection, Selection):
-        raise TypeError(f"strategy {name} must return a Selection; got {type(selection).__name__}")
-    if protected is None:
-        return
-    advice = "pass `protected` on, as in select_tokens(..., protected=protected)"
-    source, index = selection.source_cu_seqlens, selection.keep_index
-    if not (readable(index) and readable(source) and readable(protected)):
-        if selection.protected is None:
-            raise ValueError(f"strategy {name} must keep protected tokens; its selection names none: {advice}")
-        return
-    kept = torch.zeros_like(protected)
-    kept[index[index >= 0].long()] = True
-    lost = segments.segment_count(protected & ~kept, source)
-    wrong = (lost > 0) & (segments.segment_count(kept & ~protected, source) > 0)
-    if bool(wrong.any()):
-        at = int(wrong.to(torch.uint8).argmax())
-        raise ValueError(
-            f"strategy {name} must keep protected tokens; it dropped {int(lost[at])} of sequence {at}: {advice}"
-        )
+for _name, (_function, _needs) in _built_in.items():
+    register_strategy(_name, _function, needs=_needs)
