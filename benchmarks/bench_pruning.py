@@ -21,7 +21,7 @@ from benchmarks.common import RESULTS, nbytes, parser, run
 from fastxattn.bench import Case, Record, Workload, timing, write_csv
 from fastxattn.bench.report import print_table
 from fastxattn.integrations.pruning import prune_model
-from fastxattn.integrations.pruning_encoder import encoder_scores
+from fastxattn.integrations.pruning.probe import encoder_scores
 from fastxattn.ops.pruning import STRATEGIES, Budget, backends, bipartite, prune_tokens, select_tokens
 from fastxattn.ops.pruning.problem import DETERMINANT, MAX_MIN, Greedy, Quantile
 

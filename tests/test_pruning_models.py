@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastxattn
 from fastxattn.integrations.pruning import prune_model
 from fastxattn.nn.pruner import TokenPruner
 from fastxattn.ops.pruning import STRATEGIES, Budget
@@ -309,3 +310,41 @@ def test_unsuitable_models_and_settings_are_refused_and_left_alone() -> None:
     with pytest.raises(ValueError, match="model must be"):
         prune_model(torch.nn.Linear(2, 2), keep=0.5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_one_idiom_restores_pruned_models() -> None:
+    model, pixels = encoder("clip"), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(pixels).last_hidden_state
+        handle = prune_model(model, keep=0.5, strategy="norm", at=2)
+        assert model(pixels).last_hidden_state.shape[1] == 9
+        handle.restore()
+        handle.restore()
+        assert torch.equal(model(pixels).last_hidden_state, before)
+        prune_model(model, keep=0.5, strategy="norm", at=2)  # the handle need not be kept
+        fastxattn.restore(model)
+        assert torch.equal(model(pixels).last_hidden_state, before)
+        with fastxattn.accelerated(model, exact=False, prune={"keep": 0.5, "at": 2}) as report:
+            assert model(pixels).last_hidden_state.shape[1] == 9 and report.pruning is not None
+        assert model(pixels).last_hidden_state.shape == before.shape
+        llm, inputs = llava(), llava_inputs()
+        logits = llm(**inputs).logits
+        prune_model(llm, keep=0.5)
+        fastxattn.restore(llm)
+        assert torch.equal(llm(**inputs).logits, logits)
+
+
+def test_a_pruning_that_fails_leaves_no_module_swapped() -> None:
+    model = encoder("clip")
+    with pytest.raises(ValueError, match="strategy must be one of"):
+        fastxattn.accelerate(model, exact=False, prune={"keep": 0.5, "strategy": "magic"})
+    assert not fastxattn.status(model)
+    with fastxattn.prune_model(model, keep=0.5), pytest.raises(ValueError, match="model must not be pruned already"):
+        fastxattn.accelerate(model, exact=False, prune={"keep": 0.5})
+    assert not fastxattn.status(model)
+
+
+def test_hidden_states_may_stay_short() -> None:
+    model, inputs = llava(), llava_inputs()
+    with torch.no_grad(), prune_model(model, keep=Budget.count(4), strategy="norm", full_length=False):
+        assert model(**inputs).logits.shape[1] == 9

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from fastxattn.integrations import catalogue, pruning  # noqa: F401  catalogue fills the registry
+from fastxattn.integrations import catalogue  # noqa: F401  fills the registry
+from fastxattn.integrations.pruning import prune_model, restore_pruning
 from fastxattn.integrations.report import Left, Report, Swap
 from fastxattn.integrations.swap import adapter_for, adapter_of, class_name, refusal, swap, unswap
 from fastxattn.integrations.verify import verify_swap
 
-_pruned: weakref.WeakKeyDictionary[nn.Module, pruning.Pruning] = weakref.WeakKeyDictionary()
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
@@ -45,8 +44,8 @@ def accelerate(
         exclude: leave these alone, in the same form; wins over ``include``.
         exact: only swaps whose every output keeps its value. False also makes those that change an output which the
             model's own result does not depend on (the report names them).
-        prune: keyword arguments of :func:`fastxattn.integrations.pruning.prune` (``{"keep": 0.5}``): prune image tokens
-            too. That changes results, so it needs ``exact=False``; ``verify`` judges the swap without it.
+        prune: keyword arguments of :func:`fastxattn.prune_model` (``{"keep": 0.5}``): prune image tokens too.
+            That changes results, so it needs ``exact=False``; ``verify`` judges the swap without it.
         loss: swap contrastive loss modules too (open_clip's).
         verify: inputs to try the model on, a dict of keyword arguments or a tuple of positional ones: the original,
             the accelerated and a float64 copy of the original are run and the first two timed. If the error budget is
@@ -118,27 +117,35 @@ def accelerate(
             if strict:
                 raise RuntimeError(f"accelerate(strict=True): verification failed\n{report}")
     if prune is not None:
-        _pruned[model] = report.pruning = pruning.prune_model(model, **prune)
+        try:
+            report.pruning = prune_model(model, **prune)
+        except BaseException:
+            for module, _ in reversed(done):
+                unswap(module)
+            raise
     return report
 
 
 def restore(model: nn.Module) -> int:
-    """Give every module of ``model`` its own class back, and end the pruning that :func:`accelerate` began.
+    """Give every module of ``model`` its own class back, and end its pruning.
 
     Returns how many modules were swapped (0: none ever was).
     """
-    if (handle := _pruned.pop(model, None)) is not None:
-        handle.undo()
+    restore_pruning(model)
     return sum([unswap(module) for module in model.modules()])
 
 
 @contextlib.contextmanager
 def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
-    """:func:`accelerate` inside a ``with`` block; the modules it swapped are restored at the end."""
+    """:func:`accelerate` inside a ``with`` block; at the end the modules that it swapped or pruned are restored."""
     before = {id(module) for module in model.modules() if adapter_of(module) is not None}
+    report = None
     try:
-        yield accelerate(model, **options)
+        report = accelerate(model, **options)
+        yield report
     finally:
+        if report is not None and report.pruning is not None:
+            report.pruning.restore()
         for module in model.modules():
             if id(module) not in before:
                 unswap(module)

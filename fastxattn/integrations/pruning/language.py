@@ -6,20 +6,15 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastxattn.ops.pruning import Budget, probe_scores
+from fastxattn.integrations.pruning.handle import Pruning
+from fastxattn.integrations.pruning.probe import Arguments, QueriesAndKeys, attention_of, check_layer, vision_attention
+from fastxattn.ops.pruning import Budget, Strategy, probe_scores
 from fastxattn.ops.pruning.segments import offsets_of
-from fastxattn.ops.pruning.strategies import Strategy
-
-if TYPE_CHECKING:
-    from fastxattn.integrations.pruning import Pruning
-    from fastxattn.integrations.pruning_encoder import QueriesAndKeys
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -35,18 +30,19 @@ class LanguagePruning:
     """The hooks of one pruned language model, and what they remember between prefill and decoding."""
 
     def __init__(
-        self,
-        core: nn.Module,
-        pruning: Pruning,
-        budget: Budget,
-        strategy: Strategy,
-        at: int,
-        restore: bool,
-        provider: Callable[[], Tensor] | None,
-        watch: QueriesAndKeys | None,
+        self, core: nn.Module, pruning: Pruning, budget: Budget, strategy: Strategy, at: int, full_length: bool
     ) -> None:
+        language: Any = core.language_model
+        check_layer(at, language.layers, 0)
+        pruning.claim(language.layers)
         self.core, self.pruning, self.budget, self.strategy = core, pruning, budget, strategy
-        self.at, self.restore, self.provider, self.watch = at, restore, provider, watch
+        self.at, self.full_length = at, full_length
+        self.provider: Callable[[], Tensor] | None = None
+        self.watch: QueriesAndKeys | None = None
+        if "attention" in strategy.needs and at == 0:
+            self.provider = vision_attention(core, pruning)
+        elif "attention" in strategy.needs:
+            self.watch = QueriesAndKeys(attention_of(language.layers[at - 1]), pruning)
         self.images: Tensor | None = None  # (batch, length) bool: image tokens of this forward pass
         self.image_lengths: list[int] = []
         self.rotary: tuple[Tensor, Tensor] | None = None
@@ -54,7 +50,7 @@ class LanguagePruning:
         self.pruned_now = False
 
     def attach(self) -> None:
-        """Hook into the model; everything is undone through the pruning handle."""
+        """Register the hooks; the handle removes them."""
         language: Any = self.core.language_model
         layers = language.layers
         hooks = [
@@ -66,7 +62,7 @@ class LanguagePruning:
         if self.watch is not None:
             hooks.append(layers[self.at - 1].register_forward_pre_hook(self._keep_rotary, with_kwargs=True))
         hooks += [layer.register_forward_pre_hook(self._shorten, with_kwargs=True) for layer in layers[self.at :]]
-        self.pruning._restore += [hook.remove for hook in hooks]
+        self.pruning.at_restore(*(hook.remove for hook in hooks))
         core: Any = self.core
         original = core.get_image_features
 
@@ -78,7 +74,7 @@ class LanguagePruning:
             return result
 
         core.get_image_features = get_image_features
-        self.pruning._restore.append(lambda: delattr(self.core, "get_image_features"))
+        self.pruning.at_restore(lambda: delattr(self.core, "get_image_features"))
 
     # Hooks, in the order in which a forward pass meets them ---------------------------------------------------
 
@@ -171,7 +167,7 @@ class LanguagePruning:
 
     def _attention(self) -> nn.Module:
         language: Any = self.core.language_model
-        return language.layers[self.at - 1].self_attn  # type: ignore[no-any-return]
+        return attention_of(language.layers[self.at - 1])
 
     def _shorten(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Masks, positions and rotary tables of the layers that see the pruned prompt."""
@@ -204,7 +200,7 @@ class LanguagePruning:
         if not self.pruned_now:
             return None
         self.pruned_now = False
-        if self.restore and self.prefill is not None:
+        if self.full_length and self.prefill is not None:
             prompt, hidden = self.prefill, output.last_hidden_state
             if prompt.there is not None:
                 hidden = hidden * prompt.there[..., None]
