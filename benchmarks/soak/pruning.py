@@ -18,7 +18,6 @@ from torch import Tensor
 from benchmarks.soak.pruning_ties import near_tie
 from benchmarks.soak.trials import Draw, Maker, Trial
 from fastxattn.ops.pruning import STRATEGIES, Budget, Selection, select_tokens
-from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, TAKES_COLUMNS, TAKES_SIZES
 from fastxattn.testing import offsets
 
 LENGTHS = (0, 0, 1, 2, 3, 5, 8, 16, 17, 25, 40)
@@ -140,13 +139,14 @@ def draw(d: Draw) -> Problem:
     scores = torch.cat([torch.zeros(0), *(s for _, s in parts)])
     vectors: dict[str, Tensor] = {}
     options: dict[str, Any] = {}
-    if strategy in NEEDS_ATTENTION or strategy == "select":
+    needs = STRATEGIES[strategy].needs if strategy in STRATEGIES else ("attention",)
+    if "attention" in needs:
         vectors["attention"] = scores
     if strategy == "cdpruner" and d.often(0.7):
         vectors["relevance"] = scores
-    if strategy in TAKES_SIZES and d.often(0.5):
+    if "sizes" in needs and d.often(0.5):
         vectors["sizes"] = d.integers(1, 5, len(scores)).float()
-    if strategy in TAKES_COLUMNS and d.often(0.5):
+    if "columns" in needs and d.often(0.5):
         options["columns"] = d.of(1, 4, d.integers(1, 7, len(lengths)))
     if strategy == "random":
         options["seed"] = d.of(0, 1, -7, 2**63, d.r.randrange(1 << 40))
@@ -243,8 +243,8 @@ def check(problem: Problem, backend: str) -> None:
     if isinstance(problem.budget, Budget) and problem.budget.kind == "total":
         if problem.strategy == "visionzip":
             return
-        counts = problem.budget.counts(ours.scores, offsets(problem.lengths),
-                                       problem.vectors.get("protected"))  # fmt: skip
+        protected = problem.vectors.get("protected")
+        counts = problem.budget.counts(ours.scores, offsets(problem.lengths), protected)
         problem = replace(problem, budget=counts)  # sharing is its purpose
     starts = [int(n) for n in ours.cu_seqlens]
     for b, begin in enumerate(itertools.accumulate(problem.lengths[:-1], initial=0) if problem.lengths else ()):

@@ -95,8 +95,7 @@ class TokenPruner(nn.Module):
             gate = torch.sigmoid(scores)
             rows = selection.gather(values * (gate - gate.detach() + 1).unsqueeze(-1))
         else:
-            strategy = find_strategy(self.strategy) if isinstance(self.strategy, str) else self._unregistered()
-            selection = strategy(
+            selection = self._found()(
                 values, offsets, self.budget, protected=protected, max_seqlen=packed.max_seqlen, **needs
             )
             rows = selection.reduce(values)
@@ -107,7 +106,9 @@ class TokenPruner(nn.Module):
         name = "learned" if self.scorer is not None else self._name()
         return f"{self.budget.kind}={self.budget.value}, strategy={name}, protected={self.protected}"
 
-    def _unregistered(self) -> Strategy:
+    def _found(self) -> Strategy:
+        if isinstance(self.strategy, str):
+            return find_strategy(self.strategy)
         return self.strategy if isinstance(self.strategy, Strategy) else Strategy(self._name(), self.strategy)
 
     def _name(self) -> str:

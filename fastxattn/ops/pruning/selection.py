@@ -268,7 +268,8 @@ def check_selection(
             f"place {at}, of sequence {int(sequence[at])}"
         )
     if selection.weight is None and (isinstance(budget, Tensor) or (isinstance(budget, Budget) and budget.by_length)):
-        kept, limit = offsets.diff(), counts_of(budget, selection.scores, cu_seqlens, None, "auto")
+        kept = offsets.diff()
+        limit = counts_of(budget, selection.scores, cu_seqlens, None, "auto").clamp_min(0)
         if bool((kept > limit).any()):
             at = int((kept - limit).argmax())
             raise ValueError(

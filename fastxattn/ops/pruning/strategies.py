@@ -429,7 +429,7 @@ def norm(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> 
     return select_tokens(length, cu_seqlens, budget, **options)
 
 
-_built_in = {
+_BUILT_IN: dict[str, tuple[Callable[..., Selection], tuple[str, ...]]] = {
     "attention": (attention_topk, ("attention",)),
     "evit": (evit, ("attention",)),
     "tome": (tome, ("sizes",)),
@@ -442,5 +442,5 @@ _built_in = {
     "pool": (average_pool, ("columns",)),
     "norm": (norm, ()),
 }
-for _name, (_function, _needs) in _built_in.items():
+for _name, (_function, _needs) in _BUILT_IN.items():
     register_strategy(_name, _function, needs=_needs)
