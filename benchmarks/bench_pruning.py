@@ -130,7 +130,7 @@ def tome_step(width: int, metric_width: int) -> Workload:
         return merged.reduce(x.view(-1, width))
 
     def check() -> str:
-        # The same multiset of rows: eager puts A's rows before B's, ours keeps the order of tokens.
+        # The same multiset of rows: eager puts A's rows before B's, fastxattn keeps the order of tokens.
         a, b = eager().double(), ours().view(batch, length - merges, width).double()
         near = torch.allclose(a.sort(1).values, b.sort(1).values, atol=1e-4)
         return verdict(near, "other rows than eager")
@@ -221,12 +221,20 @@ def model_records(op: str, case: str, dtype: torch.dtype, times: dict[str, float
     pruned = {name for name in times if name.startswith("fastxattn")}
     return [
         Record(
-            op, case, "forward", name, "unpruned", str(dtype).removeprefix("torch."), torch.get_num_threads(),
-            seconds * 1e3, base / seconds if name in pruned | {"unpruned"} else float("nan"), 0.0,
+            op,
+            case,
+            "forward",
+            name,
+            "unpruned",
+            str(dtype).removeprefix("torch."),
+            torch.get_num_threads(),
+            seconds * 1e3,
+            base / seconds if name in pruned | {"unpruned"} else float("nan"),
+            0.0,
             "prunes: differs by design" if name in pruned else "rival",
         )
         for name, seconds in times.items()
-    ]  # fmt: skip
+    ]
 
 
 @torch.no_grad()
@@ -302,9 +310,13 @@ def prefill(rounds: int, clock: Callable[[], float]) -> list[Record]:
         patch_size=14,
     )
     text = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=32,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=4,
+        num_attention_heads=32,
+        num_key_value_heads=32,
         vocab_size=32064,
-    )  # fmt: skip
+    )
     torch.set_default_dtype(torch.bfloat16)
     try:
         config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000, vision_feature_layer=-2)

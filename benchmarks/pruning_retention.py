@@ -72,9 +72,16 @@ def train(batch: Batch, steps: int) -> nn.Module:
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=CANVAS,
-        patch_size=PATCH, num_channels=1, num_labels=10, hidden_dropout_prob=0.0,
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=CANVAS,
+        patch_size=PATCH,
+        num_channels=1,
+        num_labels=10,
+        hidden_dropout_prob=0.0,
+    )
     model, generator = ViTForImageClassification(config), torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
@@ -170,9 +177,7 @@ def pretrained(images: int) -> list[Row]:
         batch, reference = seen[first]
         return nn.functional.cosine_similarity(model(batch).pooler_output, reference)
 
-    return measure(
-        "photographs", "cosine of CLS features", model, 1, (CROP // 14) ** 2, agreement, photo, best=1.0
-    )  # fmt: skip
+    return measure("photographs", "cosine of CLS features", model, 1, (CROP // 14) ** 2, agreement, photo, best=1.0)
 
 
 # Measuring -------------------------------------------------------------------------------------------------------
@@ -209,9 +214,15 @@ def interval(values: Tensor, cluster: Tensor, comparisons: int = 1) -> float:
 
 @torch.no_grad()
 def measure(
-    task: str, what: str, model: nn.Module, at: int, tokens: int, value: Callable[[Tensor], Tensor], cluster: Tensor,
+    task: str,
+    what: str,
+    model: nn.Module,
+    at: int,
+    tokens: int,
+    value: Callable[[Tensor], Tensor],
+    cluster: Tensor,
     best: float | None = None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """``value(part)`` of every image under every strategy, a batch at a time."""
     values: dict[tuple[str, float], list[Tensor]] = {}
     counts = {share: round(tokens * share) for share in SHARES}
@@ -237,9 +248,21 @@ def measure(
         clusters = int(cluster.unique().numel())
         own = 0.0 if name == "unpruned" and best is not None else interval(found, cluster)
         rows.append(
-            Row(task, what, name, share, kept, len(found), clusters, float(found.double().mean()), own, mean, width,
-                verdict)
-        )  # fmt: skip
+            Row(
+                task,
+                what,
+                name,
+                share,
+                kept,
+                len(found),
+                clusters,
+                float(found.double().mean()),
+                own,
+                mean,
+                width,
+                verdict,
+            )
+        )
     return rows
 
 
@@ -265,9 +288,16 @@ def plot(rows: list[Row], path: Path) -> None:
             x = [SHARES.index(r.keep) + 0.045 * (i - len(NAMES) / 2) for r in points]
             style = {"ls": ":" if name in BASELINES else "-", "color": plt.colormaps["tab20"](i)}
             axis.errorbar(
-                x, [r.mean for r in points], [r.ci95 for r in points], marker="o", ms=3, lw=1, capsize=2, label=name,
+                x,
+                [r.mean for r in points],
+                [r.ci95 for r in points],
+                marker="o",
+                ms=3,
+                lw=1,
+                capsize=2,
+                label=name,
                 **style,
-            )  # fmt: skip
+            )
         axis.set(xlabel="tokens kept", ylabel=mine[0].measure)
         axis.set_title(f"{task}: {mine[0].images} images, {mine[0].clusters} sources; 95 % intervals", fontsize=9)
         axis.set_xticks(range(len(SHARES)), [f"{s:.0%}" for s in SHARES])

@@ -124,8 +124,8 @@ def any_budget(d: Draw, lengths: list[int]) -> Budget | Tensor:
         return Budget.mass(d.of(0.0, 0.1, 0.5, 0.9, 0.999, 1.0), **few)
     if kind == "adaptive":
         return Budget.adaptive(d.of(0.0, 0.5, 1.5, 1e300), **few)
-    wanted = [d.r.randint(-1, n + 2) for n in lengths]
-    spaced = torch.tensor([n for pair in zip(wanted, wanted, strict=True) for n in pair], dtype=torch.int32)
+    expected = [d.r.randint(-1, n + 2) for n in lengths]
+    spaced = torch.tensor([n for pair in zip(expected, expected, strict=True) for n in pair], dtype=torch.int32)
     return spaced[::2]  # not contiguous
 
 
@@ -173,7 +173,7 @@ def refusal(problem: Problem) -> str | None:
 def expected_counts(budget: Budget, scores: list[float], protected: list[bool], lengths: tuple[int, ...]) -> list[Any]:
     """Counts by the budget's definition, a set of them where float32 rounding decides."""
     ends = list(itertools.accumulate(lengths, initial=0))
-    wanted: list[set[int]] = []
+    expected: list[set[int]] = []
     best = sorted(range(len(scores)), key=lambda i: (not protected[i], scores[i] != scores[i], -scores[i], i))
     for begin, end in itertools.pairwise(ends):
         n, rows = end - begin, range(begin, end)
@@ -195,8 +195,8 @@ def expected_counts(budget: Budget, scores: list[float], protected: list[bool], 
         else:
             counts = {guarded + k for k in _outliers(budget.value, [scores[i] for i in rows], free)}
         most = n if budget.maximum is None else min(n, budget.maximum)
-        wanted.append({min(max(k, budget.minimum), most) for k in counts})
-    return wanted
+        expected.append({min(max(k, budget.minimum), most) for k in counts})
+    return expected
 
 
 def _mass(share: float, scores: list[float]) -> set[int]:
@@ -204,10 +204,10 @@ def _mass(share: float, scores: list[float]) -> set[int]:
     if ranked and ranked[0] == math.inf:
         ranked = [1.0 for s in ranked if s == math.inf]
     exact = [Fraction(s) for s in ranked]
-    wanted, before, counts = Fraction(share) * sum(exact), Fraction(0), set()
+    expected, before, counts = Fraction(share) * sum(exact), Fraction(0), set()
     tolerance = sum(exact) / 10**9
     for slack in (-tolerance, Fraction(0), tolerance):
-        counts.add(sum(b < wanted + slack for b in itertools.accumulate(exact[:-1], initial=before)) if exact else 0)
+        counts.add(sum(b < expected + slack for b in itertools.accumulate(exact[:-1], initial=before)) if exact else 0)
     return set(range(min(counts), max(counts) + 1))
 
 
@@ -233,36 +233,36 @@ def check(problem: Problem, backend: str) -> None:
             said = str(error)
         assert words in said, f"{problem}: not refused, or by other words: {said}"
         return
-    ours, wanted = problem.run(backend), problem.run("reference")
+    found, expected = problem.run(backend), problem.run("reference")
     for name in ("keep_index", "cu_seqlens", "assignment"):
-        same = torch.equal(getattr(ours, name), getattr(wanted, name))
-        assert same or near_tie(problem, ours, wanted), f"{problem}: {name} is not the reference's"
-    _check_counts(problem, ours)
-    rows = ours.reduce(problem.tokens)
-    _check_rows(problem, rows, ours)
+        same = torch.equal(getattr(found, name), getattr(expected, name))
+        assert same or near_tie(problem, found, expected), f"{problem}: {name} is not the reference's"
+    _check_counts(problem, found)
+    rows = found.reduce(problem.tokens)
+    _check_rows(problem, rows, found)
     if isinstance(problem.budget, Budget) and problem.budget.kind == "total":
         if problem.strategy == "visionzip":
             return
         protected = problem.vectors.get("protected")
-        counts = problem.budget.counts(ours.scores, offsets(problem.lengths), protected)
+        counts = problem.budget.counts(found.scores, offsets(problem.lengths), protected)
         problem = replace(problem, budget=counts)  # sharing is its purpose
-    starts = [int(n) for n in ours.cu_seqlens]
+    starts = [int(n) for n in found.cu_seqlens]
     for b, begin in enumerate(itertools.accumulate(problem.lengths[:-1], initial=0) if problem.lengths else ()):
         lone = problem.alone(b)
         other = lone.run(backend)
         mine = slice(starts[b], starts[b + 1])
-        assert torch.equal(other.keep_index + begin, ours.keep_index[mine]), f"{problem}: sequence {b} alone differs"
+        assert torch.equal(other.keep_index + begin, found.keep_index[mine]), f"{problem}: sequence {b} alone differs"
         same = torch.equal(other.reduce(lone.tokens).nan_to_num(nan=-9.0), rows[mine].nan_to_num(nan=-9.0))
         assert same, f"{problem}: rows of sequence {b} alone differ"
 
 
-def _check_counts(problem: Problem, ours: Selection) -> None:
+def _check_counts(problem: Problem, found: Selection) -> None:
     if not isinstance(problem.budget, Budget):
         return
-    scores = ours.scores.tolist()  # random ones and norms are the strategy's own
+    scores = found.scores.tolist()  # random ones and norms are the strategy's own
     protected = problem.vectors.get("protected", torch.zeros(sum(problem.lengths), dtype=torch.bool)).tolist()
     expected = expected_counts(problem.budget, scores, protected, problem.lengths)
-    counts = ours.cu_seqlens.diff().tolist()
+    counts = found.cu_seqlens.diff().tolist()
     for b, (count, right) in enumerate(zip(counts, expected, strict=True)):
         n = problem.lengths[b]
         if problem.strategy == "evit":  # one more for the leftover
@@ -282,17 +282,19 @@ def _check_counts(problem: Problem, ours: Selection) -> None:
         assert sum(counts) == min(int(problem.budget.value), sum(problem.lengths)), f"{problem}: {counts}"
 
 
-def _check_rows(problem: Problem, rows: Tensor, wanted: Selection) -> None:
+def _check_rows(problem: Problem, rows: Tensor, expected: Selection) -> None:
     """Merged rows within rounding of the reference's sum in float64; copies exactly."""
-    if wanted.weight is None:
-        assert torch.equal(rows.nan_to_num(nan=-9.0), wanted.gather(problem.tokens).nan_to_num(nan=-9.0)), str(problem)
+    if expected.weight is None:
+        assert torch.equal(rows.nan_to_num(nan=-9.0), expected.gather(problem.tokens).nan_to_num(nan=-9.0)), str(
+            problem
+        )
         return
-    coefficient = wanted.coefficient
+    coefficient = expected.coefficient
     assert coefficient is not None
     x, factor = problem.tokens.double(), coefficient.double()[:, None]
-    at = torch.where(wanted.assignment >= 0, wanted.assignment, wanted.rows).long()
-    joins = (wanted.assignment >= 0)[:, None]
-    zeros = torch.zeros(wanted.rows + 1, x.shape[1], dtype=torch.float64)
+    at = torch.where(expected.assignment >= 0, expected.assignment, expected.rows).long()
+    joins = (expected.assignment >= 0)[:, None]
+    zeros = torch.zeros(expected.rows + 1, x.shape[1], dtype=torch.float64)
     exact = zeros.index_add(0, at, torch.where(joins, x * factor, 0.0))[:-1]
     size = zeros.index_add(0, at, torch.where(joins, (x * factor).abs(), 0.0))[:-1]
     eps = torch.finfo(problem.tokens.dtype).eps

@@ -18,14 +18,12 @@ CLOSE = 4e-6
 """Rounding of a cosine in float32, at the widths drawn here."""
 
 
-def near_tie(problem: Any, ours: Selection, wanted: Selection) -> bool:
-    """Whether ``ours`` is as good as ``wanted``, the reference's, of a problem of :mod:`benchmarks.soak.pruning`."""
-    if problem.strategy not in JUDGES or not torch.equal(ours.cu_seqlens, wanted.cu_seqlens):
+def near_tie(problem: Any, found: Selection, expected: Selection) -> bool:
+    """Whether ``found`` is as good as ``expected``, the reference's result."""
+    if problem.strategy not in JUDGES or not torch.equal(found.cu_seqlens, expected.cu_seqlens):
         return False
-    start = 0
-    return all(
-        JUDGES[problem.strategy](problem, ours, wanted, slice(start, start := start + n)) for n in problem.lengths if n
-    )
+    start, judge = 0, JUDGES[problem.strategy]
+    return all(judge(problem, found, expected, slice(start, start := start + n)) for n in problem.lengths if n)
 
 
 def _cosine(features: Tensor) -> Tensor:
@@ -33,7 +31,7 @@ def _cosine(features: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def _greedy(problem: Any, ours: Selection, wanted: Selection, rows: slice) -> bool:
+def _greedy(problem: Any, found: Selection, expected: Selection, rows: slice) -> bool:
     """Every pick of a greedy search: its gain is the largest, given the picks before it."""
     unit = reference.unit_rows(problem.tokens[rows])
     weight = torch.ones(len(unit), dtype=torch.float64)
@@ -51,7 +49,7 @@ def _greedy(problem: Any, ours: Selection, wanted: Selection, rows: slice) -> bo
         gain = -others.amax(1)
     gain[invalid] = -torch.inf
     close = CLOSE if diverse else CLOSE * max(float(gain.max()), 0.0)
-    scores = ours.scores[rows]
+    scores = found.scores[rows]
     guarded = problem.vectors.get("protected", torch.zeros(len(problem.tokens), dtype=torch.bool))[rows]
     factors: list[Tensor] = []
     for step, row in enumerate(
@@ -88,11 +86,11 @@ def _pairs(selection: Selection, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     return merged.nonzero().squeeze(1), at[merged], kept
 
 
-def _nearest(problem: Any, ours: Selection, wanted: Selection, rows: slice) -> bool:
+def _nearest(problem: Any, found: Selection, expected: Selection, rows: slice) -> bool:
     """The same tokens are kept, and every other one joined the most similar."""
     features = problem.tokens[rows]
-    source, target, kept = _pairs(ours, rows)
-    theirs, their_target, their_kept = _pairs(wanted, rows)
+    source, target, kept = _pairs(found, rows)
+    theirs, their_target, their_kept = _pairs(expected, rows)
     if not (torch.equal(source, theirs) and torch.equal(kept, their_kept)):
         return False
     candidates = kept
@@ -110,7 +108,7 @@ def _nearest(problem: Any, ours: Selection, wanted: Selection, rows: slice) -> b
     return _matched(_cosine(features), source, target, candidates)
 
 
-def _bipartite(problem: Any, ours: Selection, wanted: Selection, rows: slice) -> bool:
+def _bipartite(problem: Any, found: Selection, expected: Selection, rows: slice) -> bool:
     """The same number merged, each with the most similar, and none that is less similar than one that stayed."""
     free = torch.ones(rows.stop - rows.start, dtype=torch.bool)
     if "protected" in problem.vectors:
@@ -118,9 +116,9 @@ def _bipartite(problem: Any, ours: Selection, wanted: Selection, rows: slice) ->
     place = free.cumsum(0) - 1
     even, odd = free & (place % 2 == 0), free & (place % 2 == 1)
     cosine = torch.where((c := _cosine(problem.tokens[rows])).isnan(), -torch.inf, c)
-    source, target, kept = _pairs(ours, rows)
+    source, target, kept = _pairs(found, rows)
     if not odd.any() or not source.numel():
-        return torch.equal(ours.assignment[rows], wanted.assignment[rows])
+        return torch.equal(found.assignment[rows], expected.assignment[rows])
     best = cosine[:, odd].amax(1)
     stayed = even & kept
     worst = best[source].min()

@@ -215,7 +215,7 @@ def _places(stay: Tensor) -> Prefill:
     """Where the tokens that stay (batch, length) lie, right-aligned to the longest."""
     counts = stay.sum(1)
     width = int(counts.max()) if counts.numel() else 0
-    # A stable sort puts what stays last, in order: its last `width` places are wanted.
+    # A stable sort puts what stays last, in order: its last `width` places are the result.
     keep = torch.sort(stay.to(torch.uint8), dim=1, stable=True).indices[:, stay.shape[1] - width :]
     there = torch.arange(width, device=stay.device) >= width - counts[:, None]
     return Prefill(keep, None if bool(there.all()) else there, stay.shape[1])

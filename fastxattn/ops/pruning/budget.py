@@ -189,7 +189,7 @@ class Budget:
         running = torch.nn.functional.pad(ordered.cumsum(0), (1, 0))
         before = running[:-1] - segments.spread(running[cu_seqlens[:-1].long()], cu_seqlens, total)
         wanted = self.value * segments.segment_count(ordered, cu_seqlens).double()
-        # A token is needed when the mass before it falls short of what is wanted (by more than rounding).
+        # A token is needed when the mass before it falls short of the share (by more than rounding).
         needed = before < segments.spread(wanted, cu_seqlens, total) * (1 - 1e-12)
         guarded = torch.zeros_like(needed) if protected is None else protected[ranked]
         return segments.segment_count(needed | guarded, cu_seqlens)
@@ -198,7 +198,7 @@ class Budget:
 def counts_of(
     budget: Budget | Tensor, scores: Tensor, cu_seqlens: Tensor, protected: Tensor | None, backend: str
 ) -> Tensor:
-    """(batch,) int32 counts of a budget, or the counts that the caller gave in its place.
+    """(batch,) int32 counts of a budget, or the counts given in its place.
 
     Raises:
         TypeError: neither a budget nor an int32 tensor.

@@ -43,8 +43,8 @@ def load_keys(p_scores, p_protected, at, mask, HAS_PROTECTED: tl.constexpr):
 
 
 @triton.jit
-def kth_key(p_scores, p_protected, begin, n, wanted, HAS_PROTECTED: tl.constexpr, BLOCK: tl.constexpr):
-    """The key of the ``wanted``-th best token: the largest T that at least so many keys reach."""
+def kth_key(p_scores, p_protected, begin, n, rank, HAS_PROTECTED: tl.constexpr, BLOCK: tl.constexpr):
+    """The key of the ``rank``-th best token: the largest T that at least so many keys reach."""
     cut = (n * 0).to(tl.int64)
     for step in range(33):
         candidate = cut | (tl.full((), 1, tl.int64) << (32 - step))
@@ -53,7 +53,7 @@ def kth_key(p_scores, p_protected, begin, n, wanted, HAS_PROTECTED: tl.constexpr
             o = start + tl.arange(0, BLOCK)
             key = load_keys(p_scores, p_protected, begin + o, o < n, HAS_PROTECTED)
             reached += tl.sum((key >= candidate).to(tl.int32))
-        cut = tl.where(reached >= wanted, candidate, cut)
+        cut = tl.where(reached >= rank, candidate, cut)
     return cut
 
 

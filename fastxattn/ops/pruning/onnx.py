@@ -26,11 +26,11 @@ def Select(
     last, far = op.Constant(value_ints=[-1]), op.Constant(value_ints=[9223372036854775807])
     hidden = op.Constant(value=HIDDEN)
     total = op.Shape(scores)
-    room = op.Reshape(capacity, v1)
+    rows = op.Reshape(capacity, v1)
     cu = op.Cast(cu_seqlens, to=TensorProto.INT64)
     starts, ends = op.Slice(cu, v0, last), op.Slice(cu, v1, far)
     wanted = op.Max(op.Cast(counts, to=TensorProto.INT64), zero)
-    kept = op.Min(op.CumSum(op.Min(wanted, op.Sub(ends, starts)), zero), room)
+    kept = op.Min(op.CumSum(op.Min(wanted, op.Sub(ends, starts)), zero), rows)
     cu_keep = op.Concat(v0, kept, axis=0)
 
     # The sequence of each token: how many ends lie at or before it. Tokens past the last end get the batch.
@@ -63,11 +63,11 @@ def Select(
     is_kept = op.Cast(stays, to=TensorProto.BOOL)
     assignment = op.Where(is_kept, target, last)
     # Tokens that go are written to a place behind the others, which is cut off.
-    nobody = op.Expand(last, op.Add(room, v1))
+    nobody = op.Expand(last, op.Add(rows, v1))
     token = op.Range(zero, op.Squeeze(total), op.Constant(value_int=1))
-    index = op.ScatterND(nobody, op.Unsqueeze(op.Where(is_kept, target, room), v1), token)
+    index = op.ScatterND(nobody, op.Unsqueeze(op.Where(is_kept, target, rows), v1), token)
     return (
-        op.Cast(op.Slice(index, v0, room), to=TensorProto.INT32),
+        op.Cast(op.Slice(index, v0, rows), to=TensorProto.INT32),
         op.Cast(cu_keep, to=TensorProto.INT32),
         op.Cast(assignment, to=TensorProto.INT32),
     )

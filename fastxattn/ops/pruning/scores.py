@@ -69,7 +69,7 @@ def received_scores(
     """
     value = key[..., : min(16, key.shape[-1])].contiguous()
     longest = key.shape[0] if max_seqlen is None else max_seqlen
-    # Only the log-sum-exp is wanted here; a narrow value makes the pass cheap.
+    # Only the log-sum-exp is used here; a narrow value makes the pass cheap.
     _, lse = varlen_cross_attention(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, return_lse=True
     )

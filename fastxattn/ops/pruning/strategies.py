@@ -276,15 +276,15 @@ def visionzip(
     if not isinstance(budget, Budget) or budget.kind != "count":
         got = budget.kind if isinstance(budget, Budget) else "a tensor of counts"
         raise ValueError(f"budget must be a count for visionzip; got {got}")
-    wanted = int(budget.value)
-    few = wanted // 6 if contextual is None else contextual
+    count = int(budget.value)
+    few = count // 6 if contextual is None else contextual
     if not isinstance(few, int) or isinstance(few, bool):
         raise TypeError(f"contextual must be an int; got {type(few).__name__}")
-    if not 0 <= few <= wanted:
-        raise ValueError(f"contextual must lie between 0 and the budget, {wanted}; got {few}")
+    if not 0 <= few <= count:
+        raise ValueError(f"contextual must lie between 0 and the budget, {count}; got {few}")
     checks.check_scores(attention, cu_seqlens)
     most = budget.counts(attention, cu_seqlens)
-    dominant = torch.minimum(most, torch.full_like(most, min(wanted - few, 2**31 - 1)))
+    dominant = torch.minimum(most, torch.full_like(most, min(count - few, 2**31 - 1)))
     if (protected := options.get("protected")) is not None:
         checks.check_vector("protected", protected, attention.shape[0], torch.bool)
         guarded = segments.segment_count(protected, cu_seqlens).to(torch.int32)
