@@ -1,4 +1,4 @@
-"""The one-line swap into existing models, and its undo."""
+"""The one-line swap into existing models, and its restore."""
 
 from fastxattn.integrations.accelerate import accelerate, accelerated, restore, status
 from fastxattn.integrations.report import Left, Report, Swap, Verification
