@@ -212,17 +212,9 @@ def _greedy(
     if isinstance(budget, Budget):
         most = budget.per_sequence(most, options.get("max_seqlen"))
     flat = tokens.detach().flatten(1).contiguous()
-    problem = Greedy(
-        x=flat,
-        quality=quality,
-        cu_seqlens=cu_seqlens.contiguous(),
-        counts=counts,
-        protected=protected,
-        mode=mode,
-        max_count=most,
-    )
-    scores = run(problem, backend)
-    return select_tokens(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, **options)
+    layout: dict[str, Any] = {"cu_seqlens": cu_seqlens.contiguous(), "counts": counts, "protected": protected}
+    scores = run(Greedy(x=flat, quality=quality, **layout, mode=mode, max_count=most), backend)
+    return select_tokens(scores, cu_seqlens, budget, **options)
 
 
 def divprune(tokens: Tensor, cu_seqlens: Tensor, budget: Budget, **options: Any) -> Selection:
@@ -313,16 +305,14 @@ def random_tokens(
     """
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be an int; got {type(seed).__name__}")
-    counts = _counts("random", tokens, cu_seqlens, budget, backend)
+    _counts("random", tokens, cu_seqlens, budget, backend)  # refuses budgets by this name
     total = tokens.shape[0]
     place = torch.arange(total, device=tokens.device) - segments.spread(cu_seqlens[:-1], cu_seqlens, total)
     sequence = segments.sequence_ids(cu_seqlens, total)
     # A counter for each (sequence, place), hashed with the seed: nothing is drawn in turn.
     bits = _mixed(_mixed(sequence + _signed(seed * _GOLDEN)) + place)
     scores = (bits >> 40).float() + 2**23  # 24 bits: exact in float32
-    return select_tokens(
-        scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, backend=backend, **options
-    )
+    return select_tokens(scores, cu_seqlens, budget, backend=backend, **options)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -392,7 +382,7 @@ def uniform_grid(
     else:
         row, column = _grid_places(cu_seqlens, total, columns, protected)
         scores = (row * 0.7548776662466927 + column * 0.5698402909980532) % 1
-    return select_tokens(scores, cu_seqlens, counts if isinstance(budget, Tensor) else budget, **options)
+    return select_tokens(scores, cu_seqlens, budget, **options)
 
 
 def average_pool(
