@@ -27,7 +27,7 @@ def cases() -> Iterator[tuple[str, str, str, int, str, str]]:
 
     from fastxattn.ops.contrastive.triton import config
     from fastxattn.ops.late_interaction import triton_kernel as late
-    from fastxattn.ops.retrieval import triton_kernel as retrieval
+    from fastxattn.ops.retrieval import kernels_triton as retrieval
 
     for dtype, real in (("fp16", torch.float16), ("fp32", torch.float32)):
         for kernel, like in config.LIKE.items():
@@ -38,8 +38,9 @@ def cases() -> Iterator[tuple[str, str, str, int, str, str]]:
             yield "late_interaction", kernel, dtype, 0, "plain", f"{rows}x64 w8 s2"
         for kernel in ("maxsim_gradient", "maxsim_gradient_smooth"):
             yield "late_interaction", kernel, dtype, 0, "plain", "32x32 w8 s1"
-    for rows, (columns, _, _, warps, stages) in retrieval.TILES.items():
-        yield "retrieval", "topk", "fp32", 0, "plain", f"{rows}x{columns} w{warps} s{stages}"
+    for tile in retrieval.TILES.values():
+        shown = "{BLOCK_M}x{BLOCK_N} w{num_warps} s{num_stages}".format(**tile)
+        yield "retrieval", "topk", "fp32", 0, "plain", shown
 
 
 def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
@@ -48,7 +49,7 @@ def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
 
     from fastxattn.ops.contrastive.triton import config, kernels
     from fastxattn.ops.late_interaction import triton_kernel as late
-    from fastxattn.ops.retrieval import triton_kernel as retrieval
+    from fastxattn.ops.retrieval import kernels_triton as retrieval
 
     single = dtype == "fp32"
     tile = config.pick(config.LIKE.get(name, "stats"), torch.float32 if single else torch.float16)
@@ -59,8 +60,8 @@ def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
         "SMOOTH": name.endswith("smooth"), "BLOCK_D": 64, "WIDTH": 16,
     }  # fmt: skip
     if op == "retrieval":
-        _, block_k, steps, _, _ = retrieval.TILES[16]
-        return retrieval.topk_kernel, constants | {"BLOCK_K": block_k, "STEPS": steps}
+        tile = retrieval.TILES[16]
+        return retrieval.topk_kernel, constants | {name: tile[name] for name in ("BLOCK_K", "STEPS")}
     if op == "late_interaction":
         constants |= {"BLOCK_K": 32 if single else 64, "STEPS": 4 if single else 1}
         return (late.maxsim_gradient_kernel if "gradient" in name else late.maxsim_kernel), constants

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from fastxattn.ops import retrieval
-from fastxattn.ops.retrieval import quantize_int8, triton_kernel
+from fastxattn.ops.retrieval import kernels_triton, quantize_int8
 from tests.device import PRESENT, RUNS, WHY_NOT, there
 
 pytestmark = pytest.mark.skipif(not RUNS, reason=WHY_NOT)
@@ -17,7 +17,7 @@ topk_similarity, recall_at_k = there(retrieval.topk_similarity), there(retrieval
 @pytest.fixture(autouse=True)
 def _few_rows_a_chunk(monkeypatch):
     if not PRESENT:
-        monkeypatch.setattr(triton_kernel, "TILES", {16: (16, 32, 2, 8, 1)})
+        monkeypatch.setattr(kernels_triton, "TILES", {16: kernels_triton.tile(16, 16, 32, 2, 8, 1)})
 
 
 @pytest.mark.parametrize("metric", ["inner", "cosine"])

@@ -17,6 +17,7 @@ from fastxattn.ops.contrastive import checks
 from fastxattn.ops.contrastive.api import BACKENDS, Ids
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.ops.contrastive.reference import unit_rows, wide
+from fastxattn.ops.numbers import SHARE, check_number
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.autocast import cast, no_autocast
 
@@ -71,7 +72,7 @@ def infonce_loss(
             label_smoothing=label_smoothing, backend=backend,
         )  # fmt: skip
     with announced("infonce_loss", a, group):
-        label_smoothing = checks.number("label_smoothing", label_smoothing, *checks.SHARE)
+        label_smoothing = check_number("label_smoothing", label_smoothing, *SHARE)
         symmetric = bool(symmetric)
         call = _Call.of(a, b, logit_scale, None, groups, normalize, strategy, group, backend)
     same: dict[str, Value] = {"symmetric": symmetric, "label_smoothing": label_smoothing}

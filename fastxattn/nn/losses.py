@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastxattn import distributed
 from fastxattn.ops.contrastive import checks, infonce_loss, sigmoid_loss
 from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
+from fastxattn.ops.numbers import SHARE, check_number
 from fastxattn.runtime.autocast import cast
 
 
@@ -149,7 +150,7 @@ class BLIP2ITCLoss(nn.Module):
 
     def __init__(self, label_smoothing: float = 0.1) -> None:
         super().__init__()
-        self.label_smoothing = checks.number("label_smoothing", label_smoothing, *checks.SHARE)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, *SHARE)
 
     def forward(self, image_queries: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
         """The loss of ``image_queries`` (N, queries, D) and ``text_features`` (N, D), pairs in order; 0 without pairs.
@@ -201,9 +202,9 @@ class MultiTaskLoss(nn.Module):
         modality_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        checks.number("modality_dropout", modality_dropout, *checks.SHARE)
+        check_number("modality_dropout", modality_dropout, *SHARE)
         for name, weight in {**tasks, **(modality_weights or {})}.items():
-            checks.number(f"the weight of {name!r}", weight)
+            check_number(f"the weight of {name!r}", weight)
         for task, group in (modalities or {}).items():
             if isinstance(group, str):
                 raise TypeError(f"modalities must map {task!r} to a tuple of names, as ({group!r},); got {group!r}")

@@ -9,6 +9,7 @@ import torch
 
 from fastxattn.ops.contrastive import checks, cpu, cuda, fused, reference, triton
 from fastxattn.ops.contrastive.problem import Problem
+from fastxattn.ops.numbers import SHARE, check_number
 from fastxattn.runtime import backend as choose
 from fastxattn.runtime.autocast import cast, no_autocast
 from fastxattn.runtime.backend import Backend, Explanation, preferring
@@ -95,9 +96,9 @@ def infonce_loss(
     problem = _problem(a, b, logit_scale, targets, groups, ignore_ids, exclude_self, normalize)
     n, m = problem.a.shape[0], problem.b.shape[0]
     checks.choice("reduction", reduction, REDUCTIONS)
-    label_smoothing = checks.number("label_smoothing", label_smoothing, *checks.SHARE)
+    label_smoothing = check_number("label_smoothing", label_smoothing, *SHARE)
     if false_negative_margin is not None:
-        false_negative_margin = checks.number("false_negative_margin", false_negative_margin)
+        false_negative_margin = check_number("false_negative_margin", false_negative_margin)
     if queue_a is not None and not symmetric:
         raise ValueError("queue_a must be None when symmetric=False: only columns see it")
     if (return_metrics or false_negative_margin is not None) and groups is not None:

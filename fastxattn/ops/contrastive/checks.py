@@ -10,15 +10,13 @@ inside the loss.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from fastxattn.ops.attention.checks import LARGEST, float_of
+from fastxattn.ops.numbers import check_number
 from fastxattn.ops.offsets import check_dense, readable
 
-SHARE = "lie in [0, 1)", lambda share: 0 <= share < 1
-"""The rule of :func:`number` for a share of something, less than all of it."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -52,28 +50,6 @@ def features(name: str, x: torch.Tensor, like: torch.Tensor | None = None, dims:
     return x if dims > 2 or (x.stride(1) == 1 and x.stride(0) >= x.shape[1]) else x.contiguous()
 
 
-def finite(x: float) -> bool:
-    """Whether a number is finite in float32; :func:`math.isfinite` takes no symbolic number of a compiler."""
-    return -LARGEST <= x <= LARGEST
-
-
-def number(name: str, value: object, rule: str = "be finite", accepts: Callable[[float], bool] = finite) -> float:
-    """Check a number of Python or NumPy, which must ``rule``; a bool is none."""
-    if isinstance(value, (torch.SymFloat, torch.SymInt)):
-        return value  # type: ignore[return-value]  # of a traced program: nothing to compare
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not accepts(float_of(value)):
-        raise ValueError(f"{name} must {rule}; got {value}")
-    return float(value)
-
-
-def whole(name: str, k: object) -> None:
-    """Refuse a ``k`` that is no whole number of at least 1."""
-    if isinstance(k, bool) or not isinstance(k, (numbers.Integral, torch.SymInt)) or k < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1; got {k!r}")
-
-
 def one_element(
     name: str, value: float | torch.Tensor, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
@@ -91,7 +67,7 @@ def one_element(
     if not isinstance(value, torch.Tensor):
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{name} must be a number or a tensor of one element; got {type(value).__name__}")
-        return torch.full((), number(name, value), dtype=dtype, device=device)
+        return torch.full((), check_number(name, value), dtype=dtype, device=device)
     if value.numel() != 1:
         raise ValueError(f"{name} must have one element; got shape {tuple(value.shape)}")
     if value.dtype == torch.bool or value.is_complex():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastxattn.ops.contrastive.checks import whole
+from fastxattn.ops.numbers import check_count
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Metrics:
 
     def recall(self, k: int) -> torch.Tensor:
         """The share of rows whose best positive is among the first ``k``, a whole number of at least 1."""
-        whole("k", k)
+        check_count("k", k)
         valid = self.rank > 0
         return (valid & (self.rank <= k)).sum() / valid.sum().clamp(min=1)
 

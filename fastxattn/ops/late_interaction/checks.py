@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from fastxattn.ops.contrastive.checks import choice, features, number, same_device
+from fastxattn.ops.contrastive.checks import choice, features, same_device
+from fastxattn.ops.numbers import POSITIVE, check_number
 from fastxattn.ops.offsets import check_offsets
 
 DIRECTIONS = ("a", "b", "both")
@@ -28,7 +27,7 @@ def check_arguments(
     choice("direction", direction, DIRECTIONS)
     choice("reduction", reduction, ("sum", "mean"))
     if smooth is not None:
-        number("smooth", smooth, "be positive and finite", lambda x: 0 < x < math.inf)
+        check_number("smooth", smooth, *POSITIVE)
     for name, offsets, rows in (("cu_seqlens_a", cu_seqlens_a, a.shape[0]), ("cu_seqlens_b", cu_seqlens_b, b.shape[0])):
         check_offsets(name, offsets, rows)
         same_device(name, offsets, a.device)

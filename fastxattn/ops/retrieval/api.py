@@ -1,4 +1,4 @@
-"""The public functions of retrieval: checks, then dispatch, chunk by chunk."""
+"""Public functions of retrieval: validation, then dispatch, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastxattn.ops.contrastive.checks import computed_in, features
-from fastxattn.ops.retrieval import checks, cpu, triton
+from fastxattn.ops.contrastive.checks import features
+from fastxattn.ops.retrieval import checks
+from fastxattn.ops.retrieval.backends import search
 from fastxattn.ops.retrieval.problem import Problem
-from fastxattn.ops.retrieval.reference import topk_reference
-from fastxattn.runtime import backend as choose
-from fastxattn.runtime.autocast import no_autocast
-from fastxattn.runtime.backend import Backend, Explanation
 from fastxattn.runtime.operators import derivative_wanted
 
 if TYPE_CHECKING:
     import numpy
 
-BACKENDS = (
-    Backend("cpu", cpu.supports),
-    Backend("triton", triton.supports),
-    Backend("reference", lambda problem: None),
-)
 CHUNK_BYTES = 1 << 28  # of a memory-mapped corpus held at once
 
 
@@ -36,7 +28,7 @@ def topk_similarity(
     corpus_scale: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` most similar corpus rows of every query, without the (queries, corpus) score matrix.
+    """Find the ``k`` most similar corpus rows of every query, without the (queries, corpus) score matrix.
 
     Args:
         queries: (Q, D) floating point. Scores are computed in float32 (float64 for float64 queries on the reference
@@ -146,32 +138,18 @@ def _search(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     checks.check_rows(corpus, queries)
-    name = choose.resolve("topk_similarity", BACKENDS, Problem(corpus.device.type, corpus.dtype, k), backend)
-    corpus = corpus.detach()
-    query = queries.detach() if name == "reference" and queries.dtype == torch.float64 else queries.detach().float()
-    factor = None if scale is None else scale.detach().to(query.dtype)
-    if metric == "cosine":
-        query = query / torch.linalg.vector_norm(query, dim=1, keepdim=True).clamp(min=1e-12)
-        length = _lengths(corpus, computed_in(query.dtype))
-        factor = torch.where(length > 0, 1 / length, 0.0)  # a row's own scale cancels
-    if name == "reference":
-        with no_autocast(corpus.device):
-            return topk_reference(query, corpus, factor, k, first)
-    corpus = corpus if corpus.stride(1) == 1 or corpus.shape[1] == 1 else corpus.contiguous()
-    factor = None if factor is None else factor.contiguous()
-    operator = getattr(torch.ops.fastxattn, f"topk_similarity_{name}")
-    scores, rows = operator(query.contiguous(), corpus, factor, k, first)
-    return scores, rows
-
-
-def _lengths(corpus: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Row lengths in ``dtype``, a slice at a time so that an integer corpus is never widened as a whole."""
-    parts = [torch.linalg.vector_norm(part.to(dtype), dim=1) for part in corpus.split(65536)]
-    return torch.cat(parts) if parts else corpus.new_zeros(0, dtype=dtype)
+    problem = Problem(
+        queries=queries.detach(),
+        corpus=corpus.detach(),
+        factor=None if scale is None else scale.detach(),
+        k=k,
+        first=first,
+    )
+    return search(problem, metric, backend)
 
 
 def quantize_int8(corpus: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``corpus`` (R, D) as int8 rows and their float32 scales (R,): ``row ~ int8 * scale``, a quarter of the memory."""
+    """Quantize ``corpus`` (R, D) to int8 rows with float32 scales (R,): ``row ~ int8 * scale``."""
     features("corpus", corpus)
     scale = corpus.float().abs().amax(1).clamp(min=1e-12) / 127
     return (corpus.float() / scale[:, None]).round().to(torch.int8), scale
@@ -180,7 +158,7 @@ def quantize_int8(corpus: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def recall_at_k(
     a: torch.Tensor, b: torch.Tensor, ks: Sequence[int] = (1, 5, 10), *, metric: str = "cosine", backend: str = "auto"
 ) -> dict[str, float]:
-    """Retrieval recall of paired features, row ``i`` of ``a`` belonging to row ``i`` of ``b``, in both directions.
+    """Compute recall of paired features in both directions; row ``i`` of ``a`` belongs to row ``i`` of ``b``.
 
     Args:
         a: (N, D).
@@ -203,8 +181,3 @@ def recall_at_k(
         for k in ks:
             result[f"{name}@{k}"] = hits[:, :k].any(1).double().mean().item() if a.shape[0] else 0.0
     return result
-
-
-def explain(corpus: torch.Tensor, backend: str = "auto") -> Explanation:
-    """Every backend's verdict on searching this corpus, and the one that would run."""
-    return choose.explain("topk_similarity", BACKENDS, Problem(corpus.device.type, corpus.dtype), backend)

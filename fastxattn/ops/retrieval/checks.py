@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastxattn.ops.contrastive.checks import choice, features, same_device, whole
+from fastxattn.ops.contrastive.checks import choice, features, same_device
+from fastxattn.ops.numbers import check_count
 
 if TYPE_CHECKING:
     import numpy
@@ -25,7 +26,7 @@ def check_arguments(
     """Refuse what does not fit together."""
     features("queries", queries)
     choice("metric", metric, ("inner", "cosine"))
-    whole("k", k)
+    check_count("k", k)
     if not hasattr(corpus, "shape"):
         raise TypeError(f"corpus must be a tensor or a numpy.memmap; got {type(corpus).__name__}")
     shape = tuple(corpus.shape)
@@ -55,4 +56,4 @@ def check_pairs(a: torch.Tensor, b: torch.Tensor, ks: Sequence[int]) -> None:
     if len(ks) == 0:
         raise ValueError("ks must name at least one k; got none")
     for k in ks:
-        whole("each of ks", k)
+        check_count("each of ks", k)

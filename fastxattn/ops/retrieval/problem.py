@@ -1,16 +1,18 @@
-"""What a backend is told of a problem before it says whether it supports it."""
+"""The arguments of a search, once for every backend."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from torch import Tensor
 
-import torch
+from fastxattn.ops.arguments import Arguments, problem
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One search."""
+@problem
+class Problem(Arguments):
+    """The best ``k`` rows of a corpus for every query."""
 
-    device: str
-    dtype: torch.dtype
-    k: int = 1
+    queries: Tensor  # (Q, D) float32, or float64 on the reference backend
+    corpus: Tensor  # (R, D) float32, bfloat16, float16 or int8; float64 on the reference backend
+    factor: Tensor | None = None  # (R,) multiplies a row's scores, in the dtype of the queries
+    k: int
+    first: int = 0  # added to row indices: the corpus may be part of a larger one

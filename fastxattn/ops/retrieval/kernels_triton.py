@@ -13,10 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastxattn.ops.attention.triton.common import dot
+from fastxattn.ops.retrieval.problem import Problem
 
-TILES = {16: (64, 32, 2, 4, 3), 64: (64, 32, 2, 8, 1)}
-"""By queries of a block: rows of the corpus, features of a step, steps after which a product is put away, warps and
-pipeline stages."""
+
+def tile(rows: int, columns: int, features: int, steps: int, warps: int, stages: int) -> dict[str, int]:
+    """A launch configuration: queries, corpus rows, features of a step, steps between two partial sums."""
+    sizes = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": features, "STEPS": steps}
+    return sizes | {"num_warps": warps, "num_stages": stages}
+
+
+TILES = {16: tile(16, 64, 32, 2, 4, 3), 64: tile(64, 64, 32, 2, 8, 1)}
+"""By the most queries of a block."""
 PROGRAMS, MOST_CHUNKS = 512, 1024
 NOTHING = tl.constexpr(-(1 << 63))
 
@@ -69,27 +76,23 @@ def topk_kernel(
     tl.store(p_lists, b_list, mask=m_m[:, None])
 
 
-def topk_similarity(
-    queries: Tensor, corpus: Tensor, factor: Tensor | None, k: int, first: int
-) -> tuple[Tensor, Tensor]:
-    """As the schema says; chunks depend on shapes alone."""
-    number, rows, width = queries.shape[0], corpus.shape[0], max(16, triton.next_power_of_2(k))
+def topk_similarity(*arguments) -> tuple[Tensor, Tensor]:
+    """Run the operator; chunks depend on shapes alone."""
+    p = Problem.of(arguments)
+    number, rows, width = p.queries.shape[0], p.corpus.shape[0], max(16, triton.next_power_of_2(p.k))
     if number == 0 or rows == 0:
-        scores = queries.new_full((number, k), float("-inf"), dtype=torch.float32)
-        return scores, queries.new_full((number, k), -1, dtype=torch.int64)
-    block_m = 16 if number <= 16 else 64
-    block_n, block_k, steps, warps, stages = TILES[block_m]
-    blocks = triton.cdiv(number, block_m)
-    chunks = max(1, min(MOST_CHUNKS, PROGRAMS // blocks, triton.cdiv(rows, 16 * block_n)))
-    chunk = triton.cdiv(triton.cdiv(rows, chunks), block_n) * block_n
+        scores = p.queries.new_full((number, p.k), float("-inf"), dtype=torch.float32)
+        return scores, p.queries.new_full((number, p.k), -1, dtype=torch.int64)
+    tile = TILES[16 if number <= 16 else 64]
+    blocks = triton.cdiv(number, tile["BLOCK_M"])
+    chunks = max(1, min(MOST_CHUNKS, PROGRAMS // blocks, triton.cdiv(rows, 16 * tile["BLOCK_N"])))
+    chunk = triton.cdiv(triton.cdiv(rows, chunks), tile["BLOCK_N"]) * tile["BLOCK_N"]
     chunks = triton.cdiv(rows, chunk)
-    best = queries.new_empty((chunks, number, width), dtype=torch.int64)
-    stride = corpus.stride(0) if rows > 1 else corpus.shape[1]
-    topk_kernel[(chunks, blocks)](
-        queries, corpus, factor, best, number, rows, corpus.shape[1], stride, chunk, block_m, block_n, block_k, steps,
-        width, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return _merged(best, chunk, k, first)
+    best = p.queries.new_empty((chunks, number, width), dtype=torch.int64)
+    stride = p.corpus.stride(0) if rows > 1 else p.corpus.shape[1]
+    sizes = (number, rows, p.corpus.shape[1], stride, chunk)
+    topk_kernel[(chunks, blocks)](p.queries, p.corpus, p.factor, best, *sizes, **tile, WIDTH=width)
+    return _merged(best, chunk, p.k, p.first)
 
 
 def _merged(best: Tensor, chunk: int, k: int, first: int) -> tuple[Tensor, Tensor]:
