@@ -25,13 +25,13 @@ def cases() -> Iterator[tuple[str, str, str, int, str, str]]:
     """(op, kernel, dtype, dim, variant, tile); the number of features is not a kernel's constant, so dim is 0."""
     import torch
 
-    from fastxattn.ops.contrastive.triton import config
-    from fastxattn.ops.late_interaction import triton_kernel as late
+    from fastxattn.ops.contrastive.triton import tiles
+    from fastxattn.ops.late_interaction import kernels_triton as late
     from fastxattn.ops.retrieval import kernels_triton as retrieval
 
     for dtype, real in (("fp16", torch.float16), ("fp32", torch.float32)):
-        for kernel, like in config.LIKE.items():
-            tile = config.pick(like, real)
+        for kernel, like in tiles.LIKE.items():
+            tile = tiles.pick(like, real)
             yield "contrastive", kernel, dtype, 0, "rich", f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
         for kernel in ("maxsim", "maxsim_smooth"):
             rows = late.SMOOTH_ROWS if (kernel, dtype) == ("maxsim_smooth", "fp16") else 64
@@ -47,12 +47,12 @@ def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
     """The kernel and its constants other than BLOCK_M and BLOCK_N."""
     import torch
 
-    from fastxattn.ops.contrastive.triton import config, kernels
-    from fastxattn.ops.late_interaction import triton_kernel as late
+    from fastxattn.ops.contrastive.triton import kernels, tiles
+    from fastxattn.ops.late_interaction import kernels_triton as late
     from fastxattn.ops.retrieval import kernels_triton as retrieval
 
     single = dtype == "fp32"
-    tile = config.pick(config.LIKE.get(name, "stats"), torch.float32 if single else torch.float16)
+    tile = tiles.pick(tiles.LIKE.get(name, "stats"), torch.float32 if single else torch.float16)
     constants = {
         "EXACT_BY_ROW": True, "EXCLUDE_SELF": True, "MEANS": True, "SPLITS": 2, "ROWS": True, "COLUMNS": True,
         "BLOCK_K": tile.block_k, "STEPS": tile.steps, "BLOCKED": name == "blocked",

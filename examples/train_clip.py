@@ -41,7 +41,7 @@ def train(batch: int, steps: int, chunk: int) -> list[float]:
     losses = []
 
     def loss(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
-        return fastxattn.infonce_loss(image, text, log_scale.exp(), groups=ids, normalize=True)
+        return fastxattn.multi_positive_infonce_loss(image, text, log_scale.exp(), groups=ids, normalize=True)
 
     for _ in range(steps):
         optimizer.zero_grad()

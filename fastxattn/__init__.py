@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from fastxattn.integrations.pruning import prune_model
     from fastxattn.ops.absorbed_attention import absorbed_attention
     from fastxattn.ops.co_attention import co_attention
-    from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
+    from fastxattn.ops.contrastive import (
+        distillation_loss,
+        infonce_loss,
+        multi_positive_infonce_loss,
+        sigmoid_loss,
+    )
     from fastxattn.ops.importance import key_importance
     from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
     from fastxattn.ops.pruning import Budget, Selection, prune_tokens, register_strategy, select_tokens
@@ -30,7 +35,12 @@ _LAZY = {
     "fastxattn.integrations.pruning": ("prune_model",),
     "fastxattn.ops.co_attention": ("co_attention",),
     "fastxattn.ops.absorbed_attention": ("absorbed_attention",),
-    "fastxattn.ops.contrastive": ("infonce_loss", "sigmoid_loss"),
+    "fastxattn.ops.contrastive": (
+        "distillation_loss",
+        "infonce_loss",
+        "multi_positive_infonce_loss",
+        "sigmoid_loss",
+    ),
     "fastxattn.ops.importance": ("key_importance",),
     "fastxattn.ops.late_interaction": ("late_interaction_loss", "maxsim"),
     "fastxattn.ops.retrieval": ("recall_at_k", "topk_similarity"),
@@ -48,11 +58,13 @@ __all__ = [
     "accelerated",
     "co_attention",
     "cross_attention",
+    "distillation_loss",
     "explain",
     "infonce_loss",
     "key_importance",
     "late_interaction_loss",
     "maxsim",
+    "multi_positive_infonce_loss",
     "prune_model",
     "prune_tokens",
     "ranges",

@@ -1,8 +1,9 @@
 """A multimodal search one can watch being learned: ``fastxattn search``.
 
-A small dual encoder is trained from scratch, in seconds, with :func:`fastxattn.infonce_loss` on rendered scenes of
-coloured shapes and their captions; then it goes on with crops of real photographs. Recall is measured on scenes and
-crops it has not seen, before and after, in both directions, with :func:`fastxattn.ops.retrieval.topk_similarity`.
+A small dual encoder is trained from scratch, in seconds, with :func:`fastxattn.multi_positive_infonce_loss` on rendered
+scenes of coloured shapes and their captions; then it goes on with crops of real photographs. Recall is measured on
+scenes and crops it has not seen, before and after, in both directions, with
+:func:`fastxattn.ops.retrieval.topk_similarity`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastxattn.ops.contrastive import infonce_loss
+from fastxattn.ops.contrastive import multi_positive_infonce_loss
 from fastxattn.ops.retrieval import recall_at_k, topk_similarity
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.2), "blue": (0.15, 0.25, 0.95), "yellow": (0.95, 0.9, 0.1)}
@@ -154,7 +155,7 @@ def train(model: DualEncoder, words: Words, batches: int, sample: object, size: 
         images, captions = sample(size)  # type: ignore[operator]
         numbers = {text: i for i, text in enumerate(dict.fromkeys(captions))}
         ids = torch.tensor([numbers[text] for text in captions])
-        loss = infonce_loss(
+        loss = multi_positive_infonce_loss(
             model.encode_images(images), model.encode_captions(words(captions)), model.log_scale.exp().clamp(max=50),
             groups=ids, normalize=True,
         )  # fmt: skip

@@ -95,7 +95,7 @@ def disagreements(rank: int, world: int) -> None:
     a, ids = torch.randn(4, 6), torch.arange(4)
     wrong: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
         ("number of features", lambda: a[:, : 6 - last], {}),
-        ("the dtype of a and b", lambda: a.bfloat16() if last else a, {}),
+        ("the dtype of the features", lambda: a.bfloat16() if last else a, {}),
         ("groups", lambda: a, {"groups": ids if last else None}),
         ("strategy", lambda: a, {"strategy": "ring" if last else "gather"}),
         ("symmetric", lambda: a, {"symmetric": last}),
@@ -104,7 +104,8 @@ def disagreements(rank: int, world: int) -> None:
     ]
     for name, features, options in wrong:
         x = features()
-        refused_alike(lambda x=x, o=options: fxd.infonce_loss(x, x, 1.0, **o), ValueError, f"disagree on.*{name}", name)
+        loss = fxd.sigmoid_loss if name == "groups" else fxd.infonce_loss
+        refused_alike(lambda x=x, o=options, f=loss: f(x, x, 1.0, **o), ValueError, f"disagree on.*{name}", name)
     refused_alike(
         lambda: fxd.sigmoid_loss(a, a, 1.0) if last else fxd.infonce_loss(a, a, 1.0), ValueError,
         "disagree on the function called: rank 0 has infonce_loss, rank [12] has sigmoid_loss", "function",
@@ -158,10 +159,11 @@ def dtypes(rank: int, world: int) -> None:
         refused_alike(lambda f=spread: f(a.double(), b.double(), 1.0, strategy="ring"), RuntimeError, "gather", "ring")
     ids = torch.arange(3) + 3 * (rank // 2)
     close(
-        "groups as one tensor", fxd.infonce_loss(a[rows], b[rows], 2.0, groups=ids),
-        fxd.infonce_loss(a[rows], b[rows], 2.0, groups=[ids.int(), ids], strategy="ring"),
+        "groups as one tensor", fxd.multi_positive_infonce_loss(a[rows], b[rows], 2.0, groups=ids),
+        fxd.multi_positive_infonce_loss(a[rows], b[rows], 2.0, groups=[ids.int(), ids], strategy="ring"),
     )  # fmt: skip
-    refused_alike(lambda: fxd.infonce_loss(a[rows], a[rows], 1.0, groups=[1, 2, 3]), ValueError, "groups", "groups")
+    loss = fxd.multi_positive_infonce_loss
+    refused_alike(lambda: loss(a[rows], a[rows], 1.0, groups=[1, 2, 3]), ValueError, "groups", "groups")
     for smoothing in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="label_smoothing"):
             fxd.infonce_loss(a[rows], a[rows], 1.0, label_smoothing=smoothing, strategy="ring")
@@ -332,7 +334,8 @@ def sharded(rank: int, world: int) -> None:
     for (name, p), q in zip(model.named_parameters(), truth.parameters(), strict=True):
         if q.grad is not None:
             close(name, p.grad.full_tensor(), q.grad)
-    with pytest.raises(TypeError, match=r"a must be a plain tensor; got a DTensor: pass a.to_local\(\)"):
+    said = r"image_features must be a plain tensor; got a DTensor: pass image_features.to_local\(\)"
+    with pytest.raises(TypeError, match=said):
         fxd.infonce_loss(next(model.image.parameters()), x[rows], 1.0)
 
 

@@ -39,17 +39,17 @@ def losses(rank: int, world: int) -> None:
     weight_a, weight_b = (torch.randn(7, d, generator=generator) / 4 for _ in range(2))
     ids = torch.randint(-1, 5, (n,), generator=generator)
     rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    several = fxd.multi_positive_infonce_loss, contrastive.multi_positive_infonce_loss
     cases = [
         ("infonce", fxd.infonce_loss, contrastive.infonce_loss, {}, {}),
         ("ring", fxd.infonce_loss, contrastive.infonce_loss, {"strategy": "ring"}, {}),
         ("one way", fxd.infonce_loss, contrastive.infonce_loss, {"symmetric": False}, {"symmetric": False}),
         ("smooth", fxd.infonce_loss, contrastive.infonce_loss, {"label_smoothing": 0.1}, {"label_smoothing": 0.1}),
         ("unit", fxd.infonce_loss, contrastive.infonce_loss, {"normalize": True}, {"normalize": True}),
-        ("groups", fxd.infonce_loss, contrastive.infonce_loss, {"groups": (ids[rows], ids[rows])}, {"groups": ids}),
+        ("groups", *several, {"groups": (ids[rows], ids[rows])}, {"groups": ids}),
         (
             "smooth groups in a ring",
-            fxd.infonce_loss,
-            contrastive.infonce_loss,
+            *several,
             {"groups": (ids[rows], ids[rows]), "label_smoothing": 0.1, "strategy": "ring", "normalize": True},
             {"groups": ids, "label_smoothing": 0.1, "normalize": True},
         ),

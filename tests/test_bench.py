@@ -24,10 +24,12 @@ TIMED = {
     "co_attention": "co_attention ",
     "absorbed_attention": "context layer",
     "cross_attention": "attention padded ",
+    "distillation_loss": "infonce ",  # the same operator, and a product per direction
     "infonce_loss": "infonce ",
     "key_importance": "importance ",
     "late_interaction_loss": "late_interaction ",
     "maxsim": "maxsim ",
+    "multi_positive_infonce_loss": "infonce ",
     "prune_tokens": "select_gather ",
     "recall_at_k": "retrieval ",  # a search and a comparison of indices
     "select": "select ",

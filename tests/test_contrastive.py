@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
 from fastxattn.runtime import native
+from tests.loss_calls import infonce
 
 pytestmark = pytest.mark.skipif(native.cpu_library().library is None, reason="needs the CPU kernels")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -38,7 +39,7 @@ def run(loss, a, b, scale, backend, shared=False, bias=None, **options):
     if bias is not None:
         args.append(torch.tensor(bias, dtype=s.dtype, requires_grad=True))
         leaves.append(args[-1])
-    for name in ("queue_a", "queue_b", "hard_negatives"):
+    for name in ("image_queue", "text_queue", "hard_negatives"):
         if name in options:
             options[name] = options[name].detach().clone().to(x.dtype).requires_grad_()
             leaves.append(options[name])
@@ -125,8 +126,8 @@ def options_of(n: int, m: int, d: int) -> tuple[dict, dict]:
     infonce = {
         "hard": {"hard_negatives": torch.randn(n, 3, d, generator=torch.Generator().manual_seed(6))},
         "queues": {
-            "queue_a": torch.randn(50, d, generator=torch.Generator().manual_seed(7)) / 7,
-            "queue_b": torch.randn(90, d, generator=torch.Generator().manual_seed(8)) / 7,
+            "image_queue": torch.randn(50, d, generator=torch.Generator().manual_seed(7)) / 7,
+            "text_queue": torch.randn(90, d, generator=torch.Generator().manual_seed(8)) / 7,
         },
         "teacher": {"teacher": (*features(n, m, 16, seed=9), 8.0)},
         "margin": {"false_negative_margin": 0.02},
@@ -137,7 +138,7 @@ def options_of(n: int, m: int, d: int) -> tuple[dict, dict]:
         "smoothed groups, queue, hard": {
             "groups": (random_ids(n, 20, 2), random_ids(m, 20, 3)),
             "label_smoothing": 0.2,
-            "queue_b": torch.randn(20, d, generator=torch.Generator().manual_seed(8)),
+            "text_queue": torch.randn(20, d, generator=torch.Generator().manual_seed(8)),
             "hard_negatives": torch.randn(n, 2, d, generator=torch.Generator().manual_seed(6)),
             "normalize": True,
         },
@@ -153,20 +154,20 @@ OPTIONS, INFONCE_OPTIONS = options_of(N, M, D)
 def test_infonce_options(name):
     a, b = features(N, M, D, fit=0.3)
     options = {**OPTIONS, **INFONCE_OPTIONS}[name]
-    compare(infonce_loss, a * 3 if "normalize" in options else a, b, 12.0, **options)
+    compare(infonce, a * 3 if "normalize" in options else a, b, 12.0, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["hard", "queues", "smoothed groups, queue, hard"])
 def test_parts_of_the_loss_add_up_before_they_are_rounded(name, dtype):
     a, b = features(N, M, D, dtype, fit=0.3)
-    options = {k: v.to(dtype) if k.startswith(("queue", "hard")) else v for k, v in INFONCE_OPTIONS[name].items()}
-    compare(infonce_loss, a, b, 12.0, **options)
+    options = {k: v.to(dtype) if k.endswith(("queue", "negatives")) else v for k, v in INFONCE_OPTIONS[name].items()}
+    compare(infonce, a, b, 12.0, **options)
 
 
 def test_both_sides_of_one_tensor_add_up_before_they_are_rounded():
     a, _ = features(N, N, D, torch.bfloat16)
-    compare(infonce_loss, a, a, 10.0, shared=True, groups=random_ids(N, 30, 1), exclude_self=True)
+    compare(infonce, a, a, 10.0, shared=True, groups=random_ids(N, 30, 1), exclude_self=True)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -184,7 +185,7 @@ def test_sigmoid_weights():
 def test_same_tensor_on_both_sides():
     a, _ = features(N, N, D)
     groups = random_ids(N, 30, 1)
-    compare(infonce_loss, a, a, 10.0, shared=True, groups=groups, exclude_self=True)
+    compare(infonce, a, a, 10.0, shared=True, groups=groups, exclude_self=True)
     compare(sigmoid_loss, a, a, 10.0, shared=True, bias=-4.0, groups=groups, exclude_self=True)
 
 
@@ -372,9 +373,9 @@ def test_empty_batch():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"b": torch.zeros(4, 9)}, ValueError, "b must have 8 features"),
-        ({"b": torch.zeros(4, 8).half()}, TypeError, "b must have dtype torch.float32"),
-        ({"a": torch.zeros(4, 8, 1)}, ValueError, "a must have shape"),
+        ({"text_features": torch.zeros(4, 9)}, ValueError, "text_features must have 8 features"),
+        ({"text_features": torch.zeros(4, 8).half()}, TypeError, "text_features must have dtype torch.float32"),
+        ({"image_features": torch.zeros(4, 8, 1)}, ValueError, "image_features must have shape"),
         ({"logit_scale": torch.zeros(2)}, ValueError, "logit_scale must have one element"),
         ({"targets": torch.tensor([0, 1, 2, 4])}, ValueError, "targets must lie in"),
         ({"targets": torch.zeros(4)}, TypeError, "targets must be an int32"),
@@ -383,11 +384,12 @@ def test_empty_batch():
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
         ({"backend": "gpu"}, ValueError, "backend must be auto or one of"),
         ({"hard_negatives": torch.zeros(4, 8)}, ValueError, "hard_negatives must have shape"),
-        ({"queue_a": torch.zeros(4, 8), "symmetric": False}, ValueError, "queue_a must be None"),
+        ({"image_queue": torch.zeros(4, 8), "symmetric": False}, ValueError, "image_queue must be None"),
         ({"weights": torch.zeros(3)}, ValueError, "weights must be"),
     ],
 )
 def test_bad_input(change, error, words):
-    arguments = {"a": torch.zeros(4, 8), "b": torch.zeros(4, 8), "logit_scale": 1.0, **change}
+    sides = {"image_features": torch.zeros(4, 8), "text_features": torch.zeros(4, 8)}
+    arguments = {**sides, "logit_scale": 1.0, **change}
     with pytest.raises(error, match=words):
-        infonce_loss(**arguments)
+        infonce(**arguments)

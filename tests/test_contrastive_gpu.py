@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastxattn
 from fastxattn.ops import contrastive
 from tests.device import BACKENDS, PRESENT, RUNS, WHY_NOT, there
+from tests.loss_calls import infonce
 from tests.test_contrastive import compare, features, options_of, relative, run
 
 pytest.importorskip("triton")
 needs_kernels = pytest.mark.skipif(not RUNS, reason=WHY_NOT)
-infonce_loss, sigmoid_loss = there(contrastive.infonce_loss), there(contrastive.sigmoid_loss)
+infonce_loss, sigmoid_loss = there(infonce), there(contrastive.sigmoid_loss)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, M, D = 37, 60, 24  # two tiles of float32 a side
 OPTIONS, INFONCE_OPTIONS = options_of(N, M, D)
@@ -35,7 +37,7 @@ def test_gate_on_fitted_pairs(backend, dtype, scale):
 
 def rounded(options: dict, dtype: torch.dtype) -> dict:
     """Further features as the kernels get them."""
-    return {k: v.to(dtype) if k.startswith(("queue", "hard")) else v for k, v in options.items()}
+    return {k: v.to(dtype) if k.endswith(("queue", "negatives")) else v for k, v in options.items()}
 
 
 @needs_kernels
@@ -67,10 +69,10 @@ def test_shapes(backend, n, m, d):
 @needs_kernels
 def test_windows_and_splits(backend, monkeypatch):
     from fastxattn.ops.contrastive import windows
-    from fastxattn.ops.contrastive.triton import config
+    from fastxattn.ops.contrastive.triton import tiles
 
     monkeypatch.setattr(windows, "WINDOW", 128)
-    monkeypatch.setattr(config, "PROGRAMS", 8)
+    monkeypatch.setattr(tiles, "PROGRAMS", 8)
     for dtype in DTYPES[:2]:
         a, b = features(150, 270, 16, dtype, 0.4)
         compare(infonce_loss, a * 2, b, 10.0, backend=backend, normalize=True)
@@ -173,4 +175,4 @@ def test_refused_by_name_with_the_reason():
     else:
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 is not set"):
             infonce_loss(a, a, 1.0, backend="triton")
-    assert contrastive.explain(a, a).chosen in ("cpu", "triton")
+    assert fastxattn.explain(contrastive.infonce_loss, a, a).chosen in ("cpu", "triton")

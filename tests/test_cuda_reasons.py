@@ -7,10 +7,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastxattn
-from fastxattn.ops.contrastive import cuda as contrastive
+from fastxattn.ops.contrastive.backends import INFONCE
 from fastxattn.ops.contrastive.problem import Problem
-from fastxattn.ops.late_interaction import cuda as late_interaction
-from fastxattn.ops.late_interaction.cpu import Problem as Tokens
+from fastxattn.ops.late_interaction import backends as late_interaction
+from fastxattn.ops.late_interaction import problem as tokens_of
 from fastxattn.ops.pruning import backends as pruning
 from fastxattn.ops.pruning.problem import Merge
 from fastxattn.runtime import cuda, native
@@ -18,10 +18,19 @@ from fastxattn.runtime import cuda, native
 
 def problem(dtype: torch.dtype, scale: torch.dtype = torch.float32, **options: object) -> Problem:
     a, b = torch.empty(5, 8, dtype=dtype, device="cuda"), torch.empty(6, 8, dtype=dtype, device="cuda")
-    made = Problem(a, b, torch.empty((), dtype=scale, device="cuda"))
-    for name, value in options.items():
-        setattr(made, name, value)
-    return made
+    return Problem(a=a, b=b, scale=torch.empty((), dtype=scale, device="cuda"), **options)
+
+
+def tokens(dtype: torch.dtype, smooth: float | None = None) -> tokens_of.Problem:
+    x, cu = torch.empty(5, 8, dtype=dtype, device="cuda"), torch.empty(2, dtype=torch.int32, device="cuda")
+    sides = {"a": x, "b": x, "cu_a": cu, "cu_b": cu}
+    return tokens_of.Problem(**sides) if smooth is None else tokens_of.SmoothProblem(**sides, smooth=smooth)
+
+
+def refused(problem: Problem | tokens_of.Problem) -> str | None:
+    """Why the CUDA backend does not run a problem."""
+    table = INFONCE if isinstance(problem, Problem) else late_interaction.BACKENDS
+    return next(backend.supports(problem) for backend in table if backend.name == "cuda")
 
 
 def merging(dtype: torch.dtype) -> str | None:
@@ -43,16 +52,14 @@ def test_each_room_takes_its_dtypes_and_says_what_it_does_not() -> None:
     with FakeTensorMode():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for options in ({}, {"metrics": True, "margin": 0.1}, {"normalize": True, "bias": torch.zeros(())}):
-                assert contrastive.supports(problem(dtype, **options)) is None
+                assert refused(problem(dtype, **options)) is None
             assert merging(dtype) is None
             for smooth in (None, 0.5):
-                assert late_interaction.supports(Tokens("cuda", dtype, smooth)) is None
+                assert refused(tokens(dtype, smooth)) is None
         for wide in (problem(torch.float64), problem(torch.float32, torch.float64)):
-            assert contrastive.supports(wide) == "computes in float32; the features or the scale are float64"
+            assert refused(wide) == "it computes in float32, and the tensors are float64"
         assert merging(torch.float64) == "it computes in float32, and the tensors are float64"
-    assert late_interaction.supports(Tokens("cuda", torch.float64, None)) == (
-        "computes in float32; the tokens are float64"
-    )
+        assert refused(tokens(torch.float64)) == "it computes in float32, and the tensors are float64"
 
 
 @pytest.mark.usefixtures("loaded")
@@ -60,15 +67,15 @@ def test_first_where_it_was_faster_and_never_in_a_trace(monkeypatch: pytest.Monk
     """A trace cannot look whether the library is there, so it takes what needs none."""
     pytest.importorskip("triton")
     with FakeTensorMode():
-        tokens = torch.empty(5, 8, dtype=torch.bfloat16, device="cuda")
+        x, cu = torch.empty(5, 8, dtype=torch.bfloat16, device="cuda"), torch.empty(2, dtype=torch.int32, device="cuda")
         features = {d: torch.empty(5, 8, dtype=d, device="cuda") for d in (torch.float32, torch.bfloat16)}
         for traced in (False, True):
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda traced=traced: traced)
             first = "triton" if traced else "cuda"
-            assert fastxattn.ops.late_interaction.explain(tokens).chosen == first
-            for dtype, x in features.items():
-                wanted = first if dtype == torch.float32 else "triton"
-                assert fastxattn.ops.contrastive.explain(x, x).chosen == wanted
+            assert fastxattn.explain(fastxattn.maxsim, x, x, cu, cu).chosen == first
+            for dtype, y in features.items():
+                expected = first if dtype == torch.float32 else "triton"
+                assert fastxattn.explain(fastxattn.infonce_loss, y, y).chosen == expected
 
 
 def test_where_nothing_of_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +92,8 @@ def test_where_nothing_of_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.unavailable(device) == "it needs compute capability 8.0, and the device has 7.5"
     with FakeTensorMode():
         for reason in (
-            contrastive.supports(problem(torch.float16)),
-            late_interaction.supports(Tokens("cuda", torch.float16, None)),
+            refused(problem(torch.float16)),
+            refused(tokens(torch.float16)),
             merging(torch.float32),
         ):
             assert reason == "it needs compute capability 8.0, and the device has 7.5"
@@ -96,8 +103,8 @@ def test_where_nothing_of_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_onnx_files_hold_standard_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with FakeTensorMode():
-        assert "ONNX files" in str(contrastive.supports(problem(torch.float32)))
-    assert "ONNX files" in str(late_interaction.supports(Tokens("cuda", torch.float32, None)))
+        assert "ONNX files" in str(refused(problem(torch.float32)))
+        assert "ONNX files" in str(refused(tokens(torch.float32)))
 
 
 def test_every_loss_names_the_backend() -> None:
@@ -128,6 +135,6 @@ def test_fake_tensors_go_through_the_operators() -> None:
             assert result.dtype == torch.float32 and result.device.type == "cuda"
         grads = ops.sigmoid_cuda(a, b, scale, scale, *[None] * 7, False, None, 7)[1:3]
         scores, best = torch.empty(2, 2, device="cuda"), torch.empty(5, 2, device="cuda")
-        saved = (scores, scores, best, best, a, b, cu, cu, True, True, 3)
-        for found in (grads, ops.maxsim_backward_cuda(*saved), ops.smooth_maxsim_backward_cuda(*saved, 0.1)):
+        saved = (scores, scores, best, best, a, b, cu, cu, True, True)
+        for found in (grads, ops.maxsim_backward_cuda(*saved, 3), ops.smooth_maxsim_backward_cuda(*saved, 0.1, 3)):
             assert [g.shape for g in found] == [(5, 8), (6, 8)] and {g.dtype for g in found} == {torch.float32}

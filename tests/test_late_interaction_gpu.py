@@ -89,5 +89,5 @@ def test_operators_keep_their_schemas(backend):
         torch.library.opcheck(forward, (*arguments, *smooth), test_utils=checked)
         _, _, best_a, best_b = forward(*arguments, *smooth)
         for needs in (1, 3):
-            given = (*torch.ones(2, 2, 2, device=device), best_a, best_b, *arguments, needs, *smooth)
+            given = (*torch.ones(2, 2, 2, device=device), best_a, best_b, *arguments, *smooth, needs)
             torch.library.opcheck(backward, given, test_utils=checked)

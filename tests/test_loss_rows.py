@@ -10,6 +10,7 @@ import torch
 
 from fastxattn import infonce_loss, late_interaction_loss, recall_at_k, sigmoid_loss
 from fastxattn.nn import BLIP2ITCLoss, InfoNCELoss, MultiTaskLoss, SigmoidLoss
+from tests.loss_calls import infonce
 from tests.test_loss_rules import TEACHER, A, B, D, G, M, N, backend
 
 __all__ = ["backend"]
@@ -95,12 +96,12 @@ def test_sides_without_rows_cost_nothing(backend, n, m):
         {"ignore_ids": (torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.long))},
     ]  # fmt: skip
     single: list[dict[str, Any]] = [
-        {"hard_negatives": torch.randn(n, 0, D)}, {"queue_a": torch.randn(0, D), "queue_b": torch.randn(3, D)},
+        {"hard_negatives": torch.randn(n, 0, D)}, {"image_queue": torch.randn(0, D), "text_queue": torch.randn(3, D)},
         {"teacher": (torch.randn(n, 3), torch.randn(m, 3), 2.0)}, {"false_negative_margin": 0.1},
         {"label_smoothing": 0.1}, {"decoupled": True}, {"symmetric": False}, {"return_metrics": True},
         {"weights": (torch.ones(n), torch.ones(m))},
     ]  # fmt: skip
-    for loss, cases in ((infonce_loss, both + single), (sigmoid_loss, both)):
+    for loss, cases in ((infonce, both + single), (sigmoid_loss, both)):
         for options in cases:
             value = loss(a, b, 2.0, **options)
             if "return_metrics" in options:
@@ -125,18 +126,20 @@ def test_scores_without_sets_cost_nothing(backend):
 
 def test_a_teacher_gets_no_gradient(backend):
     a, t, s = (x.clone().requires_grad_() for x in (A, TEACHER, torch.tensor(3.0)))
-    loss = infonce_loss(a, B, 5.0, teacher=(t, TEACHER.flip(0).double().float(), s))
+    loss = infonce(a, B, 5.0, teacher=(t, TEACHER.flip(0).double().float(), s))
     loss.backward()
     assert a.grad is not None
     assert t.grad is s.grad is None
-    same = infonce_loss(A, B, 5.0, teacher=(TEACHER.double(), TEACHER.flip(0).double(), 3.0))  # of another dtype
+    same = infonce(A, B, 5.0, teacher=(TEACHER.double(), TEACHER.flip(0).double(), 3.0))  # of another dtype
     torch.testing.assert_close(loss.detach(), same)
 
 
-@pytest.mark.parametrize("teacher", [(A, B), (A, B[:, :3], 1.0), (A[:3], B, 1.0), (A, B.half(), 1.0), A, 3.0])
+@pytest.mark.parametrize(
+    "teacher", [(A, 3.0, 1.0), (A, B[:, :3], 1.0), (A[:3], B, 1.0), (A, B.half(), 1.0), (3.0, B, 1.0), (A, B, "1")]
+)
 def test_wrong_teachers_are_refused(teacher):
     with pytest.raises((TypeError, ValueError), match=r"^teacher"):
-        infonce_loss(A, B, 1.0, teacher=teacher)
+        infonce(A, B, 1.0, teacher=teacher)
 
 
 def test_modules_take_what_open_clip_gives():

@@ -62,10 +62,10 @@ def test_every_option_is_tried_and_several_together() -> None:
             words = set(re.findall(r"\w+", trial(op, seed).case))
             seen.update(words)
             seen["three masks"] += {"targets", "ignore_ids", "exclude_self"} <= words
-            seen["all negatives"] += {"queue_a", "queue_b", "hard_negatives"} <= words
+            seen["all negatives"] += {"image_queue", "text_queue", "hard_negatives"} <= words
     wanted = (
         "targets", "groups", "ignore_ids", "exclude_self", "normalize", "weights", "reduction", "hard_negatives",
-        "queue_a", "queue_b", "teacher", "label_smoothing", "decoupled", "symmetric", "false_negative_margin",
+        "image_queue", "text_queue", "teacher", "label_smoothing", "decoupled", "symmetric", "false_negative_margin",
         "return_metrics", "autocast", "three masks", "all negatives",
     )  # fmt: skip
     assert [name for name in wanted if seen[name] < 3] == []

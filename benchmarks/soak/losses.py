@@ -18,7 +18,7 @@ from fastxattn.testing import offsets
 Inputs = dict[str, Tensor]
 APART = 1e-4
 """Two logits whose order decides something (a limit, a rank, a maximum) are equal, or differ by more than this."""
-FEATURES = ("a", "b", "queue_a", "queue_b", "hard_negatives")
+FEATURES = ("a", "b", "image_queue", "text_queue", "hard_negatives")
 
 
 def numbers(d: Draw, name: str, values: tuple[float, ...], inputs: Inputs) -> Callable[[Inputs], Any]:
@@ -87,6 +87,16 @@ def masks(d: Draw, n: int, m: int) -> dict[str, Any]:
     return options
 
 
+def infonce_call(a: Tensor, b: Tensor, scale: Any, *, groups: Any = None, teacher: Any = None, **options: Any) -> Any:
+    """InfoNCE, or the sibling that takes groups or a teacher."""
+    if groups is not None:
+        return fastxattn.multi_positive_infonce_loss(a, b, scale, groups=groups, **options)
+    if teacher is not None:
+        names = "teacher_image_features", "teacher_text_features", "teacher_logit_scale"
+        return fastxattn.distillation_loss(a, b, scale, **dict(zip(names, teacher, strict=True)), **options)
+    return fastxattn.infonce_loss(a, b, scale, **options)
+
+
 def infonce_options(d: Draw, n: int, m: int, width: int, inputs: Inputs) -> dict[str, Any]:
     """Options of InfoNCE alone; what excludes what is as its checks say."""
     options = masks(d, n, m)
@@ -101,9 +111,9 @@ def infonce_options(d: Draw, n: int, m: int, width: int, inputs: Inputs) -> dict
     if d.often(0.4):
         inputs["hard_negatives"] = d.rows(n, d.r.randint(0, 3), width, unit=True)
     if d.often(0.4):
-        inputs["queue_b"] = d.rows(d.of(0, 1, 7, 40), width, unit=True)
+        inputs["text_queue"] = d.rows(d.of(0, 1, 7, 40), width, unit=True)
     if d.often(0.4) and options.get("symmetric", True):
-        inputs["queue_a"] = d.rows(d.of(0, 1, 7, 40), width, unit=True)
+        inputs["image_queue"] = d.rows(d.of(0, 1, 7, 40), width, unit=True)
     kind = d.of("plain", "smoothing", "decoupled")
     if kind == "smoothing":
         options["label_smoothing"] = d.of(0.1, 0.5)
@@ -152,7 +162,7 @@ def contrastive(infonce: bool, few: bool) -> Maker:
             tensors = {name: x[name] for name in FEATURES[2:] if name in x}
             if "weights" in x:
                 tensors["weights"] = (x["weights"], x["weights of b"]) if several else x["weights"]  # type: ignore[assignment]
-            loss: Any = fastxattn.infonce_loss if infonce else fastxattn.sigmoid_loss
+            loss: Any = infonce_call if infonce else fastxattn.sigmoid_loss
             more = () if bias is None else (bias(x),)
             with autocast(d, cast):
                 out = loss(x["a"], x.get("b", x["a"]), scale(x), *more, **options, **tensors, backend=backend)

@@ -7,6 +7,13 @@ factor 1 for features and for ``logit_scale`` alike.
 
 from fastxattn.distributed.attention import context_parallel_attention
 from fastxattn.distributed.cached import cached_backward, loss_and_gradients
-from fastxattn.distributed.losses import infonce_loss, sigmoid_loss
+from fastxattn.distributed.losses import infonce_loss, multi_positive_infonce_loss, sigmoid_loss
 
-__all__ = ["cached_backward", "context_parallel_attention", "infonce_loss", "loss_and_gradients", "sigmoid_loss"]
+__all__ = [
+    "cached_backward",
+    "context_parallel_attention",
+    "infonce_loss",
+    "loss_and_gradients",
+    "multi_positive_infonce_loss",
+    "sigmoid_loss",
+]

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastxattn.distributed.collectives import Group, guarded, world_size
 
 Value = bool | int | float | str | torch.dtype
-CALLS = ("infonce_loss", "sigmoid_loss", "context_parallel_attention")
+CALLS = ("infonce_loss", "multi_positive_infonce_loss", "sigmoid_loss", "context_parallel_attention")
 LENGTH = 20  # entries of the vector; every call sends as many, so that calls that differ can be compared
 REFUSED = 1
 RECORDING = 1  # bit of the gradient field: autograd records on this rank; the next bits are the tensors that require it

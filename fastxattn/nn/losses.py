@@ -110,10 +110,10 @@ class SigmoidLoss(nn.Module):
         """The loss of (N, D) features; a ``logit_bias`` of None is 0."""
         logit_bias = 0.0 if logit_bias is None else logit_bias
         if self.world_size > 1:
+            ranks = {"strategy": self.strategy, "group": self.group}
             loss = distributed.sigmoid_loss(
-                image_features, text_features, logit_scale, logit_bias,
-                strategy=self.strategy, group=self.group, **self.options,
-            )  # fmt: skip
+                image_features, text_features, logit_scale, logit_bias, **ranks, **self.options
+            )
         else:
             loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -135,10 +135,8 @@ class FILIPLoss(nn.Module):
         logit_scale: float | Tensor,
     ) -> Tensor:
         """The loss of (tokens, D) sides whose sets belong together in order."""
-        return late_interaction_loss(
-            image_tokens, text_tokens, cu_seqlens_image, cu_seqlens_text, logit_scale,
-            reduction=self.reduction, smooth=self.smooth,
-        )  # fmt: skip
+        sides = image_tokens, text_tokens, cu_seqlens_image, cu_seqlens_text
+        return late_interaction_loss(*sides, logit_scale, reduction=self.reduction, smooth=self.smooth)
 
 
 class BLIP2ITCLoss(nn.Module):

@@ -142,8 +142,8 @@ def negatives(m: Make, size: int) -> Inputs:
     x = scaled(m, size)
     n = x["a"].shape[0]
     return x | {
-        "hard": m.unit(n, 2, DIM), "queue_a": m.unit(5, DIM), "queue_b": m.unit(4, DIM), "weights": m.positive(n),
-        "ids": torch.arange(n) // 2,
+        "hard": m.unit(n, 2, DIM), "image_queue": m.unit(5, DIM), "text_queue": m.unit(4, DIM),
+        "weights": m.positive(n), "ids": torch.arange(n) // 2,
     }  # fmt: skip
 
 
@@ -151,6 +151,11 @@ def taught(m: Make, size: int) -> Inputs:
     x = scaled(m, size)
     n = x["a"].shape[0]
     return x | {"teacher_a": m.unit(n, 4), "teacher_b": m.unit(n, 4)}
+
+
+def grouped(m: Make, size: int) -> Inputs:
+    x = scaled(m, size)
+    return x | {"groups": torch.arange(x["a"].shape[0]) // 3}
 
 
 def targeted(m: Make, size: int) -> Inputs:
@@ -164,13 +169,18 @@ def infonce(_: Any, x: Inputs) -> Any:
 
 def infonce_options(_: Any, x: Inputs) -> Any:
     return fx.infonce_loss(
-        x["a"], x["b"], x["scale"], hard_negatives=x["hard"], queue_a=x["queue_a"], queue_b=x["queue_b"],
-        ignore_ids=x["ids"], weights=x["weights"], label_smoothing=0.1, normalize=True,
+        x["a"], x["b"], x["scale"], hard_negatives=x["hard"], image_queue=x["image_queue"],
+        text_queue=x["text_queue"], ignore_ids=x["ids"], weights=x["weights"], label_smoothing=0.1, normalize=True,
     )  # fmt: skip
 
 
-def infonce_teacher(_: Any, x: Inputs) -> Any:
-    return fx.infonce_loss(x["a"], x["b"], x["scale"], teacher=(x["teacher_a"], x["teacher_b"], 2.0))
+def multi_positive(_: Any, x: Inputs) -> Any:
+    return fx.multi_positive_infonce_loss(x["a"], x["b"], x["scale"], groups=x["groups"])
+
+
+def distillation(_: Any, x: Inputs) -> Any:
+    teacher = {"teacher_image_features": x["teacher_a"], "teacher_text_features": x["teacher_b"]}
+    return fx.distillation_loss(x["a"], x["b"], x["scale"], **teacher, teacher_logit_scale=2.0)
 
 
 def infonce_metrics(_: Any, x: Inputs) -> Any:
@@ -287,8 +297,9 @@ FUNCTIONS = [
     Row("ranges", ("ranges",), builders, all_ranges, derivative=False),
     Row("infonce_loss", ("infonce_loss",), scaled, infonce, same=(LOSS,)),
     Row("infonce_loss, options", ("infonce_loss",), negatives, infonce_options, same=(LOSS,)),
-    Row("infonce_loss, teacher", ("infonce_loss",), taught, infonce_teacher, same=(LOSS,),
+    Row("distillation_loss", ("distillation_loss",), taught, distillation, same=(LOSS,),
         constant=("teacher_a", "teacher_b")),
+    Row("multi_positive_infonce_loss", ("multi_positive_infonce_loss",), grouped, multi_positive, same=(LOSS,)),
     Row("infonce_loss, targets, metrics", ("infonce_loss",), targeted, infonce_metrics, same=(LOSS,)),
     Row("sigmoid_loss", ("sigmoid_loss",), pairs, sigmoid("mean"), same=(LOSS,)),
     Row("sigmoid_loss, none", ("sigmoid_loss",), pairs, sigmoid("none"), same=(LOSS,)),

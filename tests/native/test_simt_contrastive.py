@@ -14,9 +14,11 @@ import torch
 from simt.build import Simt
 from simt.launches import on_simt
 
-from fastxattn.ops.contrastive import api, cuda, schema, windows
+from fastxattn.ops.contrastive import api, kernels_cuda, windows
+from fastxattn.ops.contrastive.operator import OPERATORS
 from fastxattn.runtime import cuda as runtime_cuda
 from fastxattn.testing.budget import assert_within_budget
+from tests.loss_calls import infonce
 from tests.test_contrastive import compare, features, options_of
 
 N, M = 70, 139
@@ -257,7 +259,7 @@ def test_sides_exchanged(simt: Simt) -> None:
 def cuda_backend(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The public functions take ``backend="cuda"`` for CPU tensors; the launches go to the runner."""
     monkeypatch.setattr(runtime_cuda, "unavailable", lambda device: None)
-    with on_simt(simt, monkeypatch, *(("", getattr(cuda, name)) for name in schema.OPERATORS)):
+    with on_simt(simt, monkeypatch, *(("", getattr(kernels_cuda, name)) for name in OPERATORS)):
         yield
 
 
@@ -282,7 +284,7 @@ def test_infonce_through_the_public_function(simt: Simt, monkeypatch: Any, optio
         ]
         leaves = [t.requires_grad_() for t in leaves]
         with cuda_backend(simt, monkeypatch):
-            loss = api.infonce_loss(*leaves, **keywords, backend=backend)
+            loss = infonce(*leaves, **keywords, backend=backend)
             results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3  # gradients are rounded to bfloat16
     for found, expected in zip(*results, strict=True):

@@ -15,7 +15,8 @@ from simt.build import Simt
 from simt.launches import as_array, on_simt
 
 from fastxattn.ops.contrastive import windows
-from fastxattn.ops.late_interaction import cuda, late_interaction_loss, maxsim, schema
+from fastxattn.ops.late_interaction import kernels_cuda, late_interaction_loss, maxsim
+from fastxattn.ops.late_interaction.operator import KINDS
 from fastxattn.ops.late_interaction.reference import best_match
 from fastxattn.runtime import cuda as runtime_cuda
 from fastxattn.testing.budget import assert_within_budget
@@ -94,7 +95,7 @@ def test_long_sets_and_nan(simt: Simt) -> None:
 def cuda_backend(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``maxsim`` takes ``backend="cuda"`` for CPU tensors; the launches go to the runner."""
     monkeypatch.setattr(runtime_cuda, "unavailable", lambda device: None)
-    with on_simt(simt, monkeypatch, *(("", getattr(cuda, name)) for name in schema.SMOOTH)):
+    with on_simt(simt, monkeypatch, *(("", getattr(kernels_cuda, n + s)) for n in KINDS for s in ("", "_backward"))):
         yield
 
 

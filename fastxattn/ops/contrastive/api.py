@@ -1,45 +1,95 @@
-"""The public contrastive losses: checks, then dispatch."""
+"""Public contrastive losses: validation, then dispatch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
-import torch
+from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
-from fastxattn.ops.contrastive import checks, cpu, cuda, fused, reference, triton
-from fastxattn.ops.contrastive.problem import Problem
+from fastxattn.ops.contrastive import backends, checks
+from fastxattn.ops.contrastive.backends import Loss
+from fastxattn.ops.contrastive.problem import Metrics, Problem
 from fastxattn.ops.numbers import SHARE, check_number
-from fastxattn.runtime import backend as choose
-from fastxattn.runtime.autocast import cast, no_autocast
-from fastxattn.runtime.backend import Backend, Explanation, preferring
+from fastxattn.runtime.autocast import cast
 
-BACKENDS = (
-    Backend("cpu", cpu.supports),
-    Backend("triton", triton.supports),
-    Backend("cuda", cuda.supports),
-    Backend("reference", lambda problem: None),
-)
-"""In the order in which ``auto`` tries them, see :func:`_in_order`."""
 REDUCTIONS = ("mean", "sum", "none")
-Ids = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Ids = Tensor | tuple[Tensor, Tensor]
+Weights = Tensor | Sequence[Tensor] | None
 
 
+class DistillationOptions(TypedDict, total=False):
+    """Options that every InfoNCE loss takes."""
+
+    weights: Weights
+    symmetric: bool
+    normalize: bool
+    backend: str
+
+
+class MultiPositiveOptions(DistillationOptions, total=False):
+    """Further options of :func:`multi_positive_infonce_loss`."""
+
+    hard_negatives: Tensor | None
+    image_queue: Tensor | None
+    text_queue: Tensor | None
+    ignore_ids: Ids | None
+    exclude_self: bool
+    label_smoothing: float
+    decoupled: bool
+
+
+class InfoNCEOptions(MultiPositiveOptions, total=False):
+    """Further options of :func:`infonce_loss`."""
+
+    targets: Tensor | None
+    false_negative_margin: float | None
+
+
+@overload
 def infonce_loss(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    logit_scale: float | torch.Tensor,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
     *,
-    targets: torch.Tensor | None = None,
-    groups: Ids | None = None,
-    hard_negatives: torch.Tensor | None = None,
-    queue_a: torch.Tensor | None = None,
-    queue_b: torch.Tensor | None = None,
-    teacher: tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    return_metrics: Literal[False] = False,
+    **options: Unpack[InfoNCEOptions],
+) -> Tensor: ...
+@overload
+def infonce_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    reduction: str,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[InfoNCEOptions],
+) -> Loss: ...
+@overload
+def infonce_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    reduction: str = "mean",
+    return_metrics: Literal[True],
+    **options: Unpack[InfoNCEOptions],
+) -> tuple[Loss, list[Metrics]]: ...
+def infonce_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    targets: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    image_queue: Tensor | None = None,
+    text_queue: Tensor | None = None,
     ignore_ids: Ids | None = None,
     false_negative_margin: float | None = None,
     exclude_self: bool = False,
-    weights: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    weights: Weights = None,
     label_smoothing: float = 0.0,
     decoupled: bool = False,
     symmetric: bool = True,
@@ -47,36 +97,35 @@ def infonce_loss(
     reduction: str = "mean",
     return_metrics: bool = False,
     backend: str = "auto",
-) -> Any:
-    r"""InfoNCE (CLIP's loss) without the N x M logits in memory, forward or backward.
+) -> Loss | tuple[Loss, list[Metrics]]:
+    r"""Compute InfoNCE (CLIP's loss) without the N x M logits in memory, forward or backward.
 
-    With logits ``z = logit_scale * a @ b.T`` row ``i`` costs ``logsumexp_j z_ij - mean_{j in P_i} z_ij``, where
-    ``P_i`` are its positives; a column costs the same along the rows, and the symmetric loss is the mean of both
-    directions. A row without a positive costs nothing and does not count in the mean. (van den Oord et al. 2018;
-    Radford et al. 2021; several positives as in Khosla et al. 2020, "L_out"; decoupled as in Yeh et al. 2022.)
+    With logits ``z = logit_scale * image_features @ text_features.T`` row ``i`` costs ``logsumexp_j z_ij - z_ip``,
+    where ``p`` is its positive; a column costs the same along the rows, and the symmetric loss is the mean of both
+    directions. A column may have several positives: it costs the mean of theirs. A row without a positive costs nothing
+    and does not count in the mean. (van den Oord et al. 2018; Radford et al. 2021; decoupled as in Yeh et al. 2022.)
 
     Args:
-        a: (N, D) float32, bfloat16, float16 (float64 on the reference backend); also accepted as ``b`` itself. Under
-            autocast all features take its dtype, but for float64 ones
-            (:func:`fastxattn.runtime.autocast.cast`).
-        b: (M, D), the dtype of ``a``.
+        image_features: (N, D) float32, bfloat16, float16 (float64 on the reference backend). Under autocast all
+            features take its dtype, but for float64 ones (:func:`fastxattn.runtime.autocast.cast`).
+        text_features: (M, D), the dtype of ``image_features``; may be the same tensor.
         logit_scale: a finite number of Python or NumPy, or a tensor of one element of any shape and dtype, which then
-            gets a gradient in its dtype. Used in float32 (float64 for float64 features).
+            gets a gradient in its dtype. Used in float32 (float64 for float64 features). Default 1 / 0.07, where CLIP
+            starts.
         targets: (N,) the positive column of each row, -1 for none; default: column i for row i.
-        groups: integer ids, one (N,) for both sides or a pair (N,), (M,): equal ids >= 0 are positives.
-        hard_negatives: (N, K, D) further negatives of each row, in the direction a to b.
-        queue_a: (Q, D) further negatives for the rows of ``b``, as in MoCo; needs ``symmetric``.
-        queue_b: (Q, D) further negatives for the rows of ``a``.
-        teacher: (features_a, features_b, scale): soft targets, the softmax of the teacher's own logits. The scale is as
-            ``logit_scale``; nothing of a teacher gets a gradient.
-        ignore_ids: integer ids as for ``groups``: a negative with equal ids >= 0 is a false one and is left out.
+        hard_negatives: (N, K, D) further negatives of each image, in the direction image to text.
+        image_queue: (Q, D) further negatives for the texts, as in MoCo; needs ``symmetric``.
+        text_queue: (Q, D) further negatives for the images.
+        ignore_ids: integer ids, one (N,) for both sides or a pair (N,), (M,): a negative with equal ids >= 0 is a false
+            one and is left out.
         false_negative_margin: leaves out negatives whose similarity exceeds the positive's by more than this.
-        exclude_self: leaves out pairs (i, i), for ``a is b``; they are no positives, whatever ``targets`` say.
+        exclude_self: leaves out pairs (i, i), for one tensor on both sides; they are no positives, whatever ``targets``
+            are.
         weights: (N,) for both directions, or a pair (N,), (M,), floating point: the mean becomes the weighted mean.
             They get a gradient and may be negative; NaN and infinity are refused where values can be read.
         label_smoothing: this share of the target is spread over all candidates.
         decoupled: positives are left out of the log-sum-exp.
-        symmetric: both directions; else only a to b.
+        symmetric: both directions; else only image to text.
         normalize: unit-length features inside the same pass; a zero vector stays zero with zero gradient.
         reduction: ``mean``, ``sum`` (half of both directions' sum when symmetric), or ``none``: the rows' losses (N,),
             and when symmetric a pair with the columns' (M,).
@@ -93,65 +142,199 @@ def infonce_loss(
     Example:
         >>> loss = fastxattn.infonce_loss(image_features, text_features, model.logit_scale.exp())
     """
-    problem = _problem(a, b, logit_scale, targets, groups, ignore_ids, exclude_self, normalize)
-    n, m = problem.a.shape[0], problem.b.shape[0]
-    checks.choice("reduction", reduction, REDUCTIONS)
-    label_smoothing = check_number("label_smoothing", label_smoothing, *SHARE)
+    problem = _problem(image_features, text_features, logit_scale, reduction, normalize, exclude_self)
     if false_negative_margin is not None:
         false_negative_margin = check_number("false_negative_margin", false_negative_margin)
-    if queue_a is not None and not symmetric:
-        raise ValueError("queue_a must be None when symmetric=False: only columns see it")
-    if (return_metrics or false_negative_margin is not None) and groups is not None:
-        raise ValueError("groups must be None with return_metrics or false_negative_margin")
-    if decoupled and label_smoothing > 0:
-        raise ValueError(f"label_smoothing must be 0 when decoupled=True; got {label_smoothing}")
-    problem.symmetric, problem.decoupled, problem.metrics = symmetric, decoupled, return_metrics
-    problem.label_smoothing, problem.margin = label_smoothing, false_negative_margin
-    if queue_a is not None:
-        problem.queue_a = checks.features("queue_a", cast(queue_a), problem.a)
-    if queue_b is not None:
-        problem.queue_b = checks.features("queue_b", cast(queue_b), problem.a)
-    if hard_negatives is not None:
-        problem.hard_negatives = checks.hard_negatives(cast(hard_negatives), problem.a)
-    if teacher is not None:
-        _check_teacher(problem, teacher)
-    weight = checks.row_weights(weights, (n, m) if symmetric else (n,), problem.a)
-    name = choose.resolve("infonce_loss", _in_order(problem), problem, backend)
-    with no_autocast(problem.a.device):
-        losses, metrics = (
-            reference.infonce_reference(problem) if name == "reference" else fused.infonce_fused(problem, name)
-        )
-        result = _reduce(losses, weight, reduction)
-    return (result, metrics) if return_metrics else result
+    problem = problem.replace(
+        **_ids(problem, targets, None, ignore_ids),
+        **_negatives(problem, hard_negatives, image_queue, text_queue, symmetric),
+        **_softened(label_smoothing, decoupled),
+        **_weighted(problem, weights, symmetric),
+        margin=false_negative_margin,
+        metrics=return_metrics,
+    )
+    loss, metrics = _run("infonce_loss", problem, backend)
+    return (loss, metrics) if return_metrics else loss
 
 
-def sigmoid_loss(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    logit_scale: float | torch.Tensor,
-    logit_bias: float | torch.Tensor | None = 0.0,
+@overload
+def multi_positive_infonce_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
     *,
-    targets: torch.Tensor | None = None,
-    groups: Ids | None = None,
+    groups: Ids,
+    reduction: Literal["mean", "sum"] = "mean",
+    **options: Unpack[MultiPositiveOptions],
+) -> Tensor: ...
+@overload
+def multi_positive_infonce_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    groups: Ids,
+    reduction: str,
+    **options: Unpack[MultiPositiveOptions],
+) -> Loss: ...
+def multi_positive_infonce_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    groups: Ids,
+    hard_negatives: Tensor | None = None,
+    image_queue: Tensor | None = None,
+    text_queue: Tensor | None = None,
     ignore_ids: Ids | None = None,
     exclude_self: bool = False,
-    weights: torch.Tensor | None = None,
+    weights: Weights = None,
+    label_smoothing: float = 0.0,
+    decoupled: bool = False,
+    symmetric: bool = True,
     normalize: bool = False,
     reduction: str = "mean",
     backend: str = "auto",
-) -> torch.Tensor:
-    r"""The pairwise sigmoid loss (SigLIP, Zhai et al. 2023) without the N x M logits in memory.
+) -> Loss:
+    r"""Compute InfoNCE with several positives per row, as in supervised contrastive learning.
 
-    Every pair is a question of its own: ``sum_j -log sigmoid(y_ij (logit_scale <a_i, b_j> + logit_bias))`` per row,
-    with ``y`` 1 for positives and -1 for all others. ``mean`` divides the sum over all pairs by N, as SigLIP does.
+    Row ``i`` costs ``logsumexp_j z_ij - mean_{j in P_i} z_ij``, where ``P_i`` are the columns of its group
+    (Khosla et al. 2020, "L_out"). Arguments not described here, results and errors are those of :func:`infonce_loss`.
 
     Args:
-        a: (N, D) float32, bfloat16, float16 (float64 on the reference backend).
-        b: (M, D), the dtype of ``a``.
-        logit_scale: see :func:`infonce_loss`.
-        logit_bias: a number or a tensor as ``logit_scale``; None is 0.
-        targets: see :func:`infonce_loss`; so are ``groups``, ``ignore_ids``, ``exclude_self`` and ``normalize``.
-        groups: integer ids; equal ids >= 0 are positives.
+        image_features: (N, D).
+        text_features: (M, D); ``image_features`` itself with ``exclude_self`` for one modality.
+        logit_scale: a number or a tensor of one element; default 1 / 0.07.
+        groups: integer ids (labels), one (N,) for both sides or a pair (N,), (M,): equal ids >= 0 are positives.
+        hard_negatives: (N, K, D).
+        image_queue: (Q, D).
+        text_queue: (Q, D).
+        ignore_ids: integer ids; negatives with equal ids >= 0 are left out.
+        exclude_self: leaves out pairs (i, i).
+        weights: (N,), or a pair (N,), (M,).
+        label_smoothing: share of the target that is spread over all candidates.
+        decoupled: positives are left out of the log-sum-exp.
+        symmetric: both directions; else only image to text.
+        normalize: unit-length features inside the same pass.
+        reduction: ``mean``, ``sum`` or ``none``.
+        backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
+    """
+    problem = _problem(image_features, text_features, logit_scale, reduction, normalize, exclude_self)
+    problem = problem.replace(
+        **_ids(problem, None, groups, ignore_ids),
+        **_negatives(problem, hard_negatives, image_queue, text_queue, symmetric),
+        **_softened(label_smoothing, decoupled),
+        **_weighted(problem, weights, symmetric),
+    )
+    return _run("multi_positive_infonce_loss", problem, backend)[0]
+
+
+@overload
+def distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: float | Tensor = 1 / 0.07,
+    reduction: Literal["mean", "sum"] = "mean",
+    **options: Unpack[DistillationOptions],
+) -> Tensor: ...
+@overload
+def distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: float | Tensor = 1 / 0.07,
+    reduction: str,
+    **options: Unpack[DistillationOptions],
+) -> Loss: ...
+def distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: float | Tensor = 1 / 0.07,
+    weights: Weights = None,
+    symmetric: bool = True,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Loss:
+    r"""Compute the cross-entropy of a student's similarities with a teacher's, without either matrix in memory.
+
+    Row ``i`` costs ``-sum_j softmax_j(t_ij) log_softmax_j(z_ij)`` with the student's logits ``z`` and the teacher's
+    ``t``, as in open_clip's ``DistillClipLoss``. Arguments not described here and errors are those of
+    :func:`infonce_loss`; nothing of the teacher gets a gradient.
+
+    Args:
+        image_features: (N, D), the student's.
+        text_features: (M, D).
+        logit_scale: the student's, a number or a tensor of one element; default 1 / 0.07.
+        teacher_image_features: (N, E) floating point, of any width and dtype.
+        teacher_text_features: (M, E), the dtype of ``teacher_image_features``.
+        teacher_logit_scale: as ``logit_scale``.
+        weights: (N,), or a pair (N,), (M,).
+        symmetric: both directions; else only image to text.
+        normalize: unit-length features of the student.
+        reduction: ``mean``, ``sum`` or ``none``.
+        backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
+
+    Returns:
+        The loss in float32 (float64 for float64), reduced as by :func:`infonce_loss`.
+    """
+    problem = _problem(image_features, text_features, logit_scale, reduction, normalize)
+    teacher_a = checks.features("teacher_image_features", cast(teacher_image_features))
+    checks.same_device("teacher_image_features", teacher_a, problem.a.device)
+    teacher_b = checks.features("teacher_text_features", cast(teacher_text_features), teacher_a)
+    for side, teacher, student in (("image", teacher_a, problem.a), ("text", teacher_b, problem.b)):
+        if (got := teacher.shape[0]) != student.shape[0]:
+            raise ValueError(f"teacher_{side}_features must have {student.shape[0]} rows as the student; got {got}")
+    dtype = problem.scale.dtype
+    scale = checks.one_element("teacher_logit_scale", teacher_logit_scale, problem.a.device, dtype)
+    problem = problem.replace(
+        # In the loss's dtype and with the scale in one side: backends then take features alone.
+        teacher_a=(scale * teacher_a.to(dtype)).detach(),
+        teacher_b=teacher_b.to(dtype).detach(),
+        **_weighted(problem, weights, symmetric),
+    )
+    return _run("distillation_loss", problem, backend)[0]
+
+
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 10.0,
+    logit_bias: float | Tensor | None = 0.0,
+    *,
+    targets: Tensor | None = None,
+    groups: Ids | None = None,
+    ignore_ids: Ids | None = None,
+    exclude_self: bool = False,
+    weights: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Compute the pairwise sigmoid loss (SigLIP, Zhai et al. 2023) without the N x M logits in memory.
+
+    Every pair is a question of its own: ``sum_j -log sigmoid(y_ij (logit_scale <a_i, b_j> + logit_bias))`` per row
+    for image ``a_i`` and text ``b_j``, with ``y`` 1 for positives and -1 for all others. ``mean`` divides the sum over
+    all pairs by N, as SigLIP does.
+
+    Args:
+        image_features: (N, D) float32, bfloat16, float16 (float64 on the reference backend).
+        text_features: (M, D), the dtype of ``image_features``.
+        logit_scale: see :func:`infonce_loss`; default 10, where SigLIP starts.
+        logit_bias: a number or a tensor as ``logit_scale``; None is 0. (SigLIP starts at -10.)
+        targets: see :func:`infonce_loss`; so are ``ignore_ids``, ``exclude_self`` and ``normalize``.
+        groups: integer ids; equal ids >= 0 are positives, as in :func:`multi_positive_infonce_loss`.
         ignore_ids: integer ids; negatives with equal ids are left out.
         exclude_self: leaves out pairs (i, i).
         weights: (N,) weights of the rows, as in :func:`infonce_loss`; the mean becomes the weighted mean.
@@ -166,107 +349,79 @@ def sigmoid_loss(
         TypeError, ValueError: an argument breaks a rule above.
         RuntimeError: the backend asked for cannot run this problem.
     """
-    problem = _problem(a, b, logit_scale, targets, groups, ignore_ids, exclude_self, normalize)
-    problem.bias = checks.one_element(
-        "logit_bias", 0.0 if logit_bias is None else logit_bias, problem.a.device, problem.scale.dtype
+    problem = _problem(image_features, text_features, logit_scale, reduction, normalize, exclude_self)
+    bias = 0.0 if logit_bias is None else logit_bias
+    problem = problem.replace(
+        **_ids(problem, targets, groups, ignore_ids),
+        **_weighted(problem, weights, symmetric=False),
+        bias=checks.one_element("logit_bias", bias, problem.a.device, problem.scale.dtype),
     )
-    checks.choice("reduction", reduction, REDUCTIONS)
-    n = problem.a.shape[0]
-    (weight,) = checks.row_weights(weights, (n,), problem.a)
-    name = choose.resolve("sigmoid_loss", _in_order(problem), problem, backend)
-    with no_autocast(problem.a.device):
-        if name == "reference":
-            rows = reference.sigmoid_reference(problem)
-            result: torch.Tensor = _reduce([(rows, torch.ones_like(rows, dtype=torch.bool))], [weight], reduction)
-            return result
-        if reduction == "none":
-            rows = fused.sigmoid_fused(problem, None, name)
-            return rows if weight is None else rows * weight
-        row_weight = torch.ones(n, dtype=torch.float32, device=problem.a.device) if weight is None else weight
-        if reduction == "mean":
-            total = row_weight.sum()
-            row_weight = row_weight / torch.where(total == 0, 1.0, total)
-        return fused.sigmoid_fused(problem, row_weight.contiguous(), name)
+    loss: Tensor = backends.run("sigmoid_loss", backends.SIGMOID, problem, backend)
+    return loss
 
 
-def explain(
-    a: torch.Tensor, b: torch.Tensor, logit_scale: float | torch.Tensor = 1.0, backend: str = "auto"
-) -> Explanation:
-    """Every backend's verdict on a contrastive loss of these features, and the one that would run."""
-    problem = _problem(a, b, logit_scale, None, None, None, False, False)
-    return choose.explain("contrastive", _in_order(problem), problem, backend)
-
-
-def _in_order(problem: Problem) -> tuple[Backend, ...]:
-    """In float32 the CUDA kernels were measured to be 3.7 to 4.6 times as fast as Triton's, in 16 bits slower."""
-    return preferring(BACKENDS, "cuda" if problem.a.is_cuda and problem.a.dtype == torch.float32 else None)
+def _run(name: str, problem: Problem, backend: str) -> tuple[Loss, list[Metrics]]:
+    found: tuple[Loss, list[Metrics]] = backends.run(name, backends.INFONCE, problem, backend)
+    return found
 
 
 def _problem(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float | torch.Tensor,
-    targets: torch.Tensor | None,
-    groups: Ids | None,
-    ignore_ids: Ids | None,
-    exclude_self: bool,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    reduction: str,
     normalize: bool,
+    exclude_self: bool = False,
 ) -> Problem:
-    same = a is b
-    a = checks.features("a", cast(a))
-    b = a if same else checks.features("b", cast(b), a)
+    a = checks.features("image_features", cast(image_features))
+    # One tensor on both sides stays one.
+    b = a if text_features is image_features else checks.features("text_features", cast(text_features), a)
     if a.shape[1] == 0:
-        raise ValueError("a must have at least 1 feature; got 0")
-    n, m = a.shape[0], b.shape[0]
-    problem = Problem(a, b, checks.one_element("logit_scale", scale, a.device, checks.computed_in(a.dtype)))
-    problem.exclude_self, problem.normalize = exclude_self, normalize
+        raise ValueError("image_features must have at least 1 feature; got 0")
+    checks.choice("reduction", reduction, REDUCTIONS)
+    scale = checks.one_element("logit_scale", logit_scale, a.device, checks.computed_in(a.dtype))
+    return Problem(a=a, b=b, scale=scale, reduction=reduction, normalize=normalize, exclude_self=exclude_self)
+
+
+def _ids(p: Problem, targets: Tensor | None, groups: Ids | None, ignore_ids: Ids | None) -> dict[str, Tensor]:
+    """Which pairs are positive and which take no part."""
+    n, m, device = p.a.shape[0], p.b.shape[0], p.a.device
+    found: dict[str, Tensor] = {}
     if targets is not None:
         if groups is not None:
-            raise ValueError("targets must be None when groups are given: both say which pairs are positive")
-        problem.targets = checks.integers("targets", targets, n, a.device)
-        checks.targets_in_range(problem.targets, m)
+            raise ValueError("targets must be None when groups are given: both define which pairs are positive")
+        found["targets"] = checks.integers("targets", targets, n, device)
+        checks.targets_in_range(found["targets"], m)
     if groups is not None:
-        problem.groups = checks.both_sides("groups", groups, n, m, a.device)
+        found["group_a"], found["group_b"] = checks.both_sides("groups", groups, n, m, device)
     if ignore_ids is not None:
-        problem.ignore_ids = checks.both_sides("ignore_ids", ignore_ids, n, m, a.device)
-    return problem
+        found["ignore_a"], found["ignore_b"] = checks.both_sides("ignore_ids", ignore_ids, n, m, device)
+    return found
 
 
-def _check_teacher(p: Problem, teacher: tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]) -> None:
-    others = (p.targets, p.groups, p.hard_negatives, p.queue_a, p.queue_b, p.ignore_ids, p.margin)
-    if any(x is not None for x in others) or p.label_smoothing or p.decoupled or p.metrics or p.exclude_self:
-        raise ValueError("teacher must come without targets, groups, negatives, masks, smoothing, decoupled or metrics")
-    if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
-        got = f"{len(teacher)} entries" if isinstance(teacher, (tuple, list)) else type(teacher).__name__
-        raise ValueError(f"teacher must be (features_a, features_b, scale); got {got}")
-    teacher_a = checks.features("teacher[0]", cast(teacher[0]))
-    checks.same_device("teacher[0]", teacher_a, p.a.device)
-    teacher_b = checks.features("teacher[1]", cast(teacher[1]), teacher_a)
-    if (teacher_a.shape[0], teacher_b.shape[0]) != (p.a.shape[0], p.b.shape[0]):
-        raise ValueError(
-            f"teacher must have {p.a.shape[0]} and {p.b.shape[0]} rows; "
-            f"got {teacher_a.shape[0]} and {teacher_b.shape[0]}"
-        )
-    scale = checks.one_element("teacher[2]", teacher[2], p.a.device, p.scale.dtype)
-    # In the loss's dtype and with the scale in one side: backends then take features alone.
-    p.teacher = (scale * teacher_a.to(scale.dtype)).detach(), teacher_b.to(scale.dtype).detach()
+def _negatives(
+    p: Problem, hard: Tensor | None, image_queue: Tensor | None, text_queue: Tensor | None, symmetric: bool
+) -> dict[str, Tensor]:
+    """Further negatives."""
+    if image_queue is not None and not symmetric:
+        raise ValueError("image_queue must be None when symmetric=False: only texts see it")
+    found: dict[str, Tensor] = {}
+    for field, name, queue in (("queue_a", "image_queue", image_queue), ("queue_b", "text_queue", text_queue)):
+        if queue is not None:
+            found[field] = checks.features(name, cast(queue), p.a)
+    if hard is not None:
+        found["hard_negatives"] = checks.hard_negatives(cast(hard), p.a)
+    return found
 
 
-def _reduce(
-    losses: list[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[torch.Tensor | None], reduction: str
-) -> Any:
-    results = []
-    for (loss, has), weight in zip(losses, weights, strict=True):
-        if weight is not None:
-            loss = torch.where(has, loss * weight, 0.0)
-        if reduction == "none":
-            results.append(loss)
-            continue
-        total = loss.sum()
-        if reduction == "mean":
-            number = (has.to(loss.dtype) if weight is None else torch.where(has, weight, 0.0)).sum()
-            total = total / torch.where(number == 0, 1.0, number)
-        results.append(total)
-    if reduction == "none":
-        return results[0] if len(results) == 1 else tuple(results)
-    return results[0] if len(results) == 1 else (results[0] + results[1]) / 2
+def _softened(label_smoothing: float, decoupled: bool) -> dict[str, Any]:
+    label_smoothing = check_number("label_smoothing", label_smoothing, *SHARE)
+    if decoupled and label_smoothing > 0:
+        raise ValueError(f"label_smoothing must be 0 when decoupled=True; got {label_smoothing}")
+    return {"label_smoothing": label_smoothing, "decoupled": decoupled}
+
+
+def _weighted(p: Problem, weights: Weights, symmetric: bool) -> dict[str, Any]:
+    counts = (p.a.shape[0], p.b.shape[0]) if symmetric else (p.a.shape[0],)
+    found = dict(zip(("weight_a", "weight_b"), checks.row_weights(weights, counts, p.a), strict=False))
+    return {"symmetric": symmetric, **found}

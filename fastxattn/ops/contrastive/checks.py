@@ -91,7 +91,7 @@ def both_sides(name: str, value: Sequence[torch.Tensor] | torch.Tensor, n: int, 
     """A pair of integer vectors, or one for both sides when these are equally long."""
     if isinstance(value, torch.Tensor):
         if n != m:
-            raise ValueError(f"{name} must be a pair of tensors when a and b differ in rows; got one tensor")
+            raise ValueError(f"{name} must be a pair of tensors when the sides differ in rows; got one tensor")
         value = (value, value)
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         got = len(value) if isinstance(value, (tuple, list)) else type(value).__name__

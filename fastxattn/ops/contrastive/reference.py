@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastxattn.ops.contrastive.problem import Metrics, Problem
 
@@ -14,13 +15,13 @@ from fastxattn.ops.contrastive.problem import Metrics, Problem
 class Direction:
     """One direction of the loss: a row per query, its candidates along the columns."""
 
-    logits: torch.Tensor  # (N, M)
-    positive: torch.Tensor  # (N, M) bool
-    visible: torch.Tensor  # (N, M) bool, positives included
-    extra: torch.Tensor  # (N, E) logits of further negatives
+    logits: Tensor  # (N, M)
+    positive: Tensor  # (N, M) bool
+    visible: Tensor  # (N, M) bool, positives included
+    extra: Tensor  # (N, E) logits of further negatives
 
 
-def unit_rows(x: torch.Tensor) -> torch.Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """``x / |x|`` along the last dimension; a zero vector stays zero and gets no gradient."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     zero = length <= 1e-12
@@ -28,16 +29,17 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.where(zero, torch.zeros_like(x), x / safe)
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: Tensor) -> Tensor:
     """``x`` in the dtype that losses are computed in: float64 stays, everything else is float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def masks(p: Problem, n: int, m: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def masks(p: Problem) -> tuple[Tensor, Tensor]:
     """Which pairs are positives and which take part, from targets, groups, ids and self-exclusion."""
+    (n, m), device = (p.a.shape[0], p.b.shape[0]), p.a.device
     rows, columns = torch.arange(n, device=device), torch.arange(m, device=device)
-    if p.groups is not None:
-        positive = (p.groups[0][:, None] == p.groups[1][None, :]) & (p.groups[0] >= 0)[:, None]
+    if p.group_a is not None and p.group_b is not None:
+        positive = (p.group_a[:, None] == p.group_b[None, :]) & (p.group_a >= 0)[:, None]
     else:
         targets = rows.where(rows < m, -1) if p.targets is None else p.targets
         positive = targets[:, None] == columns[None, :]
@@ -45,13 +47,13 @@ def masks(p: Problem, n: int, m: int, device: torch.device) -> tuple[torch.Tenso
     if p.exclude_self:
         dead = rows[:, None] == columns[None, :]
     positive = positive & ~dead
-    if p.ignore_ids is not None:
-        same = (p.ignore_ids[0][:, None] == p.ignore_ids[1][None, :]) & (p.ignore_ids[0] >= 0)[:, None]
+    if p.ignore_a is not None and p.ignore_b is not None:
+        same = (p.ignore_a[:, None] == p.ignore_b[None, :]) & (p.ignore_a >= 0)[:, None]
         dead = dead | (same & ~positive)
     return positive, ~dead
 
 
-def similarities(p: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def similarities(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Both sides as the logits see them, and their products, accumulated in the loss's dtype."""
     a, b = wide(p.a), wide(p.b)
     if p.normalize:
@@ -59,7 +61,7 @@ def similarities(p: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return a, b, a @ b.T
 
 
-def direction_loss(d: Direction, p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def direction_loss(d: Direction, p: Problem) -> tuple[Tensor, Tensor]:
     """Each row's loss, and whether the row has a positive."""
     count = d.positive.sum(1)
     has = count > 0
@@ -92,7 +94,7 @@ def measure(d: Direction) -> Metrics:
     return Metrics.of(rank, mean_pos, means, count > 0)
 
 
-def best_positive(positive: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def best_positive(positive: Tensor, logits: Tensor) -> Tensor:
     """Each row's highest logit of a positive; infinity, which no negative passes, where it has none."""
     if logits.shape[1] == 0:
         return logits.new_full((logits.shape[0],), torch.inf)
@@ -100,16 +102,16 @@ def best_positive(positive: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return torch.where(positive.any(1), best, torch.inf)
 
 
-def infonce_reference(p: Problem) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[Metrics]]:
+def infonce_reference(p: Problem) -> tuple[list[tuple[Tensor, Tensor]], list[Metrics]]:
     """Per direction (rows, then columns when symmetric): losses and which rows have a positive; and metrics."""
     a, b, products = similarities(p)
     scale = p.scale
     logits = scale * products
     n, m = logits.shape
-    positive, visible = masks(p, n, m, logits.device)
-    if p.teacher is not None:
-        return _distilled(p, logits), []
-    limits: list[torch.Tensor | None] = [None, None]
+    positive, visible = masks(p)
+    if p.teacher_a is not None and p.teacher_b is not None:
+        return _distilled(p, logits, p.teacher_a @ p.teacher_b.T), []
+    limits: list[Tensor | None] = [None, None]
     if p.margin is not None:
         gap = (scale * p.margin).detach()
         limits = [best_positive(positive, logits) + gap, best_positive(positive.T, logits.T) + gap]
@@ -135,9 +137,7 @@ def infonce_reference(p: Problem) -> tuple[list[tuple[torch.Tensor, torch.Tensor
     return losses, [measure(d) for d in directions] if p.metrics else []
 
 
-def _distilled(p: Problem, logits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    assert p.teacher is not None
-    target = p.teacher[0] @ p.teacher[1].T
+def _distilled(p: Problem, logits: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
     pairs = [(logits, target), (logits.T, target.T)] if p.symmetric else [(logits, target)]
     return [
         (-(t.softmax(1) * z.log_softmax(1)).sum(1), torch.ones(z.shape[0], dtype=torch.bool, device=z.device))
@@ -145,11 +145,11 @@ def _distilled(p: Problem, logits: torch.Tensor) -> list[tuple[torch.Tensor, tor
     ]
 
 
-def sigmoid_reference(p: Problem) -> torch.Tensor:
+def sigmoid_reference(p: Problem) -> Tensor:
     """Each row's sum of -log sigmoid(+-logit)."""
     assert p.bias is not None
     _, _, products = similarities(p)
     logits = p.scale * products + p.bias
-    positive, visible = masks(p, logits.shape[0], logits.shape[1], logits.device)
+    positive, visible = masks(p)
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))
     return torch.where(visible, losses, 0.0).sum(1)

@@ -7,14 +7,14 @@ gradients are made before the next: the same sums in the same order every time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastxattn.ops.contrastive.schema import NEEDS, STATS
+from fastxattn.ops.contrastive.operator import NEEDS, STATS
+from fastxattn.ops.contrastive.problem import Statistics
 
-Optional = Tensor | None
 STATES = 9
 """Planes of running statistics: top, exp, sum, count, ahead of the negatives; top, exp, sum, count of the positives."""
 WINDOW = 4096
@@ -26,20 +26,17 @@ def up(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def statistics(
-    sides: tuple[tuple[Any, ...], tuple[Any, ...]], rows: bool, columns: bool, running: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor]:
+def statistics(p: Statistics, running: Callable[[Statistics, bool], Tensor]) -> tuple[Tensor, Tensor]:
     """Finished statistics of both directions, each a pass of its own over the products.
 
-    A side begins with its features; ``running(side, other, by_row)`` gives (splits, STATES, rows) of a direction.
+    ``running(p, by_row)`` returns (splits, STATES, rows) of the rows of ``p``, which for columns is swapped.
     """
     results = []
-    for by_row, wanted in (True, rows), (False, columns):
-        side, other = sides if by_row else sides[::-1]
-        if wanted and side[0].shape[0] and other[0].shape[0]:
-            results.append(_finish(running(side, other, by_row)))
+    for side, by_row in (p, True), (p.swapped(), False):
+        if (p.rows if by_row else p.columns) and side.a.shape[0] and side.b.shape[0]:
+            results.append(_finish(running(side, by_row)))
         else:
-            nothing = side[0].new_zeros((len(STATS), side[0].shape[0]), dtype=torch.float32)
+            nothing = side.a.new_zeros((len(STATS), side.a.shape[0]), dtype=torch.float32)
             nothing[0] = -torch.inf
             results.append(nothing)
     return results[0], results[1]
@@ -60,15 +57,10 @@ def _finish(state: Tensor) -> Tensor:
     positives = state[:, 8].sum(0)
     mean_pos = torch.where(positives > 0, state[:, 7].sum(0) / positives, 0.0)
     excess = (top_pos - mean_pos + exps_pos.log()).clamp(min=0)
-    return torch.stack([
-        torch.where(exps == 0, -torch.inf, top + exps.log()),
-        torch.where(negatives > 0, state[:, 2].sum(0) / negatives, 0.0),
-        mean_pos,
-        torch.where(positives > 1, excess, 0.0),
-        negatives,
-        positives,
-        ahead,
-    ])  # fmt: skip
+    lse = torch.where(exps == 0, -torch.inf, top + exps.log())
+    mean = torch.where(negatives > 0, state[:, 2].sum(0) / negatives, 0.0)
+    excess = torch.where(positives > 1, excess, 0.0)
+    return torch.stack([lse, mean, mean_pos, excess, negatives, positives, ahead])
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,50 +82,70 @@ def add_product(out: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) ->
                 out += torch.mm(x, y, out_dtype=torch.float32)
 
 
+class Window(NamedTuple):
+    """A window of the matrix: where it starts, its size and the grid of tiles over it."""
+
+    first_row: int
+    first_column: int
+    rows: int
+    columns: int
+    grid: tuple[int, int]
+
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """First row, first column, rows and columns."""
+        return self[:4]
+
+
 class Windows:
     """The windows of the matrix in order of rows, and both gradients as they grow."""
 
     def __init__(
-        self, a: Tensor, b: Tensor, norm_a: Optional, norm_b: Optional, needs: int, keep_float: bool,
-        blocks: tuple[int, int], split_dz: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        a: Tensor,
+        b: Tensor,
+        norms: tuple[Tensor | None, Tensor | None],
+        needs: int,
+        keep_float: bool,
+        blocks: tuple[int, int],
+        split_dz: bool = False,
+    ) -> None:
         """How it is made.
 
         Args:
             blocks: rows and columns of the slope kernel's tiles.
             split_dz: whether that kernel writes ``dz`` as :func:`split` would, (2, rows, columns), or in float32.
         """
-        self.a, self.b, self.norms, self.blocks = a, b, (norm_a, norm_b), blocks
+        self.a, self.b, self.norms, self.blocks = a, b, norms, blocks
         self.sides = [min(WINDOW, up(max(x.shape[0], 1), s) * s) for x, s in ((a, blocks[0]), (b, blocks[1]))]
         self.stride = max(self.sides)
         self.plane = self.sides[0] * self.stride
-        self.wanted = bool(needs & NEEDS["a"]), bool(needs & NEEDS["b"])
+        self.asked = bool(needs & NEEDS["a"]), bool(needs & NEEDS["b"])
         self.keep_float = keep_float
         self.dz = None
-        if any(self.wanted):
+        if any(self.asked):
             shape, kept = (self.sides[0], self.stride), torch.bfloat16 if split_dz else torch.float32
             self.dz = a.new_empty((2, *shape) if split_dz else shape, dtype=kept)
         dtype = torch.float32 if keep_float else a.dtype
-        self.grad_a = a.new_zeros(a.shape, dtype=dtype) if self.wanted[0] else a.new_empty((0,), dtype=torch.float32)
-        self.part_a = a.new_zeros((self.sides[0], a.shape[1]), dtype=torch.float32) if self.wanted[0] else None
-        self.grad_b = b.new_zeros(b.shape if self.wanted[1] else (0,), dtype=torch.float32)
+        self.grad_a = a.new_zeros(a.shape, dtype=dtype) if self.asked[0] else a.new_empty((0,), dtype=torch.float32)
+        self.part_a = a.new_zeros((self.sides[0], a.shape[1]), dtype=torch.float32) if self.asked[0] else None
+        self.grad_b = b.new_zeros(b.shape if self.asked[1] else (0,), dtype=torch.float32)
 
-    def __iter__(self) -> Iterator[tuple[slice, int, tuple[int, int]]]:
-        """(first row, first column, grid, tiles) of each window; the caller fills ``dz`` before it asks for more."""
+    def __iter__(self) -> Iterator[Window]:
+        """Each window; the caller fills ``dz`` before it asks for more."""
         if self.a.shape[0] == 0 or self.b.shape[0] == 0:
             return
         for i in range(0, self.a.shape[0], self.sides[0]):
             rows = min(self.sides[0], self.a.shape[0] - i)
             for j in range(0, self.b.shape[0], self.sides[1]):
                 columns = min(self.sides[1], self.b.shape[0] - j)
-                grid = up(rows, self.blocks[0]), up(columns, self.blocks[1])
-                yield slice(i, i + rows), j, grid
+                yield Window(i, j, rows, columns, (up(rows, self.blocks[0]), up(columns, self.blocks[1])))
                 if self.dz is None:
                     continue
                 dz = [t[:rows, :columns] for t in self._terms(self.dz)]
                 if self.part_a is not None:
                     add_product(self.part_a[:rows], dz, self._terms(self.b[j : j + columns]))
-                if self.wanted[1]:
+                if self.asked[1]:
                     add_product(self.grad_b[j : j + columns], [t.T for t in dz], self._terms(self.a[i : i + rows]))
             if self.part_a is not None:
                 self.grad_a[i : i + rows] = _project(self.part_a[:rows], self.a[i : i + rows], self.norms[0], i)
@@ -145,21 +157,21 @@ class Windows:
             return x.unbind()
         return (x,) if self.a.dtype == torch.float32 or x.dtype == torch.bfloat16 else split(x)
 
-    def summed(self, values: int, launch: Callable[[slice, int, tuple[int, int], Tensor], None]) -> Tensor:
+    def summed(self, values: int, launch: Callable[[Window, Tensor], None]) -> Tensor:
         """(values, rows of a) float32: what ``launch`` leaves of each row in every window, added up.
 
-        ``launch(place, j, grid, part)`` fills ``dz`` and ``part``, (values, tiles of columns, stride).
+        ``launch(window, part)`` fills ``dz`` and ``part``, (values, tiles of columns, stride).
         """
         sums = self.a.new_zeros((values, self.a.shape[0]), dtype=torch.float32)
-        for place, j, grid in self:
-            part = sums.new_empty((values, grid[1], self.stride))
-            launch(place, j, grid, part)
-            sums[:, place] += part[:, :, : place.stop - place.start].sum(1)
+        for window in self:
+            part = sums.new_empty((values, window.grid[1], self.stride))
+            launch(window, part)
+            sums[:, window.first_row : window.first_row + window.rows] += part[:, :, : window.rows].sum(1)
         return sums
 
     def finished(self) -> tuple[Tensor, Tensor]:
         """Both gradients."""
-        if not self.wanted[1]:
+        if not self.asked[1]:
             return self.grad_a, self.grad_b
         for j in range(0, self.b.shape[0] if self.norms[1] is not None else 0, WINDOW):
             rows = slice(j, j + WINDOW)
@@ -173,7 +185,7 @@ def sigmoid_results(windows: Windows, sums: Tensor, needs: int) -> tuple[Tensor,
     return (loss, *windows.finished(), dots, slopes)
 
 
-def _project(grad: Tensor, x: Tensor, norm: Optional, first: int) -> Tensor:
+def _project(grad: Tensor, x: Tensor, norm: Tensor | None, first: int) -> Tensor:
     """The gradient through ``x / |x|``: what points along ``x`` falls away."""
     if norm is None:
         return grad

@@ -1,41 +1,55 @@
-"""The public functions of late interaction: checks, then dispatch."""
+"""Public functions of late interaction: validation, then dispatch."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastxattn.ops.contrastive.checks import computed_in, one_element
-from fastxattn.ops.late_interaction import checks, cpu, cuda, reference, triton
-from fastxattn.ops.late_interaction.autograd import BestMatches, operator
-from fastxattn.ops.late_interaction.problem import Problem
-from fastxattn.runtime import backend as choose
-from fastxattn.runtime.autocast import cast, no_autocast
-from fastxattn.runtime.backend import Backend, Explanation, preferring
-
-BACKENDS = (
-    Backend("cpu", cpu.supports),
-    Backend("triton", triton.supports),
-    Backend("cuda", cuda.supports),
-    Backend("reference", reference.supports),
-)
-"""In the order in which ``auto`` tries them, see :func:`_in_order`."""
+from fastxattn.ops.late_interaction import backends, checks
+from fastxattn.ops.late_interaction.problem import Problem, SmoothProblem
+from fastxattn.runtime.autocast import cast
 
 
+@overload
 def maxsim(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    cu_seqlens_a: torch.Tensor,
-    cu_seqlens_b: torch.Tensor,
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens_a: Tensor,
+    cu_seqlens_b: Tensor,
+    *,
+    direction: Literal["a", "b"] = "a",
+    reduction: str = "sum",
+    smooth: float | None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def maxsim(
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens_a: Tensor,
+    cu_seqlens_b: Tensor,
+    *,
+    direction: Literal["both"],
+    reduction: str = "sum",
+    smooth: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def maxsim(
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens_a: Tensor,
+    cu_seqlens_b: Tensor,
     *,
     direction: str = "a",
     reduction: str = "sum",
     smooth: float | None = None,
     backend: str = "auto",
-) -> Any:
-    r"""Late-interaction scores of every set of ``a`` against every set of ``b``.
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Compute late-interaction scores of every set of ``a`` against every set of ``b``.
 
     ``score[n, m] = sum_{t in a_n} max_{s in b_m} <a_t, b_s>`` (ColBERT's MaxSim, Khattab & Zaharia 2020); direction
     ``b`` sums over b's tokens instead, and ``both`` gives the two from one pass over the similarities (FILIP, Yao et
@@ -64,41 +78,30 @@ def maxsim(
     """
     a, b = cast(a), cast(b)
     checks.check_arguments(a, b, cu_seqlens_a, cu_seqlens_b, direction, reduction, smooth)
-    a, b, cu_seqlens_a, cu_seqlens_b = (t.contiguous() for t in (a, b, cu_seqlens_a, cu_seqlens_b))
-    name = choose.resolve("maxsim", _in_order(a), Problem(a.device.type, a.dtype, smooth), backend)
-    from_a, from_b = direction != "b", direction != "a"
-    if name == "reference":
-        with no_autocast(a.device):
-            sums = reference.maxsim_reference(a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
-    else:
-        sums = _best_matches(name, a, b, cu_seqlens_a, cu_seqlens_b, from_a, from_b, smooth)
+    given = {"a": a, "b": b, "cu_a": cu_seqlens_a, "cu_b": cu_seqlens_b}
+    fields: dict[str, Any] = {name: t.contiguous() for name, t in given.items()}
+    both = direction == "both"
+    fields |= {"from_a": both or direction == "a", "from_b": both or direction == "b"}
+    problem = Problem(**fields) if smooth is None else SmoothProblem(**fields, smooth=float(smooth))
+    sums = backends.sums(problem, backend)
     if reduction == "mean":
         lengths_a, lengths_b = (cu.diff().clamp(min=1) for cu in (cu_seqlens_a, cu_seqlens_b))
         sums = sums[0] / lengths_a[: sums[0].shape[0], None], sums[1] / lengths_b
-    return sums if direction == "both" else sums[0] if from_a else sums[1]
-
-
-def _best_matches(backend: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of best matches from both sides; the last argument is ``smooth``."""
-    *given, smooth = arguments
-    kind, given = ("maxsim", given) if smooth is None else ("smooth_maxsim", [*given, float(smooth)])
-    if torch.compiler.is_compiling():  # the operator has its own derivative, and Dynamo keeps it whole
-        return operator(kind, backend)(*given)[:2]  # type: ignore[no-any-return]
-    return BestMatches.apply(kind, backend, *given)[:2]  # type: ignore[no-any-return]
+    return sums if both else sums[0] if direction == "a" else sums[1]
 
 
 def late_interaction_loss(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    cu_seqlens_a: torch.Tensor,
-    cu_seqlens_b: torch.Tensor,
-    logit_scale: float | torch.Tensor,
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens_a: Tensor,
+    cu_seqlens_b: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
     *,
     reduction: str = "mean",
     smooth: float | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
-    """FILIP's loss: InfoNCE over :func:`maxsim` scores, set ``n`` of ``a`` belonging to set ``n`` of ``b``.
+) -> Tensor:
+    """Compute FILIP's loss: InfoNCE over :func:`maxsim` scores, set ``n`` of ``a`` belonging to set ``n`` of ``b``.
 
     Rows compare a's sets over mean-of-best scores from a's tokens, columns compare b's over those from b's tokens;
     both come from one pass in memory proportional to the tokens and the N x N scores.
@@ -108,7 +111,8 @@ def late_interaction_loss(
         b: tokens of the other side.
         cu_seqlens_a: offsets of a's sets.
         cu_seqlens_b: offsets of b's sets.
-        logit_scale: a number or a tensor of one element, as in :func:`fastxattn.infonce_loss`.
+        logit_scale: a number or a tensor of one element, as in :func:`fastxattn.infonce_loss`; default 1 / 0.07, where
+            CLIP and FILIP start.
         reduction: ``mean`` (FILIP) or ``sum`` (ColBERT) over a set's tokens.
         smooth: temperature of a smooth maximum.
         backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
@@ -128,14 +132,3 @@ def late_interaction_loss(
     if labels.numel() == 0:
         return (rows.sum() + columns.sum()) * scale
     return (F.cross_entropy(scale * rows, labels) + F.cross_entropy(scale * columns.T, labels)) / 2
-
-
-def explain(a: torch.Tensor, smooth: float | None = None, backend: str = "auto") -> Explanation:
-    """Every backend's verdict on late interaction over these tokens, and the one that would run."""
-    a = cast(a)
-    return choose.explain("maxsim", _in_order(a), Problem(a.device.type, a.dtype, smooth), backend)
-
-
-def _in_order(a: torch.Tensor) -> tuple[Backend, ...]:
-    """On an H200 the CUDA kernels were measured to take 0.37 to 0.54 of the time of Triton's."""
-    return preferring(BACKENDS, "cuda" if a.is_cuda else None)

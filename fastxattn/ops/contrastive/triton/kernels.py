@@ -17,11 +17,13 @@ LOWEST = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def products(
-    p_x, p_y, o_x, o_y, m_x, m_y, stride_x, stride_y, features,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """[M, N] inner products of rows o_x and o_y in float32, put away every STEPS * K features when STEPS > 1."""
+def products(x, y, features, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr):
+    """[M, N] inner products of rows in float32, added up apart every STEPS * K features when STEPS > 1.
+
+    ``x`` and ``y``: pointer, rows, which of them are in the matrix, stride.
+    """
+    p_x, o_x, m_x, stride_x = x
+    p_y, o_y, m_y, stride_y = y
     p_x += o_x.to(tl.int64)[:, None] * stride_x
     p_y += o_y.to(tl.int64)[None, :] * stride_y
     b_sum = tl.zeros((M, N), tl.float32)
@@ -37,8 +39,13 @@ def products(
 
 
 @triton.jit
-def pairs(p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, EXCLUDE_SELF: tl.constexpr):
-    """The product's factor of each pair (1 without norms), and which pairs are positives and negatives."""
+def pairs(x, y, EXCLUDE_SELF: tl.constexpr):
+    """The product's factor of each pair (1 without norms), and which pairs are positives and negatives.
+
+    ``x`` and ``y``: norms, ids, ids to skip, rows, which of them are in the matrix.
+    """
+    p_norm_x, p_id_x, p_skip_x, o_x, m_x = x
+    p_norm_y, p_id_y, p_skip_y, o_y, m_y = y
     b_factor = 1.0
     if p_norm_x is not None:
         b_factor = tl.load(p_norm_x + o_x, mask=m_x, other=0.0)[:, None]
@@ -67,15 +74,26 @@ def bias_of(p_bias):
 
 @triton.jit
 def logits(
-    p_x, p_y, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, features, stride_x, stride_y,
-    scale, bias,
-    EXCLUDE_SELF: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """A tile's logits, its products times their factor, that factor, and which pairs are positives and negatives."""
-    b_cosine = products(p_x, p_y, o_x, o_y, m_x, m_y, stride_x, stride_y, features, M, N, K, STEPS)
-    b_factor, m_pos, m_neg = pairs(
-        p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, EXCLUDE_SELF
-    )
+    x,
+    y,
+    features,
+    scale,
+    bias,
+    EXCLUDE_SELF: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """A tile's logits, its products times their factor, that factor, and which pairs are positives and negatives.
+
+    ``x`` and ``y``: pointer, norms, ids, ids to skip, rows, which of them are in the matrix, stride.
+    """
+    p_x, p_norm_x, p_id_x, p_skip_x, o_x, m_x, stride_x = x
+    p_y, p_norm_y, p_id_y, p_skip_y, o_y, m_y, stride_y = y
+    b_cosine = products((p_x, o_x, m_x, stride_x), (p_y, o_y, m_y, stride_y), features, M, N, K, STEPS)
+    side_x, side_y = (p_norm_x, p_id_x, p_skip_x, o_x, m_x), (p_norm_y, p_id_y, p_skip_y, o_y, m_y)
+    b_factor, m_pos, m_neg = pairs(side_x, side_y, EXCLUDE_SELF)
     b_cosine = b_cosine * b_factor
     return b_cosine * scale + bias, b_cosine, b_factor, m_pos, m_neg
 
@@ -139,10 +157,11 @@ def stats_kernel(
     for i_first in range(i_split * share, tl.minimum((i_split + 1) * share, rows_y), BLOCK_N):
         o_y = i_first + tl.arange(0, BLOCK_N)
         m_y = o_y < rows_y
+        x = (p_x, p_norm_x, p_id_x, p_skip_x, o_x, m_x, stride_x)
+        y = (p_y, p_norm_y, p_id_y, p_skip_y, o_y, m_y, stride_y)
         b_z, _cosine, _factor, m_pos, m_neg = logits(
-            p_x, p_y, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, features, stride_x,
-            stride_y, scale, bias, EXCLUDE_SELF, BLOCK_M, BLOCK_N, BLOCK_K, STEPS,
-        )  # fmt: skip
+            x, y, features, scale, bias, EXCLUDE_SELF, BLOCK_M, BLOCK_N, BLOCK_K, STEPS
+        )
         if p_limit is not None:
             m_neg = within(m_neg, b_z, tl.load(p_limit + o_x, mask=m_x, other=0.0)[:, None])
         b_top, b_exp = add_exponentials(b_top, b_exp, b_z, m_neg)
@@ -189,9 +208,8 @@ def positive_kernel(
     if p_norm_x is not None:
         b_factor = tl.load(p_norm_x + o_x, mask=m_x, other=0.0) * tl.load(p_norm_y + o_y, mask=m_has, other=0.0)
     if BLOCKED:
-        b_z = products(
-            p_x, p_y, o_x, o_y, m_x, m_has, stride_x, stride_y, features, BLOCK_M, BLOCK_M, BLOCK_K, STEPS
-        )  # fmt: skip
+        x, y = (p_x, o_x, m_x, stride_x), (p_y, o_y, m_has, stride_y)
+        b_z = products(x, y, features, BLOCK_M, BLOCK_M, BLOCK_K, STEPS)
         b_z = b_z * b_factor[:, None] * scale + bias
         o_m = tl.arange(0, BLOCK_M)
         b_own = tl.sum(tl.where(o_m[:, None] == o_m[None, :], b_z, 0.0), 1)
@@ -258,10 +276,11 @@ def slope_kernel(
     o_x, o_y = i_x + o_m, i_y + o_n
     m_x, m_y = o_x < rows_x, o_y < rows_y
     scale = tl.load(p_scale)
+    x = (p_x, p_norm_x, p_id_x, p_skip_x, o_x, m_x, stride_x)
+    y = (p_y, p_norm_y, p_id_y, p_skip_y, o_y, m_y, stride_y)
     b_z, b_cosine, b_factor, m_pos, m_neg = logits(
-        p_x, p_y, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, features, stride_x,
-        stride_y, scale, bias_of(p_bias), EXCLUDE_SELF, BLOCK_M, BLOCK_N, BLOCK_K, STEPS,
-    )  # fmt: skip
+        x, y, features, scale, bias_of(p_bias), EXCLUDE_SELF, BLOCK_M, BLOCK_N, BLOCK_K, STEPS
+    )
     b_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if ROWS:
         m_in = m_neg
@@ -317,10 +336,11 @@ def sigmoid_kernel(
     o_x, o_y = i_x + o_m, i_y + o_n
     m_x, m_y = o_x < rows_x, o_y < rows_y
     scale = tl.load(p_scale)
+    x = (p_x, p_norm_x, p_id_x, p_skip_x, o_x, m_x, stride_x)
+    y = (p_y, p_norm_y, p_id_y, p_skip_y, o_y, m_y, stride_y)
     b_z, b_cosine, b_factor, m_pos, m_neg = logits(
-        p_x, p_y, p_norm_x, p_norm_y, p_id_x, p_id_y, p_skip_x, p_skip_y, o_x, o_y, m_x, m_y, features, stride_x,
-        stride_y, scale, bias_of(p_bias), EXCLUDE_SELF, BLOCK_M, BLOCK_N, BLOCK_K, STEPS,
-    )  # fmt: skip
+        x, y, features, scale, bias_of(p_bias), EXCLUDE_SELF, BLOCK_M, BLOCK_N, BLOCK_K, STEPS
+    )
     b_z = tl.where(m_pos, -exact_or(p_exact, b_z, o_x, o_y, m_x, m_y, True), b_z)
     m_live = m_pos | m_neg
     b_e = tl.exp(tl.where(b_z > 0, -b_z, b_z))  # NaN stays NaN

@@ -18,19 +18,22 @@ class Tile:
     block_k: int
     """Features of one step of a product."""
     steps: int
-    """Steps after which a product is put away: more than one keeps the error of long float32 sums down."""
+    """Steps after which a partial sum is added: more than one keeps the error of long float32 sums down."""
     warps: int
     """Warps per program (num_warps)."""
     stages: int
     """Software pipeline depth (num_stages)."""
 
+    def options(self) -> dict[str, int]:
+        """The launch's keyword arguments."""
+        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "STEPS": self.steps}
+        return sizes | {"num_warps": self.warps, "num_stages": self.stages}
+
 
 _HALF = {"stats": Tile(64, 64, 64, 1, 8, 4), "slope": Tile(64, 64, 64, 1, 8, 4)}
 _SINGLE = {"stats": Tile(32, 32, 32, 4, 8, 1), "slope": Tile(32, 32, 32, 4, 8, 1)}
 _POSITIVE = Tile(32, 32, 64, 1, 4, 1)
-LIKE = {
-    "stats": "stats", "blocked": "stats", "slope": "slope", "sigmoid": "slope", "positive": "positive",
-}  # fmt: skip
+LIKE = {"stats": "stats", "blocked": "stats", "slope": "slope", "sigmoid": "slope", "positive": "positive"}
 """Which tile each kernel launches with."""
 
 PROGRAMS, MOST_SPLITS = 512, 16

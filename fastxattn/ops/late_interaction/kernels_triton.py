@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastxattn.ops.attention.triton.common import dot_seen
 from fastxattn.ops.contrastive.triton.kernels import LOWEST, products
-from fastxattn.ops.late_interaction.schema import NEEDS
+from fastxattn.ops.late_interaction.operator import gradients, results
+from fastxattn.ops.late_interaction.problem import Problem, SmoothProblem, smooth_of
 
 ROWS, FEATURES = 32, 64  # tokens and features of a program of the gradient
 SMOOTH_ROWS = 32
@@ -96,9 +97,8 @@ def maxsim_kernel(
         for i_n in range(start_b, end_b, BLOCK_N):
             o_n = i_n + tl.arange(0, BLOCK_N)
             m_n = o_n < end_b
-            b_s = products(
-                p_a, p_b, o_m, o_n, m_m, m_n, features, features, features, BLOCK_M, BLOCK_N, BLOCK_K, STEPS
-            )  # fmt: skip
+            left, right = (p_a, o_m, m_m, features), (p_b, o_n, m_n, features)
+            b_s = products(left, right, features, BLOCK_M, BLOCK_N, BLOCK_K, STEPS)
             m_s = m_m[:, None] & m_n[None, :]
             if FROM_A:
                 b_new, b_new_at = best_of(b_s, m_s, o_n - start_b, smooth, SMOOTH, 1)
@@ -128,11 +128,13 @@ def maxsim_kernel(
 
 
 @triton.jit
-def weights_of(
-    p_grad, p_best, o_own, o_other, b_set_own, b_set_other, b_start_other, m_pair, b_s, sets_other, stride_own,
-    stride_other, smooth, SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """What tokens o_own add to their scores by way of tokens o_other, broadcast to a tile."""
+def weights_of(p_grad, p_best, own, other, m_pair, b_s, smooth, SMOOTH: tl.constexpr):
+    """What tokens o_own add to their scores by way of tokens o_other, broadcast to a tile.
+
+    ``own`` and ``other``: tokens, their sets and stride of the scores; ``other`` also the sets' starts and number.
+    """
+    o_own, b_set_own, stride_own = own
+    o_other, b_set_other, stride_other, b_start_other, sets_other = other
     o_best = o_own.to(tl.int64) * sets_other + b_set_other
     b_grad = tl.load(p_grad + b_set_own.to(tl.int64) * stride_own + b_set_other * stride_other, mask=m_pair, other=0.0)
     if SMOOTH:
@@ -170,18 +172,17 @@ def maxsim_gradient_kernel(
         m_pair = m_m[:, None] & m_n[None, :]
         b_s = 0.0
         if SMOOTH:
-            b_s = products(p_x, p_y, o_m, o_n, m_m, m_n, features, features, features, BLOCK_M, BLOCK_N, BLOCK_K, 1)
+            left, right = (p_x, o_m, m_m, features), (p_y, o_n, m_n, features)
+            b_s = products(left, right, features, BLOCK_M, BLOCK_N, BLOCK_K, 1)
         b_w = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if OWN:
-            b_w += weights_of(
-                p_grad_own, p_best_x, o_m[:, None], o_n[None, :], b_set_x[:, None], b_set_y[None, :],
-                b_start_y[None, :], m_pair, b_s, sets_y, stride_x, stride_y, smooth, SMOOTH,
-            )  # fmt: skip
+            own = (o_m[:, None], b_set_x[:, None], stride_x)
+            met = (o_n[None, :], b_set_y[None, :], stride_y, b_start_y[None, :], sets_y)
+            b_w += weights_of(p_grad_own, p_best_x, own, met, m_pair, b_s, smooth, SMOOTH)
         if MET:
-            b_w += weights_of(
-                p_grad_met, p_best_y, o_n[None, :], o_m[:, None], b_set_y[None, :], b_set_x[:, None],
-                b_start_x[:, None], m_pair, b_s, sets_x, stride_y, stride_x, smooth, SMOOTH,
-            )  # fmt: skip
+            own = (o_n[None, :], b_set_y[None, :], stride_y)
+            met = (o_m[:, None], b_set_x[:, None], stride_x, b_start_x[:, None], sets_x)
+            b_w += weights_of(p_grad_met, p_best_y, own, met, m_pair, b_s, smooth, SMOOTH)
         p_rows = p_y + o_n.to(tl.int64)[:, None] * features + o_d[None, :]
         b_y = tl.load(p_rows, mask=m_n[:, None] & (o_d < features)[None, :], other=0.0).to(tl.float32)
         if PRECISION == "tf32":
@@ -196,80 +197,75 @@ def _block(tokens: int, sets: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(-(-tokens // max(sets, 1)))))
 
 
-def _forward(a: Tensor, b: Tensor, cu_a: Tensor, cu_b: Tensor, from_a: bool, from_b: bool, smooth: float | None):
-    n, m = cu_a.shape[0] - 1, cu_b.shape[0] - 1
-    kept = torch.int32 if smooth is None else torch.float32
-
-    def made(rows: int, columns: int, dtype: torch.dtype, fill: float) -> Tensor:
-        return torch.full((rows, columns), fill, dtype=dtype, device=a.device)
-
-    none = -1 if smooth is None else float("-inf")
-    sums = [made(n if wanted else 0, m, torch.float32, 0.0) for wanted in (from_a, from_b)]
-    best = [made(a.shape[0] if from_a else 0, m, kept, none), made(b.shape[0] if from_b else 0, n, kept, none)]
+def _forward(p: Problem) -> tuple[Tensor, ...]:
+    n, m = p.sets
+    smooth, found = smooth_of(p), results(p)
     if n and m:
-        single = a.dtype == torch.float32
-        block_m = _block(a.shape[0], n, SMOOTH_ROWS if smooth is not None and not single else 64)
+        single = p.a.dtype == torch.float32
+        block_m = _block(p.a.shape[0], n, SMOOTH_ROWS if smooth is not None and not single else 64)
         # Sets are ragged: whether one needs more than a block of rows is not known here.
-        rows = b.shape[0] if from_b and a.shape[0] > block_m else 0
-        value = torch.empty((rows, n), dtype=torch.float32, device=a.device)
-        extra = torch.empty((rows, n), dtype=kept, device=a.device)
+        rows = p.b.shape[0] if p.from_b and p.a.shape[0] > block_m else 0
+        partial = [torch.empty((rows, n), dtype=kept, device=p.a.device) for kept in (torch.float32, found[3].dtype)]
+        tile = {"BLOCK_M": block_m, "BLOCK_N": _block(p.b.shape[0], m, 64), "num_warps": 8, "num_stages": 2}
+        sizes = (n, m, p.a.shape[0], p.b.shape[0], p.a.shape[1])
+        kinds = {"FROM_A": p.from_a, "FROM_B": p.from_b, "SMOOTH": smooth is not None}
         maxsim_kernel[(n * m,)](
-            a, b, cu_a, cu_b, *sums, *best, value, extra, n, m, a.shape[0], b.shape[0], a.shape[1], smooth or 1.0,
-            from_a, from_b, smooth is not None, block_m, _block(b.shape[0], m, 64), 32 if single else 64,
-            4 if single else 1, num_warps=8, num_stages=2,
-        )  # fmt: skip
-    return (*sums, *best)
-
-
-def _backward(
-    grad_a: Tensor, grad_b: Tensor, best_a: Tensor, best_b: Tensor, a: Tensor, b: Tensor, cu_a: Tensor, cu_b: Tensor,
-    from_a: bool, from_b: bool, needs: int, smooth: float | None,
-):  # fmt: skip
-    n, m = cu_a.shape[0] - 1, cu_b.shape[0] - 1
-    sets = [
-        torch.bucketize(
-            torch.arange(x.shape[0], device=x.device, dtype=torch.int32), cu[1:], right=True, out_int32=True
+            *(p.a, p.b, p.cu_a, p.cu_b), *found, *partial, *sizes, smooth or 1.0, **kinds, **tile, **_steps(single)
         )
-        for x, cu in ((a, cu_a), (b, cu_b))
-    ]
+    return tuple(found)
+
+
+def _steps(single: bool) -> dict[str, int]:
+    """How a product runs over the features."""
+    return {"BLOCK_K": 32, "STEPS": 4} if single else {"BLOCK_K": 64, "STEPS": 1}
+
+
+def _backward(kind: type[Problem], *arguments) -> tuple[Tensor, ...]:
+    grad_a, grad_b, best_a, best_b, *values, needs = arguments
+    p = kind.of(values)
+    (n, m), (set_a, set_b), smooth, found = p.sets, p.set_of(), smooth_of(p), gradients(p, needs)
     # Scores lie at (set of a) * m + (set of b).
-    side_a, side_b = (a, cu_a, sets[0], best_a, n, m), (b, cu_b, sets[1], best_b, m, 1)
-    results = []
-    for own, other, grads, (is_best, has_best), bit in (
-        (side_a, side_b, (grad_a, grad_b), (from_a, from_b), NEEDS["a"]),
-        (side_b, side_a, (grad_b, grad_a), (from_b, from_a), NEEDS["b"]),
-    ):
-        x, cu_x, set_x, best_x, sets_x, stride_x = own
-        y, cu_y, set_y, best_y, sets_y, stride_y = other
-        out = x.new_zeros((x.shape[0] if needs & bit else 0, x.shape[1]), dtype=torch.float32)
-        results.append(out)
-        if out.numel() and y.shape[0] and sets_x and sets_y:
-            single = x.dtype == torch.float32
-            maxsim_gradient_kernel[(triton.cdiv(x.shape[0], ROWS), triton.cdiv(x.shape[1], FEATURES))](
-                x, y, cu_x, cu_y, set_x, set_y, *grads, best_x, best_y, out, sets_x, sets_y, x.shape[0], y.shape[0],
-                x.shape[1], stride_x, stride_y, smooth or 1.0, is_best, has_best, smooth is not None,
-                "ieee" if single else "tf32", ROWS, 32, FEATURES, 32 if single else 64, num_warps=8, num_stages=1,
-            )  # fmt: skip
-    return tuple(results)
+    side_a = (p.a, p.cu_a, set_a, grad_a, best_a, n, m, p.from_a)
+    side_b = (p.b, p.cu_b, set_b, grad_b, best_b, m, 1, p.from_b)
+    single = p.a.dtype == torch.float32
+    tile = {"BLOCK_M": ROWS, "BLOCK_N": 32, "BLOCK_D": FEATURES, "BLOCK_K": _steps(single)["BLOCK_K"]}
+    for out, own, other in (found[0], side_a, side_b), (found[1], side_b, side_a):
+        x, y = own[0], other[0]
+        if not (out.numel() and y.shape[0] and n and m):
+            continue
+        grid = (triton.cdiv(x.shape[0], ROWS), triton.cdiv(x.shape[1], FEATURES))
+        pointers = [t for pair in zip(own[:5], other[:5], strict=True) for t in pair]
+        sizes = (own[5], other[5], x.shape[0], y.shape[0], x.shape[1], own[6], other[6])
+        kinds = {"OWN": own[7], "MET": other[7], "SMOOTH": smooth is not None}
+        maxsim_gradient_kernel[grid](
+            *pointers,
+            out,
+            *sizes,
+            smooth or 1.0,
+            **kinds,
+            **tile,
+            PRECISION="ieee" if single else "tf32",
+            num_warps=8,
+            num_stages=1,
+        )
+    return tuple(found)
 
 
-def maxsim(a: Tensor, b: Tensor, cu_a: Tensor, cu_b: Tensor, from_a: bool, from_b: bool) -> tuple[Tensor, ...]:
-    """As the schema says."""
-    return _forward(a, b, cu_a, cu_b, from_a, from_b, None)
+def maxsim(*values) -> tuple[Tensor, ...]:
+    """Run the operator."""
+    return _forward(Problem.of(values))
 
 
-def maxsim_backward(*arguments) -> tuple[Tensor, Tensor]:
-    """As the schema says."""
-    return _backward(*arguments, None)
+def maxsim_backward(*arguments) -> tuple[Tensor, ...]:
+    """Run the operator."""
+    return _backward(Problem, *arguments)
 
 
-def smooth_maxsim(
-    a: Tensor, b: Tensor, cu_a: Tensor, cu_b: Tensor, from_a: bool, from_b: bool, smooth: float
-) -> tuple[Tensor, ...]:
-    """As the schema says."""
-    return _forward(a, b, cu_a, cu_b, from_a, from_b, smooth)
+def smooth_maxsim(*values) -> tuple[Tensor, ...]:
+    """Run the operator."""
+    return _forward(SmoothProblem.of(values))
 
 
-def smooth_maxsim_backward(*arguments) -> tuple[Tensor, Tensor]:
-    """As the schema says."""
-    return _backward(*arguments)
+def smooth_maxsim_backward(*arguments) -> tuple[Tensor, ...]:
+    """Run the operator."""
+    return _backward(SmoothProblem, *arguments)
