@@ -32,7 +32,7 @@ WORDS = {
 }
 """What is not written, as a regular expression of whole words, and what is."""
 PATTERN = re.compile(rf"\b(?:{'|'.join(WORDS)})\b".replace(" ", r"\s+"), re.IGNORECASE)
-CO_ATTENTION = re.compile(r"(?<![\w/.])co_attention(?![\w/.])", re.IGNORECASE)
+BIDIRECTIONAL = re.compile(r"(?<![\w/.])bidirectional(?![\w/.])", re.IGNORECASE)
 """In this field the word means "not causal"; names in code keep it."""
 
 ALLOWED = {"fastxattn": 111, "benchmarks": 25, "tests": 62, "examples": 0, "csrc": 73}
@@ -60,7 +60,7 @@ def written(path: Path) -> str:
 def test_pages_use_the_words_of_the_field(page: Path) -> None:
     text = prose(page.read_text(encoding="utf-8"))
     assert sorted(set(PATTERN.findall(text))) == []
-    assert CO_ATTENTION.findall(text) == [], "write co-attention"
+    assert BIDIRECTIONAL.findall(text) == [], "write co-attention"
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
@@ -78,4 +78,4 @@ def test_words_of_code_are_not_counted() -> None:
     )
     assert PATTERN.findall(prose(page)) == []
     assert PATTERN.findall(prose(page + "The kernel's room is left\nalone.")) == ["room", "left\nalone"]
-    assert CO_ATTENTION.findall("`co_attention.csv`, co_attention, CoAttention loss") == ["CoAttention"]
+    assert BIDIRECTIONAL.findall("`bidirectional.csv`, bidirectional_x, Bidirectional loss") == ["Bidirectional"]
