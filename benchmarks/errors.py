@@ -17,7 +17,7 @@ import torch
 from benchmarks.common import RESULTS
 from benchmarks.soak.trials import DTYPES, MAKERS, judge
 from fastxattn.bench.records import device_name, git_sha, versions
-from fastxattn.ops.attention import dispatch
+from fastxattn.ops.attention import backends
 from fastxattn.testing import attention as contract
 from fastxattn.testing import measure_error
 
@@ -30,7 +30,7 @@ def attention(backend: str) -> Iterator[Row]:
     for case in contract.ATTENTION_CASES:
         for dtype in DTYPES:
             problem = case.problem(dtype)
-            ours = contract.results(functools.partial(dispatch.run, backend), problem)
+            ours = contract.results(functools.partial(backends.run, backend), problem)
             truth, eager = contract.expectations(problem)
             for name, value in ours.items():
                 found = measure_error(name, value, truth[name], eager[name], backward=name.startswith("grad"))

@@ -106,16 +106,16 @@ ALWAYS_OPTIONAL = {*OPTIONAL["rich"], "p_slot_q", "p_slot_k"}
 
 def cases(arch: str) -> Iterator[Case]:
     """Every configuration shipped for an architecture, with every argument its class of problems may have."""
-    from fastxattn.ops.attention.triton import config
+    from fastxattn.ops.attention.triton import tiles
     from fastxattn.ops.co_attention import kernels_triton as co_attention
     from fastxattn.ops.importance import kernels_triton as importance
 
-    for kernel, kind, dim, tile in config.shipped(arch == "sm_80"):
+    for kernel, kind, dim, tile in tiles.shipped(arch == "sm_80"):
         dtype = "fp32" if kind.startswith("single") else "fp16"
         variant = "rich" if kind in ("rich", "single_rich") else "plain"
         yield Case("attention", kernel, dtype, dim, variant, _named(tile))
         if kernel == "split" and kind == "plain":
-            merge = replace(tile, warps=config.MERGE_WARPS)
+            merge = replace(tile, warps=tiles.MERGE_WARPS)
             yield Case("attention", "merge", dtype, dim, "plain", _named(merge))
         if kernel == "backward_query" and dtype == "fp32":
             yield Case("attention", "backward_sums", dtype, dim, variant, _named(tile))
@@ -138,7 +138,7 @@ def compile_case(case: Case, arch: str) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastxattn.ops.attention.triton import config
+    from fastxattn.ops.attention.triton import tiles
 
     kernel, constants = _kernel_of(case)
     block_m, block_n, warps, stages = (int(n) for n in re.findall(r"\d+", case.tile))
@@ -160,8 +160,8 @@ def compile_case(case: Case, arch: str) -> Row:
         raise KeyError(f"{case.kernel}: no value for {missing}")
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     if case.op not in offline_losses.OPS:
-        warps = config.warps_on(
-            config.Tile(block_m, block_n, warps, stages), int(case.dtype[2:]) // 8, target.backend == "hip"
+        warps = tiles.warps_on(
+            tiles.Tile(block_m, block_n, warps, stages), int(case.dtype[2:]) // 8, target.backend == "hip"
         )
     options = {"num_warps": warps, "num_stages": stages}
     done = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
@@ -178,14 +178,14 @@ def compile_case(case: Case, arch: str) -> Row:
 def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
     if case.op in offline_losses.OPS:
         return offline_losses.kernel_of(case.op, case.kernel, case.dtype)
-    from fastxattn.ops.attention.triton import backward, backward_bias, config, forward
+    from fastxattn.ops.attention.triton import backward, forward, tiles
     from fastxattn.ops.co_attention import kernels_triton as co_attention
     from fastxattn.ops.importance import kernels_triton as importance
 
     kernels = {
         "forward": forward.attention_forward, "split": forward.attention_forward, "merge": forward.attention_merge,
         "backward_query": backward.attention_backward_query, "backward_key": backward.attention_backward_key,
-        "backward_bias": backward_bias.attention_backward_bias, "importance": importance.importance,
+        "backward_bias": backward.attention_backward_bias, "importance": importance.importance,
         "backward_sums": backward.attention_backward_sums, "backward": co_attention.co_attention_backward_rows,
     }  # fmt: skip
     full = case.variant == "rich"
@@ -193,7 +193,7 @@ def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
         "GROUP": 1, "SOFTCAP": True, "KEY_BIAS_HEADS": full, "HEAD_DIM": case.dim, "VALUE_DIM": case.dim,
         "BLOCK_D": case.dim,
         "BLOCK_DV": case.dim, "DIM_X": case.dim, "DIM_Y": case.dim, "BLOCK_X": case.dim, "BLOCK_Y": case.dim,
-        "SPLITS": 8 if case.kernel in ("split", "merge") else 1, "SPLIT_KEYS": config.SPLIT_KEYS,
+        "SPLITS": 8 if case.kernel in ("split", "merge") else 1, "SPLIT_KEYS": tiles.SPLIT_KEYS,
         "PRECISION": "ieee", "NEED_DQ": True, "BATCH_SHARED": True, "HEADS_SHARED": False, "ROWS_SHARED": False,
         "COLUMNS_SHARED": False,
     }  # fmt: skip

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastxattn.ops.attention import cross_attention, ranges, varlen_cross_attention
+import fastxattn.ranges as ranges
+from fastxattn.ops.attention import cross_attention, varlen_cross_attention
 from fastxattn.packed import PackedTokens
 from fastxattn.runtime.backend import explain_call as explain
 

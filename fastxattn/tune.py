@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from fastxattn.ops.attention.autograd import BACKWARD, FORWARD
+from fastxattn.ops.attention.operator import BACKWARD, FORWARD
 from fastxattn.ops.attention.problem import Problem
-from fastxattn.ops.attention.schema import NEEDS
-from fastxattn.ops.attention.triton import config
+from fastxattn.ops.attention.triton import tiles
 from fastxattn.ops.co_attention import operator as co_attention
 from fastxattn.ops.co_attention import problem as co_attention_problem
 from fastxattn.ops.importance import operator as importance
@@ -29,15 +28,15 @@ Call = Callable[[], object]
 STEPS = 3
 """From the shipped tile, at most."""
 _TARGETS = {
-    "backward_query": NEEDS["query"],
-    "backward_key": NEEDS["key"] + NEEDS["value"],
-    "backward_bias": NEEDS["bias"],
+    "backward_query": Problem.bits["query"],
+    "backward_key": Problem.bits["key"] + Problem.bits["value"],
+    "backward_bias": Problem.bits["bias"],
 }
 
 
 def keys(kernels: tuple[str, ...] = (), dims: tuple[int, ...] = ()) -> list[tuple[str, Tile]]:
     """(op.kernel.kind.dim, shipped tile) of everything that can be tuned, or of the kernels and head dims named."""
-    found = [(f"attention.{k}.{kind}.{dim}", tile) for k, kind, dim, tile in config.shipped()]
+    found = [(f"attention.{k}.{kind}.{dim}", tile) for k, kind, dim, tile in tiles.shipped()]
     for kernel, table in _other_tiles().items():
         found += [(f"{kernel}.{kind}.{dim}", tile) for kind, row in table.items() for dim, tile in row.items()]
     known = sorted({key.rsplit(".", 2)[0] for key, _ in found})
@@ -51,7 +50,7 @@ def keys(kernels: tuple[str, ...] = (), dims: tuple[int, ...] = ()) -> list[tupl
     ]
 
 
-def _other_tiles() -> dict[str, dict[str, dict[int, config.Tile]]]:
+def _other_tiles() -> dict[str, dict[str, dict[int, tiles.Tile]]]:
     """Tables of the kernels besides attention's: op.kernel -> kind -> widest head dim -> tile."""
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("tune: Triton is not installed, so there are no tiles to measure")

@@ -49,7 +49,7 @@ def make(
     key = torch.randn(rows_k, kv_heads, dim, generator=g).to(dtype)
     sides = {"query": query, "key": key, "cu_seqlens_q": offsets_q, "cu_seqlens_k": offsets_k}
     problem = Problem(lse=None, **sides, **{"scale": dim**-0.5} | numbers, **extra)
-    _, lse = attention_reference(*in_float64(problem).attention().values())
+    _, lse = attention_reference(in_float64(problem).attention())
     if probe:  # the last query of each sequence that has one
         last = offsets_q[1:] - 1
         there = torch.tensor(lengths_q) > 0

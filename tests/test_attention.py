@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastxattn.ops.attention import dispatch
+from fastxattn.ops.attention import backends
 from fastxattn.ops.attention.dropout import keep_mask, philox
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.runtime import native
@@ -24,7 +24,7 @@ BY_NAME = {case.name: case for case in ATTENTION_CASES}
 def runner(backend: str):
     if backend == "cpu" and (reason := native.cpu_library().reason):
         pytest.skip(reason)
-    return functools.partial(dispatch.run, backend)
+    return functools.partial(backends.run, backend)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -81,7 +81,7 @@ def test_nan_in_a_valid_row_stays_in_rows_that_see_it(run, name, where):
     seen = contract.rows_in_use(problem)[where != "query"].nonzero()[:, 0]
     t = getattr(problem, where).clone()
     t[seen[len(seen) // 2], min(1, t.shape[1] - 1), 2] = float("nan")
-    problem = problem._replace(**{where: t})
+    problem = problem.replace(**{where: t})
     found = contract.results(run, problem)
     wanted = contract.results(contract.run_reference, contract.in_float64(problem))
     assert found["out"].isnan().any()
@@ -190,8 +190,16 @@ def test_dropout_mask_is_the_same_on_every_backend(seed):
     value = torch.cat([torch.eye(n, 64) for n in lengths_k])[:, None].expand(-1, heads, -1).contiguous()
     g = torch.Generator().manual_seed(1)
     query, key = torch.randn(12, heads, 16, generator=g), torch.randn(101, heads, 16, generator=g)
-    problem = Problem(query, key, value, cu_q, cu_k, dropout_p=p, dropout_seed=torch.tensor([seed]))
-    plain = dispatch.run("reference", problem._replace(dropout_p=0.0, dropout_seed=None))
+    problem = Problem(
+        query=query,
+        key=key,
+        value=value,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        dropout_p=p,
+        dropout_seed=torch.tensor([seed]),
+    )
+    plain = backends.run("reference", problem.replace(dropout_p=0.0, dropout_seed=None))
     for backend in BACKENDS:
         out, lse = runner(backend)(problem)
         torch.testing.assert_close(lse.float(), plain[1], msg="dropout must not change lse")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastxattn.ops.attention import cuda, dispatch
+from fastxattn.ops.attention import backends
 from fastxattn.testing import attention as contract
 
 pytestmark = [
@@ -20,12 +20,12 @@ MISSES = {
 
 
 def run(problem):
-    return dispatch.run("cuda", problem)
+    return backends.run("cuda", problem)
 
 
 def problem_of(name, dtype, seed=0):
     problem = CASES[name].problem(dtype, "cuda", seed)
-    if (reason := cuda.supports(problem)) is not None:
+    if (reason := backends.supports_cuda(problem)) is not None:
         pytest.skip(reason)
     return problem
 

@@ -8,10 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastxattn
-from fastxattn.ops.attention import cuda, dispatch, flash
-from fastxattn.ops.attention.autograd import BACKWARD, FORWARD
+from fastxattn.ops.attention import backends, kernels_flash
+from fastxattn.ops.attention.operator import BACKWARD, FORWARD
 from fastxattn.ops.attention.problem import Problem
-from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.ops.co_attention.operator import BACKWARD as co_attention_backward
 from fastxattn.ops.co_attention.problem import Problem as CoAttentionProblem
 from fastxattn.runtime import native
@@ -23,7 +22,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a device runs
 def fake_problem(dtype=torch.float16, **options):
     q, kv = torch.empty(20, 4, 64, device="cuda", dtype=dtype), torch.empty(30, 2, 64, device="cuda", dtype=dtype)
     offsets = torch.empty(3, dtype=torch.int32, device="cuda")
-    return Problem(q, kv, kv, offsets, offsets, **{"scale": 0.125} | options)
+    tokens = {"query": q, "key": kv, "value": kv, "cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    return Problem(**tokens | {"scale": 0.125} | options)
 
 
 def test_fake_cuda_tensors_go_to_triton_and_back():
@@ -36,7 +36,7 @@ def test_fake_cuda_tensors_go_to_triton_and_back():
         assert out.shape == (20, 4, 64) and out.dtype == torch.float16 and out.device.type == "cuda"
         assert lse.shape == (4, 20) and lse.dtype == torch.float32
         # Autograd aborts the process over a CUDA tensor without a device, so the operator is asked directly.
-        grads = BACKWARD["triton"](out, None, out, lse, *p, NEEDS["query"] + NEEDS["value"])
+        grads = BACKWARD["triton"](out, None, out, lse, *p.values(), Problem.bits["query"] + Problem.bits["value"])
         assert [tuple(g.shape) for g in grads] == [(20, 4, 64), (0,), (30, 2, 64), (0,), (0,)]
         score = fastxattn.key_importance(p.query, p.key, lse, p.cu_seqlens_q, p.cu_seqlens_k)
         assert score.shape == (30,)
@@ -49,7 +49,7 @@ def test_fake_cuda_tensors_go_to_triton_and_back():
         lse_a, lse_b = torch.empty(2, 20, device="cuda"), torch.empty(2, 30, device="cuda")
         grads = co_attention_backward["triton"](out_a, out_b, out_a, out_b, lse_a, lse_b, *both.values(), needs)
         assert [tuple(g.shape) for g in grads] == [(0,), (30, 2, 64), (0,), (0,), (2, 20), (0,)]
-        found = explain("attention", dispatch.BACKENDS, p)
+        found = explain("attention", backends.BACKENDS, p)
         assert found.chosen == "triton"
         assert {v.backend: v.reason for v in found.verdicts}["cpu"] == "the tensors are on cuda"
 
@@ -81,30 +81,32 @@ def test_the_cuda_backend_says_why_not(monkeypatch):
             (fake_problem(bias=bias), "it has no bias"),
             (fake_problem(dropout_p=0.1), "it has no dropout"),
             (fake_problem(dtype=torch.float64), "float64"),
-            (fake_problem()._replace(value=wide), "up to 256 with torch.float16, got 64 and 300"),
-            (fake_problem(dtype=torch.float32)._replace(value=wide), "up to 128 with torch.float32, got 64 and 300"),
+            (fake_problem().replace(value=wide), "up to 256 with torch.float16, got 64 and 300"),
+            (fake_problem(dtype=torch.float32).replace(value=wide), "up to 128 with torch.float32, got 64 and 300"),
         ):
-            assert reason in cuda.supports(problem)
+            assert reason in backends.supports_cuda(problem)
         monkeypatch.setattr(native, "cuda_library", lambda: native.Loaded(None, None))
-        assert cuda.supports(fake_problem(kv_range=offsets, key_bias=offsets, key_index=offsets, softcap=1.0)) is None
+        rich = {"kv_range": offsets, "key_bias": offsets, "key_index": offsets, "softcap": 1.0}
+        assert backends.supports_cuda(fake_problem(**rich)) is None
         p = fake_problem()
-        chosen = explain("attention", dispatch.in_order(p), p, "cuda").chosen
+        chosen = explain("attention", backends.in_order(p), p, "cuda").chosen
         assert chosen == "cuda"
-        out, lse = FORWARD["cuda"](*p)
+        out, lse = FORWARD["cuda"](*p.values())
         assert out.shape == (20, 4, 64) and lse.dtype == torch.float32
-    assert cuda.supports(fake_problem_on_cpu()) == "the tensors are on cpu"
+    assert backends.supports_cuda(fake_problem_on_cpu()) == "the tensors are on cpu"
 
 
 def test_triton_says_why_not():
     p = fake_problem_on_cpu()
-    reason = {v.backend: v.reason for v in explain("attention", dispatch.BACKENDS, p).verdicts}["flash"]
+    reason = {v.backend: v.reason for v in explain("attention", backends.BACKENDS, p).verdicts}["flash"]
     assert reason is not None
     assert "flash-attn is not installed" in reason or "on cpu" in reason
 
 
 def fake_problem_on_cpu():
     q, kv = torch.randn(20, 4, 64).half(), torch.randn(30, 2, 64).half()
-    return Problem(q, kv, kv, torch.tensor([0, 8, 20]).int(), torch.tensor([0, 30, 30]).int(), scale=0.125)
+    offsets = {"cu_seqlens_q": torch.tensor([0, 8, 20]).int(), "cu_seqlens_k": torch.tensor([0, 30, 30]).int()}
+    return Problem(query=q, key=kv, value=kv, **offsets, scale=0.125)
 
 
 @pytest.fixture
@@ -114,21 +116,22 @@ def flash_package(monkeypatch):
 
     def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, softcap, return_attn_probs):
         calls.append((max_q, max_k))
-        out, lse = dispatch.attention_reference(*Problem(q, k, v, cu_q, cu_k, scale=softmax_scale, softcap=softcap))
+        tokens = {"query": q, "key": k, "value": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+        out, lse = backends.attention_reference(Problem(**tokens, scale=softmax_scale, softcap=softcap))
         return out, torch.where(lse.detach() == -torch.inf, torch.inf, lse.detach()), None
 
     package = types.ModuleType("flash_attn")
     package.__spec__ = types.SimpleNamespace()
     package.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    flash._missing.cache_clear()
+    kernels_flash._missing.cache_clear()
     yield calls
-    flash._missing.cache_clear()
+    kernels_flash._missing.cache_clear()
 
 
 def test_flash_supports_what_it_knows(flash_package):
     with FakeTensorMode():
-        assert flash.supports(fake_problem()) is None
+        assert kernels_flash.supports(fake_problem()) is None
         offsets = torch.empty(2, dtype=torch.int32, device="cuda")
         for options, reason in (
             ({"kv_range": offsets}, "it has no kv_range"),
@@ -137,15 +140,15 @@ def test_flash_supports_what_it_knows(flash_package):
             ({"dropout_p": 0.1}, "dropout mask"),
             ({"dtype": torch.float32}, "float16 and bfloat16"),
         ):
-            assert reason in flash.supports(fake_problem(**options))
-    assert flash.supports(fake_problem_on_cpu()) == "the tensors are on cpu"
+            assert reason in kernels_flash.supports(fake_problem(**options))
+    assert kernels_flash.supports(fake_problem_on_cpu()) == "the tensors are on cpu"
 
 
 def test_flash_runs_and_refuses_the_gradient_of_lse(flash_package):
     p = fake_problem_on_cpu()
     leaf = p.query.clone().requires_grad_()
-    out, lse = flash.attend(p._replace(query=leaf))
-    wanted, wanted_lse = dispatch.run("reference", p)
+    out, lse = kernels_flash.attend(p.replace(query=leaf))
+    wanted, wanted_lse = backends.run("reference", p)
     assert torch.equal(out, wanted)
     assert torch.equal(lse, wanted_lse), "rows without keys must get -inf"
     assert flash_package == [(20, 30)]

@@ -8,7 +8,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastxattn
-from fastxattn.ops.attention import schema  # noqa: F401
 from fastxattn.runtime import native
 from fastxattn.runtime.backend import use_backend
 
@@ -393,7 +392,7 @@ def test_errors_of_the_machine_are_raised_as_they_are(monkeypatch):
 
     arguments = good()
     fastxattn.varlen_cross_attention(**arguments)
-    monkeypatch.setattr("fastxattn.ops.attention.cpu.direct", out_of_memory)
+    monkeypatch.setattr("fastxattn.ops.attention.backends.direct", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         fastxattn.varlen_cross_attention(**arguments)
     assert len(calls) == 1

@@ -143,7 +143,7 @@ def test_no_copy_of_tokens(monkeypatch):
     query, key, value = inputs()
     mask_q, mask_k = masks("random")
     layout = padded.Layout.of(query, key, value, mask_q, mask_k)
-    for t, given in ((layout.query, query), (layout.key, key), (layout.value, value)):
+    for t, given in zip((layout.tokens[name] for name in ("query", "key", "value")), (query, key, value), strict=True):
         assert t.data_ptr() == given.data_ptr()
 
 

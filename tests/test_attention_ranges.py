@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import fastxattn
 from fastxattn import ranges
-from fastxattn.nn import media_ranges
 from fastxattn.testing import offsets
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=0, max_size=5)
@@ -209,7 +208,7 @@ def test_counts_that_int32_cannot_hold_never_wrap_around():
     assert ranges.media_kv_range(media, one, top).tolist() == far
     assert ranges.media_kv_range(media, one, torch.tensor([2**31, 5])).tolist() == far
     assert ranges.tile_kv_range(media, one, torch.tensor([1, 1]), 2**16, 2**16).tolist()[-1] == [top, top]
-    assert media_ranges(media[None], top)[0].tolist() == far
+    assert ranges.media_kv_range(media[None], None, top)[0].tolist() == far
     with pytest.raises(ValueError, match=r"media_lengths must be below 2\^31; got 2147483648"):
         ranges.media_kv_range(media, one, 2**31)
 

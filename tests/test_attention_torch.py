@@ -9,9 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastxattn
 from fastxattn import PackedTokens
-from fastxattn.ops.attention import dispatch
+from fastxattn.ops.attention import backends
 from fastxattn.ops.attention.problem import Problem
-from fastxattn.ops.attention.schema import NEEDS
 from fastxattn.runtime import native
 from fastxattn.testing.attention import ATTENTION_CASES, results
 
@@ -79,7 +78,7 @@ def test_any_subset_of_gradients(wanted, only):
     leaves = {name: getattr(problem, name).clone().requires_grad_() for name in wanted}
     found = []
     for backend in ("reference", "cpu"):
-        out, lse = dispatch.run(backend, problem._replace(**leaves))
+        out, lse = backends.run(backend, problem.replace(**leaves))
         loss = 0.0
         if only in ("out", "both"):
             loss = loss + (out * torch.arange(out.numel()).reshape(out.shape).cos()).sum()
@@ -164,18 +163,18 @@ def test_autocast(backend):
 @pytest.mark.parametrize("name", ["ragged", "everything", "key_index"])
 def test_opcheck(name):
     problem = BY_NAME[name].problem(torch.float32)
-    torch.library.opcheck(torch.ops.fastxattn.attention_cpu.default, tuple(problem))
-    out, lse = torch.ops.fastxattn.attention_cpu(*problem)
-    needs = sum(bit for name, bit in NEEDS.items() if getattr(problem, name) is not None)
-    arguments = (torch.randn_like(out), torch.randn(lse.shape), out, lse, *problem, needs)
+    torch.library.opcheck(torch.ops.fastxattn.attention_cpu.default, problem.values())
+    out, lse = torch.ops.fastxattn.attention_cpu(*problem.values())
+    needs = sum(bit for name, bit in Problem.bits.items() if getattr(problem, name) is not None)
+    arguments = (torch.randn_like(out), torch.randn(lse.shape), out, lse, *problem.values(), needs)
     torch.library.opcheck(torch.ops.fastxattn.attention_backward_cpu.default, arguments)
 
 
 def test_empty_strides_of_results():
     """What the fakes promise is what the kernel returns: contiguous results, empty ones where nothing was asked."""
     problem = BY_NAME["everything"].problem(torch.float32)
-    out, lse = torch.ops.fastxattn.attention_cpu(*problem)
-    grads = torch.ops.fastxattn.attention_backward_cpu(torch.ones_like(out), None, out, lse, *problem, 1)
+    out, lse = torch.ops.fastxattn.attention_cpu(*problem.values())
+    grads = torch.ops.fastxattn.attention_backward_cpu(torch.ones_like(out), None, out, lse, *problem.values(), 1)
     assert [g.numel() for g in grads[1:]] == [0, 0, 0, 0]
     assert all(t.is_contiguous() for t in (out, lse, *grads))
 
@@ -292,7 +291,7 @@ def test_compile_carries_packed_tokens():
 
 def test_results_do_not_alias_or_change_inputs():
     problem = BY_NAME["everything"].problem(torch.float32)
-    before = [t.clone() if isinstance(t, torch.Tensor) else t for t in problem]
-    results(functools.partial(dispatch.run, "cpu"), problem)
-    for a, b in zip(Problem(*before), problem, strict=True):
+    before = [t.clone() if isinstance(t, torch.Tensor) else t for t in problem.values()]
+    results(functools.partial(backends.run, "cpu"), problem)
+    for a, b in zip(before, problem.values(), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

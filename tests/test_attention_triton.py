@@ -11,9 +11,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
 pytest.importorskip("triton")
 
-from fastxattn.ops.attention import dispatch
-from fastxattn.ops.attention.triton import config, launch
-from fastxattn.ops.attention.triton.config import Tile
+from fastxattn.ops.attention import backends
+from fastxattn.ops.attention.triton import launch, tiles
+from fastxattn.ops.attention.triton.tiles import Tile
 from fastxattn.runtime.backend import resolve
 from fastxattn.testing import attention as contract
 from fastxattn.testing.attention import ATTENTION_CASES
@@ -22,7 +22,7 @@ from fastxattn.testing.bounds import checked_accesses
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = range(4 if DEVICE == "cuda" else 1)  # the interpreter can afford one
 BY_NAME = {case.name: case for case in ATTENTION_CASES}
-run = functools.partial(dispatch.run, "triton")
+run = functools.partial(backends.run, "triton")
 
 
 def short(case):
@@ -53,10 +53,10 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def split(monkeypatch):
     """The split-KV schedule for every problem."""
-    monkeypatch.setattr(config, "SPLIT_QUERIES", 10**6)
-    monkeypatch.setattr(config, "SPLIT_LENGTH", 0)
-    monkeypatch.setattr(config, "SPLIT_KEYS", 32)
-    monkeypatch.setattr(config, "MAX_SPLITS", 2)
+    monkeypatch.setattr(tiles, "SPLIT_QUERIES", 10**6)
+    monkeypatch.setattr(tiles, "SPLIT_LENGTH", 0)
+    monkeypatch.setattr(tiles, "SPLIT_KEYS", 32)
+    monkeypatch.setattr(tiles, "MAX_SPLITS", 2)
 
 
 # Known, from an H200: docs/design/gpu.md. In the interpreter, whose exponential is exact, it is inside its budget.
@@ -103,9 +103,9 @@ def test_junk_in_a_valid_row_stays_in_rows_that_see_it(where, junk):
     problem = short(BY_NAME["range"]).problem(torch.float32)
     t = getattr(problem, where).clone()
     t[20 if where == "query" else 100, 1, 2] = junk  # both in the last sequence
-    problem = problem._replace(**{where: t})
-    found = contract.results(run, problem._replace(**{k: v.to(DEVICE) for k, v in problem._asdict().items()
-                                                      if isinstance(v, torch.Tensor)}))  # fmt: skip
+    problem = problem.replace(**{where: t})
+    tensors = {name: t for name in problem.tensors if (t := getattr(problem, name)) is not None}
+    found = contract.results(run, problem.replace(**{name: t.to(DEVICE) for name, t in tensors.items()}))
     wanted = contract.results(contract.run_reference, contract.in_float64(problem))
     for name, value in found.items():
         assert torch.equal(value.isfinite().cpu(), wanted[name].isfinite()), name
@@ -123,12 +123,12 @@ def test_split_keys_are_blind_to_neighbours(split):
 
 def test_one_schedule_for_every_batch_when_determinism_is_asked_for(monkeypatch):
     """Averages that say to cut the keys of the first sequence alone, and not beside the second."""
-    monkeypatch.setattr(config, "SPLIT_QUERIES", 4)
-    monkeypatch.setattr(config, "SPLIT_LENGTH", 64)
-    monkeypatch.setattr(config, "SPLIT_KEYS", 32)
+    monkeypatch.setattr(tiles, "SPLIT_QUERIES", 4)
+    monkeypatch.setattr(tiles, "SPLIT_LENGTH", 64)
+    monkeypatch.setattr(tiles, "SPLIT_KEYS", 32)
     case = contract.AttentionCase("", (2, 20), (70, 65), heads=1, kv_heads=1, head_dim=16, value_dim=16)
     problem = case.problem(torch.float32, DEVICE)
-    assert config.splits_for(2, 70, 1, 1) > 1 == config.splits_for(22, 135, 2, 1)
+    assert tiles.splits_for(2, 70, 1, 1) > 1 == tiles.splits_for(22, 135, 2, 1)
     torch.use_deterministic_algorithms(True)
     try:
         contract.check_neighbours(run, problem)
@@ -141,16 +141,17 @@ def test_many_sequences():
     lengths = torch.zeros(70_000, dtype=torch.int32)
     lengths[[0, 35_000, 69_999]] = torch.tensor([3, 40, 5], dtype=torch.int32)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()]).to(DEVICE)
-    assert launch.tiles(48, 70_000, 1, 32) == 70_001
+    assert launch.count_tiles(48, 70_000, 1, 32) == 70_001
     few = offsets[[0, 1, 35_001, 70_000]]  # the same tokens without the empty sequences
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(48, 1, 16, generator=g).to(DEVICE) for _ in range(3))
-    problem = contract.Problem(q, k, v, few, few, scale=0.25)
+    tokens = {"query": q, "key": k, "value": v}
+    problem = contract.Problem(**tokens, cu_seqlens_q=few, cu_seqlens_k=few, scale=0.25)
     wanted, _ = run(problem)
     starts = offsets[:-1].long() // 32 + torch.arange(70_000, device=DEVICE)
     assert bool((starts.diff() > 0).all()), "tile numbers of two sequences overlap"
     if DEVICE == "cuda":  # 70 001 programs: hours in the interpreter
-        found, _ = run(problem._replace(cu_seqlens_q=offsets, cu_seqlens_k=offsets))
+        found, _ = run(problem.replace(cu_seqlens_q=offsets, cu_seqlens_k=offsets))
         assert torch.equal(found, wanted)
 
 
@@ -176,11 +177,11 @@ def test_accesses_outside_a_tensor_are_found():
 def test_refusals():
     problem = BY_NAME["dense"].problem(torch.float64, DEVICE)
     with pytest.raises(RuntimeError, match="float64"):
-        resolve("attention", dispatch.BACKENDS, problem, "triton")
+        resolve("attention", backends.BACKENDS, problem, "triton")
 
 
 def test_schedule_depends_on_shapes_alone():
-    assert config.splits_for(32 * 8, 4096 * 8, 8, 1) == 32  # Q-Former
-    assert config.splits_for(1024, 1024, 1, 1) == 1
-    assert config.splits_for(32 * 8, 256 * 8, 8, 1) == 1
-    assert config.splits_for(16, 16 * 2048, 16, 4) == 32  # decode, grouped heads
+    assert tiles.splits_for(32 * 8, 4096 * 8, 8, 1) == 32  # Q-Former
+    assert tiles.splits_for(1024, 1024, 1, 1) == 1
+    assert tiles.splits_for(32 * 8, 256 * 8, 8, 1) == 1
+    assert tiles.splits_for(16, 16 * 2048, 16, 4) == 32  # decode, grouped heads

@@ -122,7 +122,7 @@ def test_cpu(feature, dtype):
 def test_triton(feature, dtype, monkeypatch):
     pytest.importorskip("triton")
     from fastxattn.ops.attention.triton import launch
-    from fastxattn.ops.attention.triton.config import Tile
+    from fastxattn.ops.attention.triton.tiles import Tile
     from fastxattn.ops.co_attention import kernels_triton
 
     if TRITON_DEVICE == "cuda":

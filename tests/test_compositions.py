@@ -52,7 +52,7 @@ BROKEN = {
     "tangents of 0": ("fastxattn.runtime.operators.KernelFunction.jvp", no_tangent, "varlen_cross_attention",
                       "forward mode"),
     "no gradient": ("fastxattn.ops.retrieval.api.derivative_wanted", lambda *t: False, "topk_similarity", "eager"),
-    "another's gradient": ("fastxattn.ops.attention.autograd.NEEDS",
+    "another's gradient": ("fastxattn.ops.attention.problem.Problem.bits",
                            {"key": 1, "query": 2, "value": 4, "key_bias": 8, "bias": 16},
                            "MultiheadCrossAttention, value", "eager"),
 }  # fmt: skip

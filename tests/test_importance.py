@@ -81,7 +81,7 @@ def small_tiles(monkeypatch):
     """In the interpreter, several tiles each way even for short sequences, and no access outside a tensor."""
     pytest.importorskip("triton")
     from fastxattn.ops.attention.triton import launch
-    from fastxattn.ops.attention.triton.config import Tile
+    from fastxattn.ops.attention.triton.tiles import Tile
     from fastxattn.ops.importance import kernels_triton
 
     if TRITON_DEVICE == "cuda":
@@ -224,7 +224,7 @@ def test_nan_weight_of_a_query_reaches_only_the_keys_it_sees():
     problem = make(torch.float32, lengths_q=(3, 70), lengths_k=(40, 130), kv_range=False, row_weight=1)
     ranges = torch.tensor([[0, 40]] * 3 + [[0, 130]] * 70 + [[0, 0]] * 2, dtype=torch.int32)
     ranges[1], ranges[2], ranges[50] = torch.tensor([7, 7]), torch.tensor([0, 5]), torch.tensor([100, 120])
-    _, lse = attention_reference(*problem.replace(kv_range=ranges).attention().values())
+    _, lse = attention_reference(problem.replace(kv_range=ranges).attention())
     weight = problem.row_weight.clone()
     weight[[1, 2, 50]] = float("nan")
     problem = problem.replace(kv_range=ranges, lse=lse, row_weight=weight)

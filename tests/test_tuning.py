@@ -14,9 +14,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastxattn import tune
-from fastxattn.ops.attention import dispatch
+from fastxattn.ops.attention import backends
 from fastxattn.ops.attention.problem import Problem
-from fastxattn.ops.attention.triton import config
+from fastxattn.ops.attention.triton import tiles
 from fastxattn.runtime import tuning
 
 
@@ -40,8 +40,8 @@ def test_the_fastest_candidate_is_kept_and_read_back(cache):
     best = tuning.tune("attention.forward.plain.64", [(128, 128, 8, 2), *seconds], measure, "cpu")
     assert best == (32, 32, 4, 1)
     device = torch.device("cpu")
-    assert tuning.tuned("attention", "forward", "plain", 64, device, config.Tile) == config.Tile(32, 32, 4, 1)
-    assert tuning.tuned("attention", "forward", "plain", 128, device, config.Tile) is None
+    assert tuning.tuned("attention", "forward", "plain", 64, device, tiles.Tile) == tiles.Tile(32, 32, 4, 1)
+    assert tuning.tuned("attention", "forward", "plain", 128, device, tiles.Tile) is None
     tuning.tune("attention.forward.plain.128", seconds, measure, "another card")
     assert set(json.loads(cache.read_text())) == {"cpu", "another card"}
 
@@ -86,7 +86,7 @@ WRONG = {  # name -> value of an entry, words
 
 
 def found(kind="plain"):
-    return tuning.tuned("attention", "forward", kind, 64, torch.device("cpu"), config.Tile)
+    return tuning.tuned("attention", "forward", kind, 64, torch.device("cpu"), tiles.Tile)
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def test_valid_entries_beside_a_wrong_one_are_used(cache, name):
     bad = {"attention.forward.rich.64": value, "attention.backend.rich.64": "tpu", "attention.backend.x.64": [1] * 4}
     cache.write_text(json.dumps({"a card": 3, "another": [], "cpu": bad | GOOD}))
     with warnings_of_the_cache() as warned:
-        assert found() == config.Tile(32, 32, 4, 1)
+        assert found() == tiles.Tile(32, 32, 4, 1)
         assert found("rich") is None
         assert tuning.preferred("attention", "plain", 64, torch.device("cpu")) == "cuda"
         assert tuning.preferred("attention", "rich", 64, torch.device("cpu")) is None
@@ -236,10 +236,10 @@ def test_a_write_keeps_a_link_and_what_others_wrote(cache, tmp_path):
 def test_every_problem_has_a_tile():
     for itemsize, rich in ((2, False), (2, True), (4, False), (4, True)):
         for dim in (16, 32, 64, 128, 256):
-            for kernel in config.KERNELS if rich else config.KERNELS[:-1]:  # a gradient of bias needs a bias
-                tile = config.pick(kernel, config.kind_of(itemsize, rich), dim)
+            for kernel in tiles.KERNELS if rich else tiles.KERNELS[:-1]:  # a gradient of bias needs a bias
+                tile = tiles.pick(kernel, tiles.kind_of(itemsize, rich), dim)
                 assert min(tile.block_m, tile.block_n) >= 16 and tile.block_n % 4 == 0, (kernel, tile)
-    assert config.SPLIT_KEYS % max(t.block_n for kernel, _, _, t in config.shipped() if kernel == "split") == 0
+    assert tiles.SPLIT_KEYS % max(t.block_n for kernel, _, _, t in tiles.shipped() if kernel == "split") == 0
 
 
 def test_a_measured_backend_comes_first(cache, monkeypatch):
@@ -250,14 +250,14 @@ def test_a_measured_backend_comes_first(cache, monkeypatch):
     tuning.tune("attention.forward.plain.64", [(32, 32, 4, 1)], lambda tile: 1.0, "a card")  # both keep their place
     assert tuning.preferred("attention", "plain", 64, device) == "cuda"
     assert tuning.preferred("attention", "rich", 64, device) is None
-    assert tuning.tuned("attention", "forward", "plain", 64, device, config.Tile) == config.Tile(32, 32, 4, 1)
+    assert tuning.tuned("attention", "forward", "plain", 64, device, tiles.Tile) == tiles.Tile(32, 32, 4, 1)
     with FakeTensorMode():
         x, offsets = torch.empty(8, 2, 64, device="cuda", dtype=torch.float16), torch.empty(2, device="cuda")
-        problem = Problem(x, x, x, offsets, offsets)
-        assert dispatch.in_order(problem)[0].name == "cuda"
-        rich = problem._replace(kv_range=offsets)
-        assert dispatch.in_order(rich) == dispatch.BACKENDS
-        assert {b.name for b in dispatch.in_order(problem)} == {b.name for b in dispatch.BACKENDS}
+        problem = Problem(query=x, key=x, value=x, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+        assert backends.in_order(problem)[0].name == "cuda"
+        rich = problem.replace(kv_range=offsets)
+        assert backends.in_order(rich) == backends.BACKENDS
+        assert {b.name for b in backends.in_order(problem)} == {b.name for b in backends.BACKENDS}
 
 
 def test_a_backend_that_is_no_name_is_ignored(cache):
@@ -296,9 +296,9 @@ def test_tuning_walks_to_the_fastest_neighbour(cache, monkeypatch):
 
 def test_a_trial_comes_before_the_cache(cache):
     with tuning.trying("attention.forward.plain.64", (16, 16, 4, 1)):
-        tile = tuning.tuned("attention", "forward", "plain", 64, torch.device("cpu"), config.Tile)
-    assert tile == config.Tile(16, 16, 4, 1)
-    assert tuning.tuned("attention", "forward", "plain", 64, torch.device("cpu"), config.Tile) is None
+        tile = tuning.tuned("attention", "forward", "plain", 64, torch.device("cpu"), tiles.Tile)
+    assert tile == tiles.Tile(16, 16, 4, 1)
+    assert tuning.tuned("attention", "forward", "plain", 64, torch.device("cpu"), tiles.Tile) is None
 
 
 def test_tuning_needs_a_gpu_and_a_known_kernel():
@@ -316,6 +316,6 @@ def test_every_key_has_a_problem_of_its_kind():
         problem = tune.problem_of(kernel, kind, 16, "cpu") if op == "attention" else None
         if problem is not None:
             rich = any(t is not None for t in (problem.kv_range, problem.key_bias, problem.bias))
-            assert config.kind_of(problem.query.element_size(), rich) == kind, key
+            assert tiles.kind_of(problem.query.element_size(), rich) == kind, key
             sizes = (problem.query.shape[0], problem.key.shape[0], 16, 1)
-            assert (config.splits_for(*sizes) > 1) == (kernel == "split")
+            assert (tiles.splits_for(*sizes) > 1) == (kernel == "split")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastxattn.ops.attention import dispatch as attention_dispatch
+from fastxattn.ops.attention import backends as attention_backends
 from fastxattn.testing import attention as contract
 from fastxattn.testing import measure_error
 from fastxattn.testing.budget import largest, of_few
@@ -168,7 +168,7 @@ def attention_problem(draw: Draw) -> tuple[str, contract.Problem]:
 
 def attention_results(problem: contract.Problem, backend: str) -> dict[str, Tensor]:
     """Results and gradients of attention."""
-    return contract.results(functools.partial(attention_dispatch.run, backend), problem)
+    return contract.results(functools.partial(attention_backends.run, backend), problem)
 
 
 def judge_attention(draw: Draw, backend: str) -> tuple[str, Judgement]:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fastxattn.distributed.agreement import Agreement, Value, agree, announced, plain
 from fastxattn.distributed.collectives import Group, SumBackward, SumForward, guarded, world_size
+from fastxattn.ops.arguments import default_scale
 from fastxattn.ops.attention import checks, varlen_cross_attention
-from fastxattn.ops.attention.dispatch import prepare
+from fastxattn.ops.attention.backends import prepare
+from fastxattn.ops.attention.problem import Problem
 from fastxattn.runtime import env
 
 
@@ -87,7 +89,16 @@ def _agreement(
     with announced("context_parallel_attention", query, group) if compare else nullcontext():
         for name, x in (("query", query), ("key", key), ("value", value)):
             plain(name, x)
-        p = prepare(query, key, value, cu_seqlens_q, cu_seqlens_k, *[None] * 7, scale, 0.0, 0.0, None)
+        p = prepare(
+            Problem(
+                query=query,
+                key=key,
+                value=value,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                scale=default_scale(query, scale),
+            )
+        )
         checks.check_shapes(p)
         if not compare:
             recording = torch.is_grad_enabled()

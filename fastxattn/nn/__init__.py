@@ -11,7 +11,6 @@ from fastxattn.nn.projected import ContextKV
 from fastxattn.nn.projector import VisualProjector, pixel_shuffle
 from fastxattn.nn.pruner import TokenPruner
 from fastxattn.nn.qformer import QFormer, QFormerLayer
-from fastxattn.nn.ranges import media_ranges, time_ranges
 from fastxattn.nn.temporal import TemporalCrossAttention
 
 __all__ = [
@@ -34,7 +33,5 @@ __all__ = [
     "TemporalCrossAttention",
     "TokenPruner",
     "VisualProjector",
-    "media_ranges",
     "pixel_shuffle",
-    "time_ranges",
 ]

@@ -55,8 +55,8 @@ class GatedCrossAttentionBlock(nn.Module):
         x = x + tanh(alpha_cross_attn) * attention(norm(x), images)     0 for tokens that see no image
         x = x + tanh(alpha_dense) * mlp(norm(x))
 
-    Which images a token sees is ``kv_range``: :func:`fastxattn.nn.media_ranges` makes it from media locations, and
-    keys outside of all ranges cost nothing. Parameters and ``state_dict`` of Hugging Face's
+    Which images a token sees is ``kv_range``: :func:`fastxattn.ranges.media_kv_range` makes it from media locations,
+    and keys outside of all ranges cost nothing. Parameters and ``state_dict`` of Hugging Face's
     ``IdeficsGatedCrossAttentionLayer``.
 
     Args:

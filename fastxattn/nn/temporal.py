@@ -7,8 +7,7 @@ import torch
 from fastxattn.nn.multihead import MultiheadCrossAttention
 from fastxattn.nn.packing import Layout, Tokens, pack
 from fastxattn.nn.projected import Absorb
-from fastxattn.nn.ranges import time_ranges
-from fastxattn.ops.attention.ranges import check_limit
+from fastxattn.ranges import check_limit, timestamp_kv_range
 
 
 class TemporalCrossAttention(MultiheadCrossAttention):
@@ -61,7 +60,7 @@ class TemporalCrossAttention(MultiheadCrossAttention):
             query: (batch, Lq, embed_dim) or PackedTokens.
             context: (batch, Lk, kdim) or PackedTokens.
             query_times: (batch, Lq) for padded queries, (total_q,) for packed ones; floating or integer, compared
-                exactly (:func:`fastxattn.ops.attention.ranges.timestamp_kv_range`).
+                exactly (:func:`fastxattn.ranges.timestamp_kv_range`).
             context_times: (batch, Lk) or (total_k,), ascending within each sequence.
             query_mask: (batch, Lq) boolean, True = valid token.
             context_mask: (batch, Lk) boolean.
@@ -71,11 +70,11 @@ class TemporalCrossAttention(MultiheadCrossAttention):
         """
         packed, layout = pack(query, query_mask, name="query")
         features, context_layout = pack(context, context_mask, name="context")
-        ranges = time_ranges(
+        ranges = timestamp_kv_range(
             _packed_times("query_times", query_times, layout),
-            packed,
             _packed_times("context_times", context_times, context_layout),
-            features,
+            packed.cu_seqlens,
+            features.cu_seqlens,
             self.before,
             self.after,
         )

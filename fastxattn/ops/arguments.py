@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 import typing
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 from torch.compiler import is_compiling
 from typing_extensions import Self, dataclass_transform
+
+from fastxattn.ops.numbers import LARGEST
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool", str: "str"}
 _Problem = TypeVar("_Problem", bound="type[Arguments]")
@@ -32,6 +35,11 @@ def size(**options: Any) -> Any:
     return dataclasses.field(metadata={"schema": "SymInt"}, **options)
 
 
+def number(low: float = -math.inf, below: float = math.inf, **options: Any) -> Any:
+    """A number that is finite in float32, at least ``low`` and less than ``below``; ``options`` as above."""
+    return dataclasses.field(metadata={"limits": (low, below)}, **options)
+
+
 class Arguments:
     """Base of problems; :func:`problem` fills the class variables."""
 
@@ -43,6 +51,9 @@ class Arguments:
     """Fields that hold anything else."""
     bits: ClassVar[dict[str, int]]
     """Differentiable fields, each with its bit in the backward operator's ``needs``."""
+    limits: ClassVar[dict[str, tuple[float, float]]]
+    """Fields made by :func:`number`, each with its ``low`` and ``below``."""
+    _ends: ClassVar[tuple[tuple[str, float, float], ...]]
     _get: ClassVar[Callable[[Any], tuple[Any, ...]]]
 
     def values(self) -> tuple[Any, ...]:
@@ -53,7 +64,15 @@ class Arguments:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with these fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return type(self)(**(dict(zip(self.names, self.values(), strict=True)) | changes))
+
+    def plain_numbers(self) -> bool:
+        """Whether every field made by :func:`number` holds a float within its limits, which a kernel takes as it is."""
+        for name, low, high in self._ends:
+            x = getattr(self, name)
+            if type(x) is not float or not low <= x <= high:
+                return False
+        return True
 
     def differentiated(self) -> tuple[Tensor | None, ...]:
         """The tensors that may get a gradient."""
@@ -110,7 +129,7 @@ class Arguments:
         return cls(**fields, **ctx.numbers), tuple(saved[count:])
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(differentiable, size))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(differentiable, size, number))
 def problem(cls: _Problem) -> _Problem:
     """Make a subclass of :class:`Arguments` a frozen dataclass with keyword arguments and fill its class variables."""
     made: Any = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
@@ -119,6 +138,11 @@ def problem(cls: _Problem) -> _Problem:
     made.tensors = tuple(n for n in made.names if hints[n] in (Tensor, Tensor | None))
     made.numbers = tuple(n for n in made.names if n not in made.tensors)
     made.bits = {name: 1 << i for i, name in enumerate(f.name for f in fields if f.metadata.get("gradient"))}
+    made.limits = {f.name: f.metadata["limits"] for f in fields if "limits" in f.metadata}
+    made._ends = tuple(
+        (name, max(low, -LARGEST), min(math.nextafter(below, -math.inf), LARGEST))
+        for name, (low, below) in made.limits.items()
+    )
     made._get = operator.attrgetter(*made.names)
     made.__init__ = _quick(made.__init__)
     return made  # type: ignore[no-any-return]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastxattn.ops.arguments import Arguments
+from fastxattn.ops.numbers import check_within
 from fastxattn.ops.offsets import check_dense
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,6 +39,12 @@ def check_wide(name: str, t: Tensor, query: Tensor, query_name: str = "query") -
     wide = torch.promote_types(query.dtype, torch.float32)
     if t.dtype != wide:
         raise TypeError(f"{name} must be {wide} beside a {query.dtype} {query_name}; got {t.dtype}")
+
+
+def check_numbers(problem: Arguments) -> None:
+    """Refuse numbers outside the limits of their fields."""
+    for name, (low, below) in problem.limits.items():
+        check_within(name, getattr(problem, name), low, below)
 
 
 def check_int32(name: str, t: Tensor) -> None:

@@ -40,6 +40,20 @@ def check_number(name: str, value: object, rule: str = "be finite", accepts: Cal
     return float(value)
 
 
+def check_within(name: str, value: object, low: float = -math.inf, below: float = math.inf) -> None:
+    """Refuse what is no finite number in [low, below); a tensor too, for it would get no gradient."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not isinstance(value, numbers.Real):
+        return  # symbolic, of a traced program
+    x = float_of(value)
+    if not max(low, -LARGEST) <= x <= LARGEST:
+        overflows = " (infinite in float32)" if LARGEST < abs(x) < math.inf else ""
+        raise ValueError(f"{name} must be finite{'' if low < 0 else ' and at least 0'}; got {x}{overflows}")
+    if x >= below:
+        raise ValueError(f"{name} must be less than {below:g}; got {value}")
+
+
 def check_count(name: str, k: object) -> None:
     """Refuse a ``k`` that is no whole number of at least 1."""
     if isinstance(k, bool) or not isinstance(k, (numbers.Integral, torch.SymInt)) or k < 1:

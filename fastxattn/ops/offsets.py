@@ -1,4 +1,4 @@
-"""What every room says of wrong offsets, in the same words."""
+"""Shared validation of ``cu_seqlens`` and of other one-axis integer tensors."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ def check_dense(name: str, t: Tensor) -> None:
     """Refuse sparse, mkldnn and jagged tensors, which no kernel reads."""
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got one of {t.layout}")
+
+
+def check_tensor(name: str, t: object) -> None:
+    """Refuse what is no dense tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+    check_dense(name, t)
+
+
+def check_integer_tensor(name: str, t: object, dtype: torch.dtype | None = None) -> None:
+    """That ``t`` is a one-axis integer tensor, of ``dtype`` when given."""
+    check_tensor(name, t)
+    assert isinstance(t, Tensor)
+    if t.is_floating_point() or t.dtype == torch.bool or (dtype is not None and t.dtype != dtype):
+        raise TypeError(f"{name} must be {'an integer tensor' if dtype is None else dtype}; got {t.dtype}")
+    if t.ndim != 1:
+        raise ValueError(f"{name} must have one axis; got shape {tuple(t.shape)}")
 
 
 def check_offsets(name: str, offsets: object, rows: int) -> None:

@@ -1,11 +1,12 @@
-"""Nodes of the domain ``fastxattn`` for torch's exporter, shared by the ``ops/<op>/onnx.py``."""
+"""Nodes of the fastxattn domain for torch's exporter: what every ``ops/<op>/onnx.py`` shares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from onnx import TensorProto
+import onnx
 from onnx.defs import OpSchema
 from onnxscript import OnnxFunction, values
 
@@ -24,7 +25,7 @@ _TYPES = {
 
 
 def node(function: OnnxFunction) -> values.Op:
-    """The operator that ``function`` is the portable body of, called where a graph needs its node.
+    """The operator that ``function`` is the portable body of, to be called where a graph needs its node.
 
     Calling the function itself would make the exporter inline it.
     """
@@ -48,18 +49,30 @@ def node(function: OnnxFunction) -> values.Op:
     return values.Op(DOMAIN, function.name, schema)
 
 
-def translation(problem: type[Arguments], made: values.Op, **absent: TensorProto) -> Callable[..., Any]:
-    """What torch's exporter calls for an operator with this problem's arguments: it writes the node.
+def call(node: values.Op, problem: Arguments, empty: Mapping[str, onnx.TensorProto]) -> Any:
+    """``node`` on the problem's fields: tensors are inputs, in order, and numbers attributes.
 
     Args:
-        problem: its tensors are the node's inputs, its numbers the attributes.
-        made: the node.
-        absent: the empty tensor that stands for None, by input; int32 with one axis where none is given.
+        node: as from :func:`node`; fields that it does not have are left out.
+        problem: holds symbolic values.
+        empty: by input, the constant that stands for an absent tensor; an empty int32 vector for all others.
     """
+    schema = node.op_schema
+    assert schema is not None
+    inputs = [given(getattr(problem, i.name), empty.get(i.name, NO_INTS)) for i in schema.inputs]
+    return node(*inputs, **{name: getattr(problem, name) for name in schema.attributes})
 
-    def translate(*arguments: Any) -> Any:
-        by_name = dict(zip(problem.names, arguments, strict=True))
-        inputs = [given(by_name[name], absent.get(name, NO_INTS)) for name in problem.tensors]
-        return made(*inputs, **{name: by_name[name] for name in problem.numbers})
 
-    return translate
+def translation(problem: type[Arguments]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
+    """Decorate a function of a problem as a function of its fields, which is what torch's exporter calls."""
+
+    def decorate(function: Callable[[Any], Any]) -> Callable[..., Any]:
+        def translate(*arguments: Any) -> Any:
+            return function(problem.of(arguments))
+
+        translate.__doc__, translate.__name__ = function.__doc__, function.__name__
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in problem.names]
+        translate.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return translate
+
+    return decorate

@@ -18,8 +18,6 @@ from fastxattn.runtime import backend, env, native
 from fastxattn.runtime.backend import Backend
 from fastxattn.runtime.operators import transforming
 
-LARGEST = torch.finfo(torch.float32).max
-"""Of a number: kernels take it in float32."""
 _CPU = ("auto", "cpu")
 _loaded = False
 _Problem = TypeVar("_Problem")
@@ -77,18 +75,6 @@ def allowed(problem: Any, requested: str) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not transforming()
         and (_loaded or _look())
-    )
-
-
-def sound_numbers(scale: object, softcap: object = 0.0, dropout_p: object = 0.0) -> bool:
-    """Whether these are plain floats in their ranges; anything else is for the validated path to name or convert."""
-    return (
-        type(scale) is float
-        and type(softcap) is float
-        and type(dropout_p) is float
-        and -LARGEST <= scale <= LARGEST
-        and 0.0 <= softcap <= LARGEST
-        and 0.0 <= dropout_p < 1.0
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from fastxattn.testing.budget import ErrorReport, assert_together, measure_error
 
 Run = Callable[[Problem], tuple[Tensor, Tensor]]
 Expected = tuple[dict[str, Tensor], dict[str, Tensor]]
-DIFFERENTIABLE = ("query", "key", "value", "key_bias", "bias")
+DIFFERENTIABLE = tuple(Problem.bits)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class AttentionCase:
     key_bias: str = ""  # row, head or ""
     bias: tuple[int, int, int, int] | None = None  # which axes are full (1) and which broadcast (0)
     key_index: bool = False  # keys are a shuffled part of the rows
-    padded: bool = False  # rows in a padded layout, tokens there by a random pattern
+    padded: bool = False  # rows in a padded layout, valid tokens in a random pattern
 
     def __str__(self) -> str:
         return self.name
@@ -62,19 +63,29 @@ class AttentionCase:
         key_bias = bias = None
         if self.key_bias:
             shape: tuple[int, ...] = (side_k.rows,) if self.key_bias == "row" else (side_k.rows, self.heads)
-            key_bias = torch.randn(shape, generator=g).to(device, wide)
+            key_bias = torch.randn(shape, generator=g).to(wide)
         if self.bias is not None:
             full = (batch, self.heads, side_q.place, side_k.place)
             shape = tuple(n if on else 1 for n, on in zip(full, self.bias, strict=True))
-            bias = torch.randn(shape, generator=g).to(device, dtype)
-        ranges = _ranges(self.kv_range, side_q, self.lengths_k, g)
-        seed_tensor = torch.randint(-(2**62), 2**62, (1,), generator=g) if self.dropout_p else None
-        return Problem(
-            query.to(device, dtype), key.to(device, dtype), value.to(device, dtype),
-            side_q.offsets.to(device), side_k.offsets.to(device), _to(side_q.used, device), _to(side_k.used, device),
-            _to(side_q.index, device), _to(side_k.index, device), _to(ranges, device), key_bias, bias,
-            self.head_dim**-0.5, self.softcap, self.dropout_p, _to(seed_tensor, device),
-        )  # fmt: skip
+            bias = torch.randn(shape, generator=g).to(dtype)
+        tensors: dict[str, Tensor | None] = {
+            "query": query.to(dtype),
+            "key": key.to(dtype),
+            "value": value.to(dtype),
+            "cu_seqlens_q": side_q.offsets,
+            "cu_seqlens_k": side_k.offsets,
+            "seqused_q": side_q.used,
+            "seqused_k": side_k.used,
+            "query_index": side_q.index,
+            "key_index": side_k.index,
+            "kv_range": _ranges(self.kv_range, side_q, self.lengths_k, g),
+            "key_bias": key_bias,
+            "bias": bias,
+            "dropout_seed": torch.randint(-(2**62), 2**62, (1,), generator=g) if self.dropout_p else None,
+        }
+        moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in tensors.items()}
+        numbers = {name: getattr(self, name) for name in Problem.numbers if name != "scale"}
+        return Problem(**moved, scale=self.head_dim**-0.5, **numbers)
 
 
 _RAGGED_Q, _RAGGED_K = (5, 0, 77, 1, 33, 16), (64, 33, 0, 200, 129, 7)
@@ -104,19 +115,26 @@ ATTENTION_CASES = (
     AttentionCase("bias_keys", _RAGGED_Q, _RAGGED_K, padded=True, bias=(1, 0, 0, 1)),
     AttentionCase("dropout", _RAGGED_Q, _RAGGED_K, dropout_p=0.3),
     AttentionCase(
-        "everything", _RAGGED_Q, _RAGGED_K, heads=6, kv_heads=2, head_dim=48, value_dim=40, softcap=5.0, dropout_p=0.2,
-        kv_range="random", key_bias="head", bias=(1, 1, 1, 1), padded=True,
+        "everything",
+        _RAGGED_Q,
+        _RAGGED_K,
+        heads=6,
+        kv_heads=2,
+        head_dim=48,
+        value_dim=40,
+        softcap=5.0,
+        dropout_p=0.2,
+        kv_range="random",
+        key_bias="head",
+        bias=(1, 1, 1, 1),
+        padded=True,
     ),
-)  # fmt: skip
+)
 NEIGHBOURS = AttentionCase(
     "neighbours", (1, 70, 33, 3, 20, 32), (1100, 1024, 1030, 40, 1023, 1600), heads=2, kv_heads=1
 )
 """For :func:`check_neighbours`: few rows and many, few keys and many, whose averages are neither, so that a schedule
 that is chosen for the whole batch gives a sequence other bits than alone."""
-
-
-def _to(t: Tensor | None, device: str) -> Tensor | None:
-    return None if t is None else t.to(device)
 
 
 @dataclass(frozen=True)
@@ -136,7 +154,7 @@ def _side(lengths: tuple[int, ...], padded: bool, shuffled: bool, g: torch.Gener
     if padded:
         width = longest + 3
         index = torch.cat([torch.randperm(width, generator=g).int() + b * width for b in range(batch)])
-        for b, n in enumerate(lengths):  # tokens that are there keep their order
+        for b, n in enumerate(lengths):  # valid tokens keep their order
             index[b * width : b * width + n] = index[b * width : b * width + n].sort().values
         offsets = torch.arange(batch + 1, dtype=torch.int32) * width
         return _Side(offsets, torch.tensor(lengths, dtype=torch.int32), index, batch * width, width, lengths)
@@ -212,7 +230,7 @@ def results(run: Run, problem: Problem, *, backward: bool = True, seed: int = 1)
     """Out and lse, and with ``backward`` the gradient of every differentiable input under random cotangents."""
     given = {name: t for name in DIFFERENTIABLE if (t := getattr(problem, name)) is not None}
     leaves = {name: t.detach().clone().requires_grad_(backward) for name, t in given.items()}
-    out, lse = run(problem._replace(**leaves))
+    out, lse = run(problem.replace(**leaves))
     found = {"out": out.detach(), "lse": lse.detach()}
     if backward:
         g = torch.Generator().manual_seed(seed)
@@ -225,12 +243,12 @@ def results(run: Run, problem: Problem, *, backward: bool = True, seed: int = 1)
 def in_float64(problem: Problem) -> Problem:
     """The same problem with its rounded inputs in float64."""
     wider = {n: t.double() for n in DIFFERENTIABLE if (t := getattr(problem, n)) is not None}
-    return problem._replace(**wider)
+    return problem.replace(**wider)
 
 
 def run_reference(problem: Problem) -> tuple[Tensor, Tensor]:
     """The oracle as a ``run``."""
-    return attention_reference(*problem)
+    return attention_reference(problem)
 
 
 def expectations(problem: Problem, *, backward: bool = True) -> Expected:
@@ -251,13 +269,13 @@ def check_budget(run: Run, problem: Problem, *, backward: bool = True, expected:
 
 def reports(
     run: Run, problem: Problem, *, backward: bool = True, expected: Expected | None = None
-) -> list[ErrorReport]:  # fmt: skip
+) -> list[ErrorReport]:
     """The error of every result, for :func:`check_budget`."""
-    ours = results(run, problem, backward=backward)
+    actual_results = results(run, problem, backward=backward)
     oracle, eager = expected or expectations(problem, backward=backward)
-    assert ours["out"].dtype == problem.query.dtype
+    assert actual_results["out"].dtype == problem.query.dtype
     found = []
-    for name, actual in ours.items():
+    for name, actual in actual_results.items():
         if name.startswith("grad_"):
             assert actual.dtype == getattr(problem, name[5:]).dtype, f"{name} is {actual.dtype}"
         found.append(measure_error(name, actual, oracle[name], eager[name], backward=name.startswith("grad_")))
@@ -301,7 +319,7 @@ def check_unseen(run: Run, problem: Problem, junk: float = float("nan"), *, back
         t = getattr(problem, name)
         if t is not None:
             dirty[name] = torch.where(seen.reshape(-1, *(1,) * (t.ndim - 1)), t, junk)
-    soiled = results(run, problem._replace(**dirty), backward=backward)  # type: ignore[arg-type]
+    soiled = results(run, problem.replace(**dirty), backward=backward)
     for name, t in soiled.items():
         kept = clean[name][clean[name].isfinite()]
         slack = 8 * torch.finfo(t.dtype).eps * float(kept.abs().max()) if kept.numel() else 0.0
@@ -327,10 +345,8 @@ def check_neighbours(run: Run, problem: Problem, *, backward: bool = True) -> No
     g = torch.Generator().manual_seed(1)
     shapes = (whole["out"].shape, whole["lse"].shape)
     d_out, d_lse = (torch.randn(s, generator=g).to(problem.query.dtype) for s in shapes)
-    bounds = zip(
-        problem.cu_seqlens_q.tolist(), problem.cu_seqlens_q.tolist()[1:],
-        problem.cu_seqlens_k.tolist(), problem.cu_seqlens_k.tolist()[1:], strict=False,
-    )  # fmt: skip
+    offsets_q, offsets_k = problem.cu_seqlens_q.tolist(), problem.cu_seqlens_k.tolist()
+    bounds = zip(offsets_q, offsets_q[1:], offsets_k, offsets_k[1:], strict=False)
     for b, (q0, q1, k0, k1) in enumerate(bounds):
         parts = {
             n: getattr(problem, n)[q0:q1].clone() for n in ("query", "kv_range") if getattr(problem, n) is not None
@@ -343,7 +359,7 @@ def check_neighbours(run: Run, problem: Problem, *, backward: bool = True) -> No
             "cu_seqlens_q": torch.tensor([0, q1 - q0], dtype=torch.int32, device=problem.query.device),
             "cu_seqlens_k": torch.tensor([0, k1 - k0], dtype=torch.int32, device=problem.query.device),
         }
-        out, lse = run(problem._replace(**parts, **offsets))  # type: ignore[arg-type]
+        out, lse = run(problem.replace(**parts, **offsets))
         assert torch.equal(out, whole["out"][q0:q1]), f"out of sequence {b} depends on its neighbours"
         assert torch.equal(lse, whole["lse"][:, q0:q1]), f"lse of sequence {b} depends on its neighbours"
         if backward:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import fastxattn as fx
 from fastxattn import PackedTokens
 from fastxattn import nn as fnn
 from fastxattn.nn.qformer import encode
@@ -175,12 +176,12 @@ def open_gates(block: nn.Module) -> nn.Module:
 
 
 def media(_: Any, x: Inputs) -> Any:
-    return fnn.media_ranges(x["media"], 3)
+    return fx.ranges.media_kv_range(x["media"], None, 3)
 
 
 def times(_: Any, x: Inputs) -> Any:
     q, k = PackedTokens(x["query"], x["cu_q"], 8), PackedTokens(x["context"], x["cu_k"], 8)
-    return fnn.time_ranges(x["query_times"], q, x["context_times"], k, 0.5, 0.5)
+    return fx.ranges.timestamp_kv_range(x["query_times"], x["context_times"], q.cu_seqlens, k.cu_seqlens, 0.5, 0.5)
 
 
 def _modules() -> list[Row]:
@@ -228,8 +229,8 @@ MODULES = [
     Row("VisualProjector", ("VisualProjector",), grid_tokens, grids,
         functools.partial(fnn.VisualProjector, DIM, WIDTH, shuffle=2)),
     Row("pixel_shuffle", ("pixel_shuffle",), grid_tokens, shuffle),
-    Row("media_ranges", ("media_ranges",), lambda m, n: {"media": m.rows(2, 5 + n) > 0}, media, derivative=False),
-    Row("time_ranges", ("time_ranges",), timed(True), times, derivative=False),
+    Row("media_kv_range, padded", ("ranges",), lambda m, n: {"media": m.rows(2, 5 + n) > 0}, media, derivative=False),
+    Row("timestamp_kv_range, packed tokens", ("ranges",), timed(True), times, derivative=False),
     Row("InfoNCELoss", ("InfoNCELoss",), scaled, lambda m, x: m(x["a"], x["b"], x["scale"]), fnn.InfoNCELoss,
         same=(LOSS,)),
     Row("SigmoidLoss", ("SigmoidLoss",), pairs, lambda m, x: m(x["a"], x["b"], x["scale"], x["bias"]),

@@ -9,7 +9,7 @@ import torch
 from simt.attention import runs_on
 from simt.build import Simt
 
-from fastxattn.ops.attention import cuda_launch
+from fastxattn.ops.attention import kernels_cuda
 from fastxattn.testing import attention as contract
 
 CASES = {case.name: case for case in contract.ATTENTION_CASES if case.bias is None and not case.dropout_p}
@@ -55,7 +55,7 @@ def test_nan_stays_with_those_who_see_it(simt: Simt, dtype: torch.dtype) -> None
     value, query = problem.value.clone(), problem.query.clone()
     value[40, 0, 5] = torch.nan
     query[20, 1] = torch.nan
-    soiled = problem._replace(value=value, query=query)
+    soiled = problem.replace(value=value, query=query)
     ours = contract.results(runs_on(simt), soiled)
     oracle = contract.results(contract.run_reference, contract.in_float64(soiled))
     clean = contract.results(runs_on(simt), problem)
@@ -94,7 +94,7 @@ def test_results_do_not_depend_on_the_order_of_threads(simt: Simt, name: str) ->
     ("dtype", "scale"), [(torch.float16, -0.1), (torch.bfloat16, 0.0), (torch.float32, 0.0)], ids=str
 )
 def test_any_scale(simt: Simt, dtype: torch.dtype, scale: float) -> None:
-    contract.check_budget(runs_on(simt), CASES["gqa"].problem(dtype)._replace(scale=scale))
+    contract.check_budget(runs_on(simt), CASES["gqa"].problem(dtype).replace(scale=scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -107,8 +107,8 @@ def test_which_keys_are_cut(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> None
     """Without room for chunks nothing is: the rows whose bits change are those of few rows and many keys."""
     problem = dataclasses.replace(contract.NEIGHBOURS, head_dim=32, value_dim=32).problem(torch.float32)
     cut = contract.results(runs_on(simt), problem, backward=False)
-    monkeypatch.setattr(cuda_launch, "CUT_LENGTH", 10**6)
-    assert cuda_launch.Plan.of(problem).parts() == (None, None)
+    monkeypatch.setattr(kernels_cuda, "CUT_LENGTH", 10**6)
+    assert kernels_cuda.Plan.of(problem).parts() == (None, None)
     whole = contract.results(runs_on(simt), problem, backward=False)
     changed = (cut["lse"] != whole["lse"]).any(0) | (cut["out"] != whole["out"]).flatten(1).any(1)
     offsets = problem.cu_seqlens_q.tolist()
@@ -122,8 +122,8 @@ def test_unaligned_rows_are_read_piecewise(simt: Simt) -> None:
     wide = {
         name: torch.nn.functional.pad(getattr(problem, name), (3, 2))[..., 3:-2] for name in ("query", "key", "value")
     }
-    crooked = problem._replace(**wide)
-    assert cuda_launch.Plan.of(problem).aligned and not cuda_launch.Plan.of(crooked).aligned
+    crooked = problem.replace(**wide)
+    assert kernels_cuda.Plan.of(problem).aligned and not kernels_cuda.Plan.of(crooked).aligned
     expected = contract.results(runs_on(simt), problem)
     for name, t in contract.results(runs_on(simt), crooked).items():
         assert torch.equal(t, expected[name]), name

@@ -60,12 +60,12 @@ def test_results_are_inside_the_error_budget(simt: Simt, name: str, dtype: torch
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0, 0.5])
 def test_any_scale(simt: Simt, scale: float) -> None:
-    contract.check_budget(run(simt), CASES["gqa"].problem(torch.bfloat16)._replace(scale=scale), backward=False)
+    contract.check_budget(run(simt), CASES["gqa"].problem(torch.bfloat16).replace(scale=scale), backward=False)
 
 
 def test_large_scores_do_not_overflow(simt: Simt) -> None:
     problem = CASES["many_tiles"].problem(torch.bfloat16)
-    contract.check_budget(run(simt), problem._replace(query=problem.query * 64), backward=False)
+    contract.check_budget(run(simt), problem.replace(query=problem.query * 64), backward=False)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -108,7 +108,7 @@ def test_foreign_rows_reach_nothing(simt: Simt, name: str, junk: float) -> None:
         dirty = {n: soiled(getattr(problem, n), slice(None), junk) for n in mine}
         for n, rows in (("query", q), ("key", k), ("value", k)):
             dirty[n][rows] = mine[n]
-        got = contract.results(run(simt), problem._replace(**dirty), backward=False)  # type: ignore[arg-type]
+        got = contract.results(run(simt), problem.replace(**dirty), backward=False)  # type: ignore[arg-type]
         assert torch.equal(got["out"][q], clean["out"][q])
         assert torch.equal(got["lse"][:, q], clean["lse"][:, q])
     contract.check_unseen(run(simt), problem, junk, backward=False)
@@ -118,7 +118,7 @@ def test_nan_stays_with_those_who_see_it(simt: Simt) -> None:
     case = contract.AttentionCase("", (40, 40), (140, 140), heads=2, kv_heads=1)
     problem = case.problem(torch.bfloat16)
     value, query = soiled(problem.value, slice(135, 136), torch.nan), soiled(problem.query, slice(50, 51), torch.nan)
-    dirty = problem._replace(value=value, query=query)
+    dirty = problem.replace(value=value, query=query)
     got = contract.results(run(simt), dirty, backward=False)
     oracle = contract.results(contract.run_reference, contract.in_float64(dirty), backward=False)
     for name, t in got.items():
@@ -131,7 +131,7 @@ def test_rows_in_use_and_query_index(simt: Simt) -> None:
     g = torch.Generator().manual_seed(3)
     index = torch.randperm(problem.query.shape[0], generator=g)[: int(problem.cu_seqlens_q[-1])].int()
     used_q, used_k = torch.tensor([5, 0, 170, 0, 20, 33]).int(), torch.tensor([60, 33, 0, 255, 0, 127]).int()
-    limited = problem._replace(seqused_q=used_q, seqused_k=used_k, query_index=index)
+    limited = problem.replace(seqused_q=used_q, seqused_k=used_k, query_index=index)
     contract.check_budget(run(simt), limited, backward=False)
     contract.check_unseen(run(simt), limited, backward=False)
 
@@ -145,7 +145,7 @@ def test_strided_rows(simt: Simt, name: str) -> None:
         t = getattr(problem, n)
         views[n] = torch.cat([t, torch.full_like(t, torch.nan)], 1)[:, : t.shape[1]]
     expected = contract.results(run(simt), problem, backward=False)
-    got = run(simt)(problem._replace(**views))
+    got = run(simt)(problem.replace(**views))
     assert torch.equal(got[0], expected["out"]) and torch.equal(got[1], expected["lse"])
 
 
@@ -170,9 +170,9 @@ def refused() -> dict[str, Problem]:
         "key_index": dataclasses.replace(ragged, key_index=True).problem(torch.float16),
         "wide": dataclasses.replace(ragged, head_dim=256).problem(torch.float16),
         "narrow": dataclasses.replace(ragged, head_dim=32, value_dim=32).problem(torch.float16),
-        "unaligned": plain._replace(**crooked),
+        "unaligned": plain.replace(**crooked),
         "one_query": dataclasses.replace(ragged, lengths_q=(1,) * 6).problem(torch.float16),
-        "expanded": plain._replace(key=plain.key[:, :1].expand(-1, 2, -1)),
+        "expanded": plain.replace(key=plain.key[:, :1].expand(-1, 2, -1)),
     }
     return found
 

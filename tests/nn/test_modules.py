@@ -19,9 +19,9 @@ from fastxattn.nn import (
     SiglipPooler,
     TemporalCrossAttention,
     VisualProjector,
-    media_ranges,
     pixel_shuffle,
 )
+from fastxattn.ranges import media_kv_range
 from fastxattn.testing.parity import compare
 
 pytest.importorskip("transformers")
@@ -120,7 +120,7 @@ def test_gated_block_is_idefics(absorb: Any, qk_norm: bool) -> None:
     original = _random_parameters(IdeficsGatedCrossAttentionLayer(config, layer_idx=0))
     ours = GatedCrossAttentionBlock.from_hf(original, absorb)
     media = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 1, 0, 0]]).bool()
-    ranges = media_ranges(media, 6)
+    ranges = media_kv_range(media, None, 6)
     place = torch.arange(LI)
     seen = (place >= ranges[..., :1]) & (place < ranges[..., 1:])
 

@@ -53,7 +53,7 @@ def _order(problem: Problem) -> tuple[Backend, ...]:
 
 def _fast(problem: Problem) -> tuple[Tensor, Tensor] | None:
     query = problem.query
-    sound = query.dtype != torch.float64 and query.numel() and fast_path.sound_numbers(problem.scale)
+    sound = query.dtype != torch.float64 and query.numel() and problem.plain_numbers()
     return _cpu(problem) if sound else None
 
 

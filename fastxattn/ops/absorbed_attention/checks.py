@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastxattn.ops.absorbed_attention.problem import Problem
-from fastxattn.ops.attention.checks import check_number
-from fastxattn.ops.checks import check_floats, check_int32, check_key_bias, check_tensor
+from fastxattn.ops.checks import check_floats, check_int32, check_key_bias, check_numbers, check_tensor
 from fastxattn.ops.offsets import check_dense, check_offsets, readable
 
 
@@ -18,7 +17,7 @@ def check(problem: Problem, key_index: Tensor | None = None) -> None:
         ValueError: a shape, device, number, offset or index is wrong.
     """
     query, context = problem.query, problem.context
-    check_number("scale", problem.scale)
+    check_numbers(problem)
     for name, t in (("query", query), ("context", context)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")

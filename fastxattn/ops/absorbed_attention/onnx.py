@@ -11,7 +11,7 @@ from onnxscript import opset18 as op
 
 from fastxattn.ops.absorbed_attention.problem import Problem
 from fastxattn.ops.attention.onnx import T
-from fastxattn.ops.onnx_node import DOMAIN, node, translation
+from fastxattn.ops.onnx_node import DOMAIN, call, node, translation
 from fastxattn.ops.onnx_parts import HIDDEN, NO_KEY_BIAS, NO_RANGE, Inside, Poison, Sift, Softmax
 
 
@@ -78,12 +78,12 @@ def AbsorbedAttention(
 
 
 NODE = node(AbsorbedAttention)
-_translate = translation(Problem, NODE, kv_range=NO_RANGE, key_bias=NO_KEY_BIAS)
 
 
-def translate(*arguments):
+@translation(Problem)
+def translate(problem):
     """The node for a call of ``fastxattn::absorbed_attention_<backend>`` met by torch's exporter."""
-    out, lse = _translate(*arguments)
+    out, lse = call(NODE, problem, {"kv_range": NO_RANGE, "key_bias": NO_KEY_BIAS})
     return out, lse, lse  # the third result only serves a backward pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastxattn.ops.arguments import Arguments, differentiable, problem
+from fastxattn.ops.arguments import Arguments, differentiable, number, problem
 
 
 @problem
@@ -17,4 +17,4 @@ class Problem(Arguments):
     cu_seqlens_k: Tensor  # (batch + 1,) int32
     kv_range: Tensor | None = None  # (rows_q, 2) int32
     key_bias: Tensor | None = differentiable(default=None)  # (rows_k,) or (rows_k, heads) float32
-    scale: float = 1.0
+    scale: float = number(default=1.0)

@@ -13,4 +13,4 @@ def absorbed_attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
     """Out (rows_q, heads, width) in the query's dtype and lse (heads, rows_q)."""
     shared = {name: getattr(problem, name) for name in problem.names if name != "context"}
     context = problem.context.unsqueeze(1)
-    return attention_reference(*AttentionProblem(key=context, value=context, **shared).values())
+    return attention_reference(AttentionProblem(key=context, value=context, **shared))

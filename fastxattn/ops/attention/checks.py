@@ -1,8 +1,8 @@
-"""What is wrong with an attention call, said precisely.
+"""Validation of an attention call.
 
 :func:`check_shapes` looks at types, dtypes, shapes and devices only; it also runs on fake tensors while a graph is
-traced, so a comparison of sizes may be symbolic. :func:`check_contents` reads offsets and indices. A plain CPU call
-runs neither: the native operator does its own checks, and only when it refuses do these find the words.
+traced, so a comparison of sizes may be symbolic. :func:`check_contents` reads offsets and indices. The fast path of an
+eager CPU call runs neither: the native operator has checks of its own, and these explain what it refuses.
 
 ``kv_range`` must stay within its sequence: 0 <= start <= end <= keys, for every query token in use. A GPU could not
 refuse it without waiting for the device: there it is clamped, unless ``FASTXATTN_VALIDATE=1``.
@@ -10,38 +10,21 @@ refuse it without waiting for the device: there it is clamped, unless ``FASTXATT
 
 from __future__ import annotations
 
-import math
-import numbers
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastxattn.ops import offsets as offset_checks
 from fastxattn.ops.attention.problem import Problem
-from fastxattn.ops.offsets import check_dense
-
-LARGEST = torch.finfo(torch.float32).max
-"""Of a number: kernels take it in float32."""
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _value(ok: bool | torch.SymBool, message: str) -> None:
-    """ValueError unless ``ok``; on an unbacked symbolic size, a check when the graph runs."""
-    torch._check_value(ok, lambda: message)
-
-
-def _tensor(name: str, t: object, like: Tensor | None = None) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-    check_dense(name, t)
-    if like is not None and t.device != like.device:
-        raise ValueError(f"{name} must be on the device of query, {like.device}; got {t.device}")
-
-
-def _int32(name: str, t: Tensor) -> None:
-    if t.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32; got {t.dtype}")
+from fastxattn.ops.checks import (
+    FLOATS,
+    check_floats,
+    check_int32,
+    check_key_bias,
+    check_numbers,
+    check_tensor,
+    check_value,
+    check_wide,
+)
 
 
 def _shape(t: Tensor) -> str:
@@ -58,33 +41,32 @@ def check_shapes(problem: Problem) -> None:
     _check_tokens(problem)
     _check_offsets(problem)
     _check_biases(problem)
-    _check_numbers(problem)
+    check_numbers(problem)
+    _check_seed(problem)
 
 
 def _check_tokens(problem: Problem) -> None:
-    query, key, value = problem[:3]
-    _tensor("query", query)
+    query, key, value = problem.query, problem.key, problem.value
     for name, t in (("query", query), ("key", key), ("value", value)):
-        _tensor(name, t, query)
-        if t.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {t.dtype}")
-        if t.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}; got {t.dtype}")
+        check_tensor(name, t, query)
+        check_floats(name, t, query)
         if t.ndim != 3:
             dims = "value_dim" if name == "value" else "head_dim"
             raise ValueError(f"{name} must have shape (tokens, heads, {dims}); got {_shape(t)}")
-        _value(t.shape[1] >= 1 and t.shape[2] >= 1, f"{name} must have at least 1 head and 1 channel; got {_shape(t)}")
-    _value(
+        check_value(
+            t.shape[1] >= 1 and t.shape[2] >= 1, f"{name} must have at least 1 head and 1 channel; got {_shape(t)}"
+        )
+    check_value(
         key.shape[2] == query.shape[2],
         f"key must have the head_dim of query, {query.shape[2]}; got {key.shape[2]} in shape {_shape(key)}",
     )
-    _value(
+    check_value(
         value.shape[0] == key.shape[0], f"value must have as many tokens as key, {key.shape[0]}; got {value.shape[0]}"
     )
-    _value(
+    check_value(
         value.shape[1] == key.shape[1], f"value must have as many heads as key, {key.shape[1]}; got {value.shape[1]}"
     )
-    _value(
+    check_value(
         query.shape[1] % key.shape[1] == 0,
         f"the heads of key must divide the heads of query, {query.shape[1]}; got {key.shape[1]}",
     )
@@ -96,27 +78,27 @@ def _check_offsets(problem: Problem) -> None:
         t = getattr(problem, name)
         if t is None and not name.startswith("cu_"):
             continue
-        _tensor(name, t, query)
-        _int32(name, t)
+        check_tensor(name, t, query)
+        check_int32(name, t)
         if t.ndim != 1:
             raise ValueError(f"{name} must have one axis; got shape {_shape(t)}")
         if name == "cu_seqlens_q":
-            _value(t.shape[0] >= 1, "cu_seqlens_q must have shape (batch + 1,), at least one offset; got none")
+            check_value(t.shape[0] >= 1, "cu_seqlens_q must have shape (batch + 1,), at least one offset; got none")
             batch = t.shape[0] - 1
         elif name == "cu_seqlens_k":
-            _value(
+            check_value(
                 t.shape[0] == batch + 1,
                 f"cu_seqlens_k must have as many offsets as cu_seqlens_q, {batch + 1}; got {t.shape[0]}",
             )
         elif name.startswith("seqused"):
-            _value(t.shape[0] == batch, f"{name} must have shape (batch,), ({batch},); got {_shape(t)}")
+            check_value(t.shape[0] == batch, f"{name} must have shape (batch,), ({batch},); got {_shape(t)}")
     ranges = problem.kv_range
     if ranges is not None:
-        _tensor("kv_range", ranges, query)
-        _int32("kv_range", ranges)
+        check_tensor("kv_range", ranges, query)
+        check_int32("kv_range", ranges)
         if ranges.ndim != 2:
             raise ValueError(f"kv_range must have shape (query tokens, 2); got {_shape(ranges)}")
-        _value(
+        check_value(
             ranges.shape[0] == query.shape[0] and ranges.shape[1] == 2,
             f"kv_range must have shape (query tokens, 2), ({query.shape[0]}, 2); got {_shape(ranges)}",
         )
@@ -124,67 +106,31 @@ def _check_offsets(problem: Problem) -> None:
 
 def _check_biases(problem: Problem) -> None:
     query, key = problem.query, problem.key
-    wide = torch.promote_types(query.dtype, torch.float32)
     key_bias, bias = problem.key_bias, problem.bias
     if key_bias is not None:
-        _tensor("key_bias", key_bias, query)
-        if key_bias.dtype != wide:
-            raise TypeError(f"key_bias must be {wide} beside a {query.dtype} query; got {key_bias.dtype}")
-        if key_bias.ndim not in (1, 2):
-            raise ValueError(f"key_bias must have shape (key tokens,) or (key tokens, heads); got {_shape(key_bias)}")
-        _value(
-            key_bias.shape[0] == key.shape[0],
-            f"key_bias must have one row per key token, {key.shape[0]}; got {_shape(key_bias)}",
-        )
-        if key_bias.ndim == 2:
-            _value(
-                key_bias.shape[1] == query.shape[1],
-                f"key_bias must have one column per query head, {query.shape[1]}; got {_shape(key_bias)}",
-            )
+        check_tensor("key_bias", key_bias, query)
+        check_wide("key_bias", key_bias, query)
+        check_key_bias("key_bias", key_bias, key.shape[0], query.shape[1])
     if bias is not None:
-        _tensor("bias", bias, query)
-        if bias.dtype not in _FLOATS or (bias.dtype == torch.float64) != (query.dtype == torch.float64):
+        check_tensor("bias", bias, query)
+        if bias.dtype not in FLOATS or (bias.dtype == torch.float64) != (query.dtype == torch.float64):
             raise TypeError(f"bias must be float32 or of the dtype of query, {query.dtype}; got {bias.dtype}")
         if bias.ndim != 4:
             raise ValueError(f"bias must broadcast to (batch, heads, queries, keys); got shape {_shape(bias)}")
-        for axis, (name, size) in enumerate((("batch", problem.cu_seqlens_q.shape[0] - 1), ("heads", query.shape[1]))):
-            _value(
+        for axis, (name, size) in enumerate((("batch", problem.batch), ("heads", query.shape[1]))):
+            check_value(
                 bias.shape[axis] == 1 or bias.shape[axis] == size,
                 f"axis {axis} of bias must be 1 or the {name}, {size}; got shape {_shape(bias)}",
             )
 
 
-def check_number(name: str, number: object, low: float = -math.inf) -> None:
-    """Refuse what is no finite number of at least ``low``; a tensor too, for it would get no gradient."""
-    if isinstance(number, bool) or not isinstance(number, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} must be a number; got {type(number).__name__}")
-    if not isinstance(number, numbers.Real):
-        return  # symbolic, of a traced program
-    value = float_of(number)
-    if not max(low, -LARGEST) <= value <= LARGEST:
-        overflows = " (infinite in float32)" if LARGEST < abs(value) < math.inf else ""
-        raise ValueError(f"{name} must be finite{'' if low < 0 else ' and at least 0'}; got {value}{overflows}")
-
-
-def float_of(number: Any) -> float:
-    """As ``float``; infinite where that overflows."""
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf if number > 0 else -math.inf
-
-
-def _check_numbers(problem: Problem) -> None:
-    for name, low in (("scale", -math.inf), ("softcap", 0.0), ("dropout_p", 0.0)):
-        check_number(name, getattr(problem, name), low)
-    if isinstance(problem.dropout_p, (int, float)) and problem.dropout_p >= 1:
-        raise ValueError(f"dropout_p must be less than 1; got {problem.dropout_p}")
+def _check_seed(problem: Problem) -> None:
     seed = problem.dropout_seed
     if problem.dropout_p and seed is not None:
-        _tensor("dropout_seed", seed, problem.query)
+        check_tensor("dropout_seed", seed, problem.query)
         if seed.dtype != torch.int64:
             raise TypeError(f"dropout_seed must be an int or an int64 tensor; got {seed.dtype}")
-        _value(seed.numel() == 1, f"dropout_seed must hold one number; got shape {_shape(seed)}")
+        check_value(seed.numel() == 1, f"dropout_seed must hold one number; got shape {_shape(seed)}")
 
 
 def check_contents(problem: Problem) -> None:
@@ -248,13 +194,3 @@ def _slots_in_use(offsets: Tensor, used: Tensor) -> Tensor:
     """The slots in use, int64, sequence by sequence."""
     starts = torch.repeat_interleave(offsets[:-1].long() - (used.long().cumsum(0) - used), used.long())
     return torch.arange(starts.shape[0], device=offsets.device) + starts
-
-
-def check_integer_tensor(name: str, t: object, dtype: torch.dtype | None = None) -> None:
-    """That ``t`` is a one-axis integer tensor, of ``dtype`` when given."""
-    _tensor(name, t)
-    assert isinstance(t, Tensor)
-    if t.is_floating_point() or t.dtype == torch.bool or (dtype is not None and t.dtype != dtype):
-        raise TypeError(f"{name} must be {'an integer tensor' if dtype is None else dtype}; got {t.dtype}")
-    if t.ndim != 1:
-        raise ValueError(f"{name} must have one axis; got shape {_shape(t)}")

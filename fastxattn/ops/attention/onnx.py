@@ -1,7 +1,7 @@
 """How attention appears in an ONNX graph: the node ``fastxattn::Attention`` and its body in standard operators.
 
-The node has the inputs of the torch operator (see :mod:`fastxattn.ops.attention.schema`), without dropout. All twelve
-are always connected; an empty tensor stands for an absent one, so that one function serves every node of a file (a
+The node has the inputs of the torch operator (see :class:`fastxattn.ops.attention.problem.Problem`), without dropout.
+All are always connected; an empty tensor stands for an absent one, so that one function serves every node of a file (a
 runtime as old as 1.20 knows one body per name). That loses nothing: where a present tensor is empty, both readings
 give the same result.
 
@@ -18,11 +18,11 @@ from onnx import TensorProto
 from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT32, script
 from onnxscript import opset18 as op
 
-from fastxattn.ops.onnx_node import DOMAIN, node
+from fastxattn.ops.attention.problem import Problem
+from fastxattn.ops.onnx_node import DOMAIN, call, node, translation
 from fastxattn.ops.onnx_parts import (
     HIDDEN,
     NO_BIAS,
-    NO_INTS,
     NO_KEY_BIAS,
     NO_RANGE,
     Inside,
@@ -32,8 +32,7 @@ from fastxattn.ops.onnx_parts import (
     Softcap,
     Softmax,
     Spans,
-    given,
-)  # fmt: skip
+)
 
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])  # noqa: UP007  (onnxscript reads this form)
 
@@ -151,23 +150,132 @@ def Attention(
     return op.CastLike(out, query), op.Transpose(lse, perm=[1, 0])
 
 
-NODE = node(Attention)
+@script(DOMAIN, default_opset=op)
+def AttentionPadded(
+    query: T, key: T, value: T, cu_seqlens_q: INT32, cu_seqlens_k: INT32, seqused_q: INT32, seqused_k: INT32,
+    query_index: INT32, key_index: INT32, kv_range: INT32, key_bias: FLOAT, bias: FLOAT, scale: float,
+    softcap: float = 0.0,
+) -> tuple[T, FLOAT]:  # fmt: skip
+    """The portable body without loops and sequences, for runtimes that lack them: one masked product.
 
+    Costs batch x longest queries x longest keys whatever the lengths. A row of zeros behind the data stands for all
+    padding, so that what lies there never enters a product.
+    """
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    v0, v1, v2 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
+    v3, last = op.Constant(value_ints=[3]), op.Constant(value_ints=[-1])
+    far = op.Constant(value_ints=[9223372036854775807])
+    f_zero, hidden = op.Constant(value_float=0.0), op.Constant(value=HIDDEN)
+    cap = op.Constant(value_float=softcap)
+    capped = op.Greater(cap, f_zero)
+    rows_q, heads = op.Shape(query, start=0, end=1), op.Shape(query, start=1, end=2)
+    rows_k, kv_heads = op.Shape(key, start=0, end=1), op.Shape(key, start=1, end=2)
+    head_dim, value_dim = op.Shape(query, start=2, end=3), op.Shape(value, start=2, end=3)
+    group = op.Div(heads, kv_heads)
+    has_range = op.Greater(op.Size(kv_range), zero)
 
-def translate(
-    query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, query_index, key_index, kv_range, key_bias,
-    bias, scale, softcap, dropout_p, dropout_seed,
-):  # fmt: skip
-    """The node for a call of ``fastxattn::attention_<backend>`` met by torch's exporter."""
-    if dropout_p:
-        raise ValueError(f"attention with dropout_p={dropout_p} cannot be exported; call module.eval() first")
-    return NODE(
-        query, key, value, cu_seqlens_q, cu_seqlens_k,
-        *(given(t, NO_INTS) for t in (seqused_q, seqused_k, query_index, key_index)),
-        given(kv_range, NO_RANGE), given(key_bias, NO_KEY_BIAS),
-        op.Constant(value=NO_BIAS) if bias is None else op.Cast(bias, to=TensorProto.FLOAT),
-        scale=scale, softcap=softcap,
+    starts_q, used_q = Spans(cu_seqlens_q, seqused_q)
+    starts_k, used_k = Spans(cu_seqlens_k, seqused_k)
+    batch = op.Shape(starts_q)
+    named_q, named_k = Slots(query_index, rows_q), Slots(key_index, rows_k)
+
+    # (batch, longest) rows; where there is no token, the row of zeros behind the data.
+    longest_q = op.ReduceMax(op.Concat(v1, used_q, axis=0), v0, keepdims=1)
+    longest_k = op.ReduceMax(op.Concat(v1, used_k, axis=0), v0, keepdims=1)
+    place_q = op.Unsqueeze(op.Range(zero, op.Squeeze(longest_q), one), v0)
+    place_k = op.Unsqueeze(op.Range(zero, op.Squeeze(longest_k), one), v0)
+    from_q, from_k = op.Unsqueeze(starts_q, v1), op.Unsqueeze(starts_k, v1)
+    valid_q = op.Less(place_q, op.Unsqueeze(used_q, v1))
+    valid_k = op.Less(place_k, op.Unsqueeze(used_k, v1))
+    row_q = op.Gather(op.Concat(named_q, rows_q, axis=0), op.Where(valid_q, op.Add(place_q, from_q), op.Shape(named_q)))
+    row_k = op.Gather(op.Concat(named_k, rows_k, axis=0), op.Where(valid_k, op.Add(place_k, from_k), op.Shape(named_k)))
+
+    zeros_q = op.Expand(f_zero, op.Concat(v1, heads, head_dim, axis=0))
+    zeros_k = op.Expand(f_zero, op.Concat(v1, kv_heads, head_dim, axis=0))
+    zeros_v = op.Expand(f_zero, op.Concat(v1, kv_heads, value_dim, axis=0))
+    scaled = op.Mul(op.Cast(query, to=TensorProto.FLOAT), op.Constant(value_float=scale))
+    q_rows = op.Gather(op.Concat(scaled, zeros_q, axis=0), row_q)
+    k_rows = op.Gather(op.Concat(op.Cast(key, to=TensorProto.FLOAT), zeros_k, axis=0), row_k)
+    v_rows = op.Gather(op.Concat(op.Cast(value, to=TensorProto.FLOAT), zeros_v, axis=0), row_k)
+    q = op.Reshape(
+        op.Transpose(q_rows, perm=[0, 2, 1, 3]),
+        op.Concat(batch, kv_heads, op.Mul(group, longest_q), head_dim, axis=0), allowzero=1,
     )  # fmt: skip
+    k = op.Transpose(k_rows, perm=[0, 2, 3, 1])
+    v = op.Transpose(v_rows, perm=[0, 2, 1, 3])
+    full = op.Concat(batch, heads, longest_q, longest_k, axis=0)
+    raw = op.Reshape(op.MatMul(q, k), full, allowzero=1)
+    soft = Softcap(raw, cap, capped)
+    if op.Greater(op.Size(key_bias), zero):
+        flat = op.Reshape(key_bias, op.Concat(rows_k, last, axis=0))
+        extra = op.Expand(f_zero, op.Concat(v1, op.Shape(flat, start=1, end=2), axis=0))
+        by_key = op.Gather(op.Concat(flat, extra, axis=0), row_k)  # (batch, longest_k, 1 or heads)
+        keyed = op.Add(soft, op.Unsqueeze(op.Transpose(by_key, perm=[0, 2, 1]), v2))
+    else:
+        keyed = op.Identity(soft)
+    if op.Greater(op.Size(bias), zero):
+        # Indexed by a row's place in its sequence; an axis of size 1 broadcasts.
+        tops = op.Sub(op.Shape(bias), op.Constant(value_ints=[1, 1, 1, 1]))
+        own = op.Gather(bias, op.Min(op.Range(zero, op.Squeeze(batch), one), op.Slice(tops, v0, v1)), axis=0)
+        at_q = op.Max(op.Min(op.Sub(row_q, from_q), op.Slice(tops, v2, v3)), v0)
+        at_k = op.Max(op.Min(op.Sub(row_k, from_k), op.Slice(tops, v3, far)), v0)
+        bias_heads, bias_keys = op.Shape(bias, start=1, end=2), op.Shape(bias, start=3, end=4)
+        pick_q = op.Expand(
+            op.Unsqueeze(at_q, op.Constant(value_ints=[1, 3])),
+            op.Concat(batch, bias_heads, longest_q, bias_keys, axis=0),
+        )
+        own_q = op.GatherElements(own, pick_q, axis=2)
+        pick_k = op.Expand(
+            op.Unsqueeze(at_k, op.Constant(value_ints=[1, 2])),
+            op.Concat(batch, bias_heads, longest_q, longest_k, axis=0),
+        )
+        biased = op.Add(keyed, op.GatherElements(own_q, pick_k, axis=3))
+    else:
+        biased = op.Identity(keyed)
+    present = op.Unsqueeze(valid_k, op.Constant(value_ints=[1, 2]))  # (batch, 1, 1, longest_k)
+    if has_range:
+        nothing = op.Expand(op.Cast(zero, to=TensorProto.INT64), op.Concat(v1, v2, axis=0))
+        spans = op.Concat(op.Cast(kv_range, to=TensorProto.INT64), nothing, axis=0)
+        span = op.Unsqueeze(op.Gather(spans, row_q), v1)  # (batch, 1, longest_q, 2)
+        visible = op.And(present, Inside(place_k, span))
+        v_clean, seen = Sift(v, visible)
+        five = op.Concat(batch, kv_heads, group, longest_q, value_dim, axis=0)
+        seen_by_head = op.Reshape(
+            op.Expand(op.Unsqueeze(seen, v2), five), op.Concat(batch, heads, longest_q, value_dim, axis=0), allowzero=1
+        )
+        poison = Poison(seen_by_head)
+    else:
+        visible = op.Identity(present)
+        v_clean = op.Identity(v)
+        poison = op.Identity(f_zero)
+    scores = op.Where(visible, biased, hidden)
+    weights, divisor, lse_by_head = Softmax(scores)
+    grouped = op.Reshape(weights, op.Concat(batch, kv_heads, op.Mul(group, longest_q), longest_k, axis=0), allowzero=1)
+    mixed = op.Reshape(op.MatMul(grouped, v_clean), op.Concat(batch, heads, longest_q, value_dim, axis=0), allowzero=1)
+    out_padded = op.Transpose(op.Div(op.Add(mixed, poison), divisor), perm=[0, 2, 1, 3])
+    lse_padded = op.Transpose(lse_by_head, perm=[0, 2, 1])
+
+    # Back to rows; what absent tokens gave lands in the row behind the data and is cut off.
+    rows_more = op.Add(rows_q, v1)
+    target = op.Unsqueeze(row_q, v2)
+    out_rows = op.ScatterND(op.Expand(f_zero, op.Concat(rows_more, heads, value_dim, axis=0)), target, out_padded)
+    lse_rows = op.ScatterND(op.Expand(hidden, op.Concat(rows_more, heads, axis=0)), target, lse_padded)
+    out = op.CastLike(op.Slice(out_rows, v0, rows_q, v0), query)
+    return out, op.Transpose(op.Slice(lse_rows, v0, rows_q, v0), perm=[1, 0])
+
+
+NODE = node(Attention)
+_EMPTY = {"kv_range": NO_RANGE, "key_bias": NO_KEY_BIAS, "bias": NO_BIAS}
+"""What stands for an absent input; an empty int32 vector for all others."""
+
+
+@translation(Problem)
+def translate(problem):
+    """The node for a call of ``fastxattn::attention_<backend>`` met by torch's exporter."""
+    if problem.dropout_p:
+        raise ValueError(f"attention with dropout_p={problem.dropout_p} cannot be exported; call module.eval() first")
+    bias = None if problem.bias is None else op.Cast(problem.bias, to=TensorProto.FLOAT)
+    return call(NODE, problem.replace(bias=bias), _EMPTY)
 
 
 TRANSLATIONS = {f"attention_{backend}": translate for backend in ("cpu", "triton", "cuda")}
@@ -175,6 +283,4 @@ TRANSLATIONS = {f"attention_{backend}": translate for backend in ("cpu", "triton
 
 def bodies():
     """Portable bodies by node name and form."""
-    from fastxattn.ops.attention.onnx_padded import AttentionPadded  # it imports this module
-
     return {"Attention": {"loop": Attention, "padded": AttentionPadded}}

@@ -2,12 +2,12 @@
 
 Row ``b * length + i`` of the flattened tensors is token i of sequence b, and sequence b's slots start at
 ``b * length``. A mask that is a prefix is just a number of slots in use; any other mask is an index that lists the
-rows of the tokens that are there (and after them, out of use, the others).
+rows of the valid tokens (and after them, out of use, the padding).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +18,11 @@ from fastxattn.ops.offsets import check_dense
 class Layout(NamedTuple):
     """The packed problem of a padded call."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    seqused_q: Tensor | None
-    seqused_k: Tensor | None
-    query_index: Tensor | None
-    key_index: Tensor | None
+    tokens: dict[str, Any]
+    """The fields of :class:`Problem` that say what the tokens are."""
     key_mask: Tensor | None
     batch: int
+    heads: int
     length_q: int
     length_k: int
 
@@ -51,11 +45,18 @@ class Layout(NamedTuple):
             raise ValueError(f"value must have the length of key, {length_k}; got {value.shape[1]}")
         used_q, index_q = _rows_in_use("query_mask", query_mask, query)
         used_k, index_k = _rows_in_use("key_mask", key_mask, key)
-        return cls(
-            query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1),
-            _starts(batch, length_q, query.device), _starts(batch, length_k, key.device),
-            used_q, used_k, index_q, index_k, key_mask, batch, length_q, length_k,
-        )  # fmt: skip
+        tokens = {
+            "query": query.flatten(0, 1),
+            "key": key.flatten(0, 1),
+            "value": value.flatten(0, 1),
+            "cu_seqlens_q": _starts(batch, length_q, query.device),
+            "cu_seqlens_k": _starts(batch, length_k, key.device),
+            "seqused_q": used_q,
+            "seqused_k": used_k,
+            "query_index": index_q,
+            "key_index": index_k,
+        }
+        return cls(tokens, key_mask, batch, query.shape[2], length_q, length_k)
 
     def ranges(self, kv_range: Tensor | None) -> Tensor | None:
         """Ranges of padded key positions as ranges of key slots, one per query row."""
@@ -65,12 +66,10 @@ class Layout(NamedTuple):
             raise TypeError(f"kv_range must be a tensor; got {type(kv_range).__name__}")
         if kv_range.dtype != torch.int32:
             raise TypeError(f"kv_range must be int32; got {kv_range.dtype}")
-        wanted = (self.batch, self.length_q, 2)
-        if kv_range.ndim not in (2, 3) or any(
-            n not in (1, w) for n, w in zip(kv_range.shape[:-1][::-1], wanted[:-1][::-1], strict=False)
-        ) or kv_range.shape[-1] != 2:  # fmt: skip
-            raise ValueError(f"kv_range must broadcast to (batch, Lq, 2), {wanted}; got {tuple(kv_range.shape)}")
-        kv_range = kv_range.expand(wanted)
+        full, shape = (self.batch, self.length_q, 2), tuple(kv_range.shape)
+        if len(shape) not in (2, 3) or shape[-1] != 2 or not _broadcasts(shape, full):
+            raise ValueError(f"kv_range must broadcast to (batch, Lq, 2), {full}; got {shape}")
+        kv_range = kv_range.expand(full)
         if self.key_mask is not None:
             # How many keys are there before each padded position.
             before = torch.nn.functional.pad(self.key_mask.cumsum(1, dtype=torch.int32), (1, 0))
@@ -92,23 +91,28 @@ class Layout(NamedTuple):
             )
         return key_bias.flatten(0, 1)
 
+    def four_axes(self, bias: Tensor | None) -> Tensor | None:
+        """The bias with leading axes of 1 up to (batch, heads, Lq, Lk); each axis 1 or full."""
+        if bias is None:
+            return None
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias must be a tensor; got {type(bias).__name__}")
+        if not bias.is_floating_point():
+            raise TypeError(f"bias must be a floating tensor (masks go in key_mask and kv_range); got {bias.dtype}")
+        full = (self.batch, self.heads, self.length_q, self.length_k)
+        if bias.ndim > 4 or not _broadcasts(tuple(bias.shape), full):
+            raise ValueError(f"bias must broadcast to (batch, heads, Lq, Lk), {full}; got {tuple(bias.shape)}")
+        return bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
 
-def four_axes(bias: Tensor | None, layout: Layout) -> Tensor | None:
-    """The bias with leading axes of 1 up to (batch, heads, Lq, Lk); each axis 1 or full."""
-    if bias is None:
-        return None
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a tensor; got {type(bias).__name__}")
-    if not bias.is_floating_point():
-        raise TypeError(f"bias must be a floating tensor (masks go in key_mask and kv_range); got {bias.dtype}")
-    wanted = (layout.batch, layout.query.shape[1], layout.length_q, layout.length_k)
-    if bias.ndim > 4 or any(n not in (1, w) for n, w in zip(bias.shape[::-1], wanted[::-1], strict=False)):
-        raise ValueError(f"bias must broadcast to (batch, heads, Lq, Lk), {wanted}; got {tuple(bias.shape)}")
-    return bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+
+def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    return all(n in (1, size) for n, size in zip(shape[::-1], full[::-1], strict=False))
 
 
 def _starts(batch: int, length: int, device: torch.device) -> Tensor:
     """(batch + 1,) int32: b * length."""
+    if length and not torch.compiler.is_compiling():  # one kernel instead of two; a trace keeps its shape simple
+        return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
 
 
@@ -127,7 +131,7 @@ def _rows_in_use(name: str, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor
     used = mask.sum(1, dtype=torch.int32)
     if _may_look(mask) and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return used, None
-    # A stable partition of each row of the mask: tokens that are there first. No size depends on the contents.
+    # A stable partition of each row of the mask: valid tokens first. No size depends on the contents.
     length = mask.shape[1]
     rank = torch.where(mask, mask.cumsum(1), used[:, None] + mask.logical_not().cumsum(1)) - 1
     places = torch.arange(length, device=mask.device).expand_as(rank)

@@ -18,40 +18,25 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.attention.dropout import keep_mask
+from fastxattn.ops.attention.problem import Problem
 
 
-def attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    query_index: Tensor | None = None,
-    key_index: Tensor | None = None,
-    kv_range: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Out (rows_q, heads, value_dim) in the query's dtype and lse (heads, rows_q); arguments as in ``schema``.
+def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Out (rows_q, heads, value_dim) in the query's dtype and lse (heads, rows_q).
 
     Everything is computed in float32, in float64 for float64 input; so is lse.
     """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    dtype, (query, key, value) = query.dtype, (t.to(wide) for t in (query, key, value))
+    p, dtype = problem, problem.query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    query, key, value = (t.to(wide) for t in (p.query, p.key, p.value))
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    rows_q = slot_rows(query, cu_seqlens_q, seqused_q, query_index)
-    rows_k = slot_rows(key, cu_seqlens_k, seqused_k, key_index)
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    rows_q = slot_rows(query, p.cu_seqlens_q, p.seqused_q, p.query_index)
+    rows_k = slot_rows(key, p.cu_seqlens_k, p.seqused_k, p.key_index)
+    starts_q, starts_k = p.cu_seqlens_q.tolist(), p.cu_seqlens_k.tolist()
 
     done, outs, lses = [], [], []
     for b, (mine, theirs) in enumerate(zip(rows_q, rows_k, strict=True)):
-        runs = visible_runs(mine, theirs.shape[0], kv_range)
+        runs = visible_runs(mine, theirs.shape[0], p.kv_range)
         sizes = [n for n, _, _ in runs]
         queries = query[mine].transpose(0, 1).unflatten(0, (-1, groups)).split(sizes, dim=2)
         keys, values = key[theirs].transpose(0, 1), value[theirs].transpose(0, 1)
@@ -60,28 +45,28 @@ def attention_reference(
             if begin >= end:
                 continue
             seen, k, v = theirs[begin:end], keys[:, None, begin:end], values[:, None, begin:end]
-            scores = (q @ k.mT).flatten(0, 1) * scale  # (heads, n, m)
-            if softcap:
-                scores = softcap * torch.tanh(scores / softcap)
-            if key_bias is not None:
-                column = key_bias[seen].to(wide)
+            scores = (q @ k.mT).flatten(0, 1) * p.scale  # (heads, n, m)
+            if p.softcap:
+                scores = p.softcap * torch.tanh(scores / p.softcap)
+            if p.key_bias is not None:
+                column = p.key_bias[seen].to(wide)
                 scores = scores + (column if column.ndim == 1 else column.T[:, None, :])
-            if bias is not None:
-                scores = scores + _bias_of(bias, b, rows - starts_q[b], seen - starts_k[b]).to(wide)
+            if p.bias is not None:
+                scores = scores + _bias_of(p.bias, b, rows - starts_q[b], seen - starts_k[b]).to(wide)
             weights, lse = _softmax(scores)
-            if dropout_p:
-                assert dropout_seed is not None
+            if p.dropout_p:
+                assert p.dropout_seed is not None
                 slots = torch.arange(begin, end, device=query.device)
-                weights = weights * keep_mask(rows, slots, heads, dropout_p, dropout_seed) / (1 - dropout_p)
+                weights = weights * keep_mask(rows, slots, heads, p.dropout_p, p.dropout_seed) / (1 - p.dropout_p)
             out = weights.unflatten(0, (-1, groups)) @ v  # (kv_heads, groups, n, value_dim)
             done.append(rows)
             outs.append(out.flatten(0, 1).transpose(0, 1))
             lses.append(lse)
 
     # Sums of nothing: they tie the results to every input, so that an input nobody sees gets zeros for a gradient.
-    tie = query[:0].sum() + key[:0].sum() + value[:0].sum()
-    for extra in (key_bias, bias):
-        tie = tie if extra is None else tie + extra.flatten()[:0].sum().to(wide)
+    tie = query.new_zeros(())
+    for t in p.differentiated():
+        tie = tie if t is None else tie + t.flatten()[:0].sum().to(wide)
     out = query.new_zeros(query.shape[0], heads, value.shape[2]) + tie
     lse = query.new_full((heads, query.shape[0]), -torch.inf) + tie
     if done:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.arguments import default_scale
-from fastxattn.ops.attention.dispatch import seed_tensor
+from fastxattn.ops.attention.backends import seed_tensor
 from fastxattn.ops.co_attention.backends import attend
 from fastxattn.ops.co_attention.checks import check_seed
 from fastxattn.ops.co_attention.problem import Problem

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastxattn.ops.attention import dispatch as attention
+from fastxattn.ops.attention import backends as attention
 from fastxattn.ops.co_attention.checks import check, check_sides
 from fastxattn.ops.co_attention.operator import FORWARD, CoAttention
 from fastxattn.ops.co_attention.problem import Problem, roles
@@ -88,7 +88,7 @@ def _order(problem: Problem) -> tuple[Backend, ...]:
 
 
 def _fast(problem: Problem) -> Both | None:
-    sound = fast_path.sound_numbers(problem.scale, problem.softcap, problem.dropout_p)
+    sound = problem.plain_numbers()
     return one_pass("cpu", problem) if sound and ONE_PASS["cpu"](problem) else None
 
 
@@ -96,7 +96,7 @@ def _prepare(problem: Problem) -> Problem:
     """Dtypes and layouts as attention wants them in both directions, checked."""
     changes: dict[str, Any] = {}
     for reader in (1, 0):  # what both directions share is prepared alike; numbers are attention's own
-        one = attention.prepare(*problem.direction(reader).values())
+        one = attention.prepare(problem.direction(reader))
         changes |= {name: getattr(one, role) for role, name in roles(reader).items()}
         changes |= {name: getattr(one, name) for name in Problem.numbers}
     problem = problem.replace(**changes)

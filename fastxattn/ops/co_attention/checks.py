@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops import offsets
-from fastxattn.ops.attention.checks import check_number
-from fastxattn.ops.checks import check_floats, check_int32, check_key_bias, check_tensor, check_value, check_wide
+from fastxattn.ops.checks import (
+    check_floats,
+    check_int32,
+    check_key_bias,
+    check_numbers,
+    check_tensor,
+    check_value,
+    check_wide,
+)
 from fastxattn.ops.co_attention.problem import SIDES, Problem
 
 _ROWS = tuple(f"{what}_{side}" for what in ("query", "value") for side in SIDES)
@@ -65,10 +72,7 @@ def check_shapes(problem: Problem) -> None:
             check_key_bias(bias_name, bias, getattr(problem, f"query_{side}").shape[0], heads)
     count, got = problem.cu_seqlens_a.shape[0], problem.cu_seqlens_b.shape[0]
     check_value(got == count, f"cu_seqlens_b must have as many offsets as cu_seqlens_a, {count}; got {got}")
-    for name, low in (("scale", -torch.inf), ("softcap", 0.0), ("dropout_p", 0.0)):
-        check_number(name, getattr(problem, name), low)
-    if isinstance(problem.dropout_p, (int, float)) and problem.dropout_p >= 1:
-        raise ValueError(f"dropout_p must be less than 1; got {problem.dropout_p}")
+    check_numbers(problem)
     if problem.dropout_p and problem.dropout_seed is not None:
         check_tensor("dropout_seed", problem.dropout_seed, query, "query_a")
 

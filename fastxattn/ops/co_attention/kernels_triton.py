@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastxattn.ops.attention.schema import NEEDS as ATTENTION_NEEDS
 from fastxattn.ops.attention.triton.backward import anchor_of, load_norm, load_statistic
 from fastxattn.ops.attention.triton.common import (
     across,
@@ -32,19 +31,19 @@ from fastxattn.ops.attention.triton.common import (
     rows_by_keys,
     unit_of,
 )
-from fastxattn.ops.attention.triton.config import Tile
 from fastxattn.ops.attention.triton.launch import (
     Launch,
     attention_backward,
     attention_forward,
+    count_tiles,
     dense_rows,
     exact_rows,
     on_device,
     padded_dim,
     precision,
-    tiles,
     warps_of,
 )
+from fastxattn.ops.attention.triton.tiles import Tile
 from fastxattn.ops.co_attention.problem import SIDES, Problem, roles
 from fastxattn.runtime import tuning
 
@@ -216,10 +215,10 @@ def _one_by_one(results: tuple[Tensor, ...], problem: Problem, grads: Grads, wan
         one = problem.direction(reader)
         if one.key_bias is not None and one.key_bias.ndim == 1:
             one = one.replace(key_bias=one.key_bias[:, None].expand(-1, heads).contiguous())
-        needs = sum(bit for name, bit in ATTENTION_NEEDS.items() if names.get(name) in wanted)
+        needs = sum(bit for name, bit in one.bits.items() if names.get(name) in wanted)
         grad_out, out, lse = results[reader::2]
         found = attention_backward(grad_out, None, out, lse, *one.values(), needs)
-        for name, grad in zip(ATTENTION_NEEDS, found, strict=True):
+        for name, grad in zip(one.bits, found, strict=True):
             if (to := names.get(name)) in wanted:
                 grads[to] += grad.T if name == "key_bias" else grad
 
@@ -249,7 +248,7 @@ def _launch(results: tuple[Tensor, ...], problem: Problem, grads: Grads, wanted:
         mine = {"p_dqx": f"query_{name}", "p_dvx": f"value_{name}", "p_dbias_x": f"key_bias_{name}"}
         if not wanted & set(mine.values()):
             continue
-        co_attention_backward_rows[(tiles(x["rows_@"], batch, 1, tile.block_m) * heads,)](
+        co_attention_backward_rows[(count_tiles(x["rows_@"], batch, 1, tile.block_m) * heads,)](
             **{key.replace("@", "x").replace("#", "X"): value for key, value in x.items()},
             **{key.replace("@", "y").replace("#", "Y"): value for key, value in y.items()},
             **{key: grads[grad] if grad in wanted else None for key, grad in mine.items()},
@@ -266,7 +265,7 @@ def _side(problem: Problem, results: tuple[Tensor, ...], reader: int) -> dict[st
     grad_out, out, lse = dense_rows(grad_out), out.contiguous(), lse.contiguous()
     norm = None
     if query.dtype == torch.float32:
-        norm, delta = exact_rows(Launch.of(*one.values()), out, grad_out, lse)
+        norm, delta = exact_rows(Launch.of(one), out, grad_out, lse)
     else:
         delta = (out.float() * grad_out).sum(2).T.contiguous()
     side = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastxattn.ops.arguments import Arguments, differentiable, problem
+from fastxattn.ops.arguments import Arguments, differentiable, number, problem
 from fastxattn.ops.attention.problem import Problem as AttentionProblem
 
 SIDES = ("a", "b")
@@ -35,9 +35,9 @@ class Problem(Arguments):
     cu_seqlens_b: Tensor  # (batch + 1,) int32
     key_bias_a: Tensor | None = differentiable(default=None)  # (total_a,) or (total_a, heads) float32
     key_bias_b: Tensor | None = differentiable(default=None)  # (total_b,) or (total_b, heads) float32
-    scale: float = 1.0
-    softcap: float = 0.0
-    dropout_p: float = 0.0
+    scale: float = number(default=1.0)
+    softcap: float = number(low=0.0, default=0.0)
+    dropout_p: float = number(low=0.0, below=1.0, default=0.0)
     dropout_seed: Tensor | None = None  # (2,) int64, one for each reader
 
     def direction(self, reader: int) -> AttentionProblem:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastxattn.ops.attention import dispatch as attention
+from fastxattn.ops.attention import backends as attention
 from fastxattn.ops.importance.checks import check
 from fastxattn.ops.importance.operator import FORWARD, Importance
 from fastxattn.ops.importance.problem import OWN, Problem
@@ -63,14 +63,14 @@ def _order(problem: Problem) -> tuple[Backend, ...]:
 
 def _fast(problem: Problem) -> Tensor | None:
     p = problem
-    if p.query.dtype == torch.float64 or not fast_path.sound_numbers(p.scale, p.softcap):
+    if p.query.dtype == torch.float64 or not p.plain_numbers():
         return None
     return _run("cpu", p) if fast_path.fits(p.kv_range, p.query) else None
 
 
 def _prepare(problem: Problem) -> Problem:
     """Dtypes and layouts as backends want them, checked; what is not a tensor passes through to the checks."""
-    shared = attention.prepare(*problem.attention().values())
+    shared = attention.prepare(problem.attention())
     changes: dict[str, Any] = {name: getattr(shared, name) for name in Problem.names if name not in OWN}
     if isinstance(problem.lse, Tensor) and problem.lse.layout == torch.strided:
         changes["lse"] = problem.lse.contiguous()

@@ -26,8 +26,8 @@ from fastxattn.ops.attention.triton.common import (
     rows_by_keys,
     unit_of,
 )
-from fastxattn.ops.attention.triton.config import Tile
-from fastxattn.ops.attention.triton.launch import Launch, on_device, tiles
+from fastxattn.ops.attention.triton.launch import Launch, count_tiles, on_device
+from fastxattn.ops.attention.triton.tiles import Tile
 from fastxattn.ops.importance.problem import Problem
 from fastxattn.runtime import tuning
 
@@ -141,23 +141,21 @@ def _names(kernel: Any) -> frozenset[str]:
 def importance_forward(*arguments: Any) -> Tensor:
     """``fastxattn::importance_triton``."""
     problem = Problem.of(arguments)
-    host = Launch.of(*problem.attention().values())
+    host = Launch.of(problem.attention())
     query, heads = host.problem.query, host.problem.query.shape[1]
-    score = torch.zeros(heads, host.slots_k, dtype=torch.float32, device=query.device)
-    if score.numel() == 0 or query.shape[0] == 0 or host.batch == 0 or host.problem.key.shape[0] == 0:
+    score = torch.zeros(heads, problem.slots_k, dtype=torch.float32, device=query.device)
+    if score.numel() == 0 or query.shape[0] == 0 or host.problem.batch == 0 or host.problem.key.shape[0] == 0:
         return score
     tile = tile_for(query, max(64, host.dims[0]))
     weight = problem.row_weight
-    given = host.runtime() | host.constants(tile)  # attention's, of which this kernel takes a part
-    given |= {
+    others = {
         "p_lse": problem.lse.contiguous(),
         "p_row_weight": weight,
         "p_score": score,
-        "heads": heads,
         "stride_weight_h": weight.stride(0) if weight is not None and weight.ndim == 2 else 0,
         "stride_weight_r": 0 if weight is None else weight.stride(-1),
     }
-    grid = (tiles(host.slots_k, host.batch, 1, tile.block_n) * heads,)
     with on_device(query):
-        importance[grid](**{name: value for name, value in given.items() if name in _names(importance)})
+        programs = count_tiles(problem.slots_k, host.problem.batch, 1, tile.block_n) * heads
+        host.start(importance, programs, tile, **others)
     return score

@@ -10,7 +10,7 @@ from onnxscript import opset18 as op
 
 from fastxattn.ops.attention.onnx import T
 from fastxattn.ops.importance.problem import Problem
-from fastxattn.ops.onnx_node import DOMAIN, node, translation
+from fastxattn.ops.onnx_node import DOMAIN, call, node, translation
 from fastxattn.ops.onnx_parts import HIDDEN, NO_KEY_BIAS, NO_RANGE, Inside, Slots, Softcap, Spans
 
 
@@ -99,7 +99,15 @@ def KeyImportance(
 
 
 NODE = node(KeyImportance)
-translate = translation(Problem, NODE, kv_range=NO_RANGE, key_bias=NO_KEY_BIAS, row_weight=NO_KEY_BIAS)
+_EMPTY = {"kv_range": NO_RANGE, "key_bias": NO_KEY_BIAS, "row_weight": NO_KEY_BIAS}
+
+
+@translation(Problem)
+def translate(problem):
+    """The node for a call of ``fastxattn::importance_<backend>`` met by torch's exporter."""
+    return call(NODE, problem, _EMPTY)
+
+
 TRANSLATIONS = {f"importance_{backend}": translate for backend in ("cpu", "triton")}
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxattn.ops.attention import autograd as attention
-from fastxattn.ops.attention.schema import NEEDS
+from fastxattn.ops.attention import operator as attention
+from fastxattn.ops.attention.problem import Problem as AttentionProblem
 from fastxattn.ops.importance.checks import check_shapes
 from fastxattn.ops.importance.problem import Problem
 from fastxattn.runtime.operators import KernelFunction, define, differentiable, first_order, run
@@ -141,7 +141,7 @@ def _columns(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor]:
 def _grad_tokens(backend: str, problem: Problem, grad: Tensor, needed: set[str]) -> tuple[Tensor, Tensor]:
     """Gradients of query and, by slot, of key in its own heads."""
     value, grad_out = _columns(problem, grad)
-    needs = sum(NEEDS[name] for name in ("query", "key") if name in needed)
+    needs = sum(AttentionProblem.bits[name] for name in ("query", "key") if name in needed)
     lse, given = problem.lse, problem.attention(value).values()
     grad_lse = None
     if problem.query.dtype == lse.dtype:

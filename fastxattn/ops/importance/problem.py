@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastxattn.ops.arguments import Arguments, differentiable, problem
+from fastxattn.ops.arguments import Arguments, differentiable, number, problem
 from fastxattn.ops.attention.problem import Problem as AttentionProblem
 
 OWN = ("lse", "row_weight")
@@ -27,8 +27,8 @@ class Problem(Arguments):
     kv_range: Tensor | None = None  # (rows_q, 2) int32
     key_bias: Tensor | None = differentiable(default=None)  # (rows_k,) or (rows_k, heads) float32
     row_weight: Tensor | None = differentiable(default=None)  # (rows_q,) or (heads, rows_q) float32
-    scale: float = 1.0
-    softcap: float = 0.0
+    scale: float = number(default=1.0)
+    softcap: float = number(low=0.0, default=0.0)
 
     @property
     def slots_k(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from simt.build import Simt
 from torch import Tensor
 
-from fastxattn.ops.attention.cuda_launch import Plan, sum_by_row
+from fastxattn.ops.attention.kernels_cuda import Plan, sum_by_row
 from fastxattn.ops.attention.problem import Problem
 
 TENSORS = (
@@ -38,7 +38,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, simt: Simt, kernel: str, order: int, counts: list, *fields: Any) -> Any:
-        problem = Problem(*fields)
+        problem = Problem.of(fields)
         plan = Plan.of(problem)
         out, lse = plan.results()
         part_out, part_lse = plan.parts()
@@ -58,8 +58,7 @@ class Attention(torch.autograd.Function):
         simt, order, counts, name, problem = ctx.rest
         *_, out, lse = ctx.saved_tensors
         plan = Plan.of(problem, grad_out)
-        grads = plan.gradients({"query", "key", "value", "key_bias"} if problem.key_bias is not None else
-                               {"query", "key", "value"})  # fmt: skip
+        grads = plan.gradients(sum(problem.bits.values()))
         counts.append(
             getattr(simt, f"attention_backward_{name}")(
                 **arguments(problem, plan, order), out=as_array(out), lse=as_array(lse), grad_out=as_array(grad_out),
@@ -67,9 +66,9 @@ class Attention(torch.autograd.Function):
             )
         )  # fmt: skip
         final = sum_by_row(problem, grads)
-        return None, None, None, None, *(final.get(field) for field in Problem._fields)
+        return None, None, None, None, *(final.get(field) for field in Problem.names)
 
 
 def runs_on(simt: Simt, order: int = 0, counts: list | None = None, kernel: str = "attention") -> Any:
     """``run(problem)`` for fastxattn.testing.attention; ``kernel`` names the forward, attention or attention_wgmma."""
-    return lambda problem: Attention.apply(simt, kernel, order, [] if counts is None else counts, *problem)
+    return lambda problem: Attention.apply(simt, kernel, order, [] if counts is None else counts, *problem.values())

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.runtime.operators import refuse
 
-_UNKNOWN = ("seqused_q", "seqused_k", "query_index", "key_index", "kv_range", "key_bias", "bias")
+_KNOWN = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", "scale", "softcap", "dropout_seed")
 
 
 @functools.cache
@@ -30,11 +30,12 @@ def supports(problem: Problem) -> str | None:
         return f"the tensors are on {query.device.type}"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"it knows float16 and bfloat16, and the tensors are {query.dtype}"
-    for name in _UNKNOWN:
-        if getattr(problem, name) is not None:
-            return f"it has no {name}"
     if problem.dropout_p:
         return "its dropout mask is not the one of the other backends"
+    for name in Problem.names:
+        x = getattr(problem, name)
+        if name not in _KNOWN and (x != 0.0 if name in problem.numbers else x is not None):
+            return f"it has no {name}"
     if query.shape[2] != value.shape[2]:
         return f"it needs value_dim equal to head_dim, got {value.shape[2]} and {query.shape[2]}"
     if query.shape[2] > 256 or query.shape[2] % 8:
@@ -48,10 +49,10 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
 
     p = problem
     # The longest sequence is not known here without waiting for the device; the number of rows bounds it.
-    out, lse, *_ = flash_attn_varlen_func(
-        p.query, p.key, p.value, p.cu_seqlens_q, p.cu_seqlens_k, max(p.query.shape[0], 1), max(p.key.shape[0], 1),
-        softmax_scale=p.scale, softcap=p.softcap, return_attn_probs=True,
-    )  # fmt: skip
+    longest = max(p.query.shape[0], 1), max(p.key.shape[0], 1)
+    tensors = p.query, p.key, p.value, p.cu_seqlens_q, p.cu_seqlens_k
+    options = {"softmax_scale": p.scale, "softcap": p.softcap}
+    out, lse, *_ = flash_attn_varlen_func(*tensors, *longest, **options, return_attn_probs=True)
     # Rows without keys come back with lse = +inf or garbage, depending on the version.
     lse = torch.where(lse == torch.inf, -torch.inf, lse)
     message = "attention: backend='flash' has no gradient of lse; use another backend"

@@ -2,7 +2,9 @@
 
 All of them take packed offsets, return (total_q, 2) int32, and wait for no device, provided that ``total_q``, the
 number of query rows, is given or can be read off another argument. Rows beyond the last sequence get (0, 0). For a
-padded batch use offsets ``torch.arange(batch + 1) * length`` (int32) and ``.unflatten(0, (batch, length))``.
+padded batch use offsets ``torch.arange(batch + 1) * length`` (int32) and ``.unflatten(0, (batch, length))``;
+:func:`media_kv_range` takes the padded batch itself. ``cross_attention`` and ``varlen_cross_attention`` build causal
+and windowed ranges from ``causal=`` and ``window=``.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastxattn.ops.attention.checks import check_integer_tensor
-from fastxattn.ops.offsets import check_contents, readable
+from fastxattn.ops.offsets import check_contents, check_integer_tensor, readable
 
 
 class _Rows(NamedTuple):
@@ -121,6 +122,9 @@ def sliding_window_kv_range(
     """
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_integer_tensor(name, offsets, torch.int32)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        shape = tuple(cu_seqlens_q.shape)
+        raise ValueError(f"cu_seqlens_k must have the shape of cu_seqlens_q, {shape}; got {tuple(cu_seqlens_k.shape)}")
     for name, limit in (("left", left), ("right", right)):
         check_count(name, limit, -1)
     left, right = min(left, 2**31), min(right, 2**31)  # sums with sys.maxsize would wrap around
@@ -133,7 +137,7 @@ def sliding_window_kv_range(
 
 
 def media_kv_range(
-    media_locations: Tensor, cu_seqlens_q: Tensor, media_lengths: int | Tensor, *, every: bool = False
+    media_locations: Tensor, cu_seqlens_q: Tensor | None, media_lengths: int | Tensor, *, every: bool = False
 ) -> Tensor:
     """A text token sees the image that precedes it (Flamingo), or with ``every`` all that precede it; before: none.
 
@@ -145,17 +149,26 @@ def media_kv_range(
         <image> a dog          . . . . .  x x x x x       with every=True: x x x x x  x x x x x
 
     Args:
-        media_locations: (total_q,) boolean, True at the token that stands for an image.
-        cu_seqlens_q: (batch + 1,) int32.
+        media_locations: (total_q,) boolean, True at the token that stands for an image; without ``cu_seqlens_q``
+            (batch, length), a padded batch.
+        cu_seqlens_q: (batch + 1,) int32, or None.
         media_lengths: key tokens of an image: one int for all (64 after a Perceiver resampler), or (images,) integer,
             in the order of the markers over the whole batch. A sequence's keys are its images' tokens in that order.
         every: see all preceding images instead of the last.
 
     Returns:
-        (total_q, 2) int32.
+        (total_q, 2) int32; (batch, length, 2) for a padded batch.
 
     Alayrac et al., Flamingo: a visual language model for few-shot learning (2022), section 2.3.
     """
+    if cu_seqlens_q is None:
+        if media_locations.dtype != torch.bool or media_locations.ndim != 2:
+            got = f"{media_locations.dtype} {tuple(media_locations.shape)}"
+            raise TypeError(f"media_locations must be boolean of shape (batch, length); got {got}")
+        batch, length = media_locations.shape
+        offsets = torch.arange(batch + 1, dtype=torch.int32, device=media_locations.device) * length
+        packed = media_kv_range(media_locations.flatten(), offsets, media_lengths, every=every)
+        return packed.unflatten(0, (batch, length))
     first, image, image_here = _preceding_media(media_locations, cu_seqlens_q)
     if not isinstance(media_lengths, Tensor):
         check_count("media_lengths", media_lengths)
@@ -262,8 +275,8 @@ def timestamp_kv_range(
         if t.device != query_times.device:
             raise ValueError(f"{name} must be on the device of query_times, {query_times.device}; got {t.device}")
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        wanted = tuple(cu_seqlens_q.shape)
-        raise ValueError(f"cu_seqlens_k must have the shape of cu_seqlens_q, {wanted}; got {tuple(cu_seqlens_k.shape)}")
+        shape = tuple(cu_seqlens_q.shape)
+        raise ValueError(f"cu_seqlens_k must have the shape of cu_seqlens_q, {shape}; got {tuple(cu_seqlens_k.shape)}")
     if readable(key_times):
         check_contents("cu_seqlens_k", cu_seqlens_k, key_times.shape[0], "key_times")
         _check_ascending(key_times, cu_seqlens_k)
@@ -330,14 +343,14 @@ def _moved(times: Tensor, shift: float, rounding: Callable[[float], int]) -> Ten
     )
 
 
-def _bisect(times: Tensor, wanted: Tensor, low: Tensor, high: Tensor, *, right: bool) -> Tensor:
-    """The first place in times[low:high] not before ``wanted`` (``right``: after it), element by element."""
+def _bisect(times: Tensor, target: Tensor, low: Tensor, high: Tensor, *, right: bool) -> Tensor:
+    """The first place in times[low:high] not before ``target`` (``right``: after it), element by element."""
     if times.shape[0] == 0:
         return low
     steps = 32 if torch.compiler.is_compiling() else times.shape[0].bit_length()
     for _ in range(steps):
         middle = (low + high) // 2
         here = times[middle.clamp(max=times.shape[0] - 1)]
-        ahead = ((here <= wanted) if right else (here < wanted)) & (low < high)
+        ahead = ((here <= target) if right else (here < target)) & (low < high)
         low, high = torch.where(ahead, middle + 1, low), torch.where(ahead, high, middle)
     return low

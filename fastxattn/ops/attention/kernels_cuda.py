@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.attention.problem import Problem
-from fastxattn.ops.attention.schema import NEEDS
 
 CUT_ROWS, CUT_LENGTH, CHUNK_KEYS = 64, 1024, 512
 """Of csrc/attention/attention_cuda.h: a sequence's keys are cut where it has at most so many rows (queries x group) and
@@ -30,7 +29,7 @@ class Plan:
     def of(problem: Problem, grad_out: Tensor | None = None) -> Plan:
         """``grad_out`` counts for the alignment of backward, which never cuts the keys."""
         p = problem
-        chunks = slots_k(p) // CHUNK_KEYS if grad_out is None and slots_k(p) >= CUT_LENGTH else 0
+        chunks = p.slots_k // CHUNK_KEYS if grad_out is None and p.slots_k >= CUT_LENGTH else 0
         tensors = [t for t in (p.query, p.key, p.value, grad_out) if t is not None]
         return Plan(problem, all(map(_in_pieces, tensors)), chunks)
 
@@ -38,7 +37,7 @@ class Plan:
     def empty(self) -> bool:
         """Whether nothing is to be computed: results are what :meth:`results` and :meth:`gradients` start with."""
         p = self.problem
-        return not (p.query.numel() and p.key.shape[0] and p.value.shape[2] and p.cu_seqlens_q.numel() > 1)
+        return not (p.query.numel() and p.key.shape[0] and p.value.shape[2] and p.batch)
 
     def results(self) -> tuple[Tensor, Tensor]:
         """Out and lse as rows without a slot keep them."""
@@ -48,43 +47,35 @@ class Plan:
         return out, query.new_full((heads, rows), -torch.inf, dtype=torch.float32)
 
     def parts(self) -> tuple[Tensor | None, Tensor | None]:
-        """Room for the chunks' results."""
+        """Memory for the chunks' results."""
         if self.chunks == 0:
             return None, None
         p = self.problem
         kv_heads = p.key.shape[1]
-        shape = self.chunks, kv_heads, min(CUT_ROWS, _slots(p.query, p.query_index) * (p.query.shape[1] // kv_heads))
+        shape = self.chunks, kv_heads, min(CUT_ROWS, p.slots_q * p.group)
         out = p.query.new_empty(*shape, p.value.shape[2], dtype=torch.float32)
         return out, p.query.new_empty(shape, dtype=torch.float32)
 
-    def gradients(self, wanted: set[str]) -> dict[str, Tensor | None]:
+    def gradients(self, needs: int) -> dict[str, Tensor | None]:
         """What backward writes, by its name in the kernels; those of keys are by slot (see :func:`sum_by_row`)."""
         p = self.problem
         rows, heads = p.query.shape[:2]
-        kv_heads, slots = p.key.shape[1], slots_k(p)
+        kv_heads, slots = p.key.shape[1], p.slots_k
         exact = p.query.dtype == torch.float32
 
-        def room(name: str, like: Tensor | None, *shape: int) -> Tensor | None:
-            return like.new_zeros(shape) if name in wanted and like is not None else None
+        def zeros(name: str, *shape: int) -> Tensor | None:
+            like = getattr(p, name)
+            return like.new_zeros(shape) if needs & p.bits[name] and like is not None else None
 
         columns = heads if p.key_bias is not None and p.key_bias.ndim == 2 else kv_heads
         return {
-            "grad_query": room("query", p.query, *p.query.shape),
-            "grad_key": room("key", p.key, slots, kv_heads, p.key.shape[2]),
-            "grad_value": room("value", p.value, slots, kv_heads, p.value.shape[2]),
-            "grad_key_bias": room("key_bias", p.key_bias, slots, columns),
+            "grad_query": zeros("query", *p.query.shape),
+            "grad_key": zeros("key", slots, kv_heads, p.key.shape[2]),
+            "grad_value": zeros("value", slots, kv_heads, p.value.shape[2]),
+            "grad_key_bias": zeros("key_bias", slots, columns),
             "delta": p.query.new_empty(heads, rows, dtype=torch.float32),
             "norm": p.query.new_empty(heads, rows, dtype=torch.float32) if exact else None,
         }
-
-
-def _slots(tokens: Tensor, index: Tensor | None) -> int:
-    return tokens.shape[0] if index is None else index.numel()
-
-
-def slots_k(problem: Problem) -> int:
-    """Key slots."""
-    return _slots(problem.key, problem.key_index)
 
 
 def _in_pieces(t: Tensor) -> bool:
@@ -112,17 +103,17 @@ def sum_by_row(problem: Problem, grads: dict[str, Tensor | None]) -> dict[str, T
 def _problem(problem: Problem) -> Problem:
     """Last axes made contiguous."""
     rows = {n: t for n in ("query", "key", "value") if (t := getattr(problem, n)).stride(-1) != 1 and t.shape[-1] > 1}
-    return problem._replace(**{name: t.contiguous() for name, t in rows.items()})
+    return problem.replace(**{name: t.contiguous() for name, t in rows.items()})
 
 
 def _fields(problem: Problem, plan: Plan) -> tuple[Any, ...]:
     """The problem in the order of the launch operators, which know neither bias nor dropout."""
-    return (*problem[: Problem._fields.index("bias")], problem.scale, problem.softcap, plan.aligned)
+    return *(getattr(problem, n) for n in Problem.names if n not in ("bias", "dropout_p", "dropout_seed")), plan.aligned
 
 
 def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """``fastxattn::attention_cuda``; see :mod:`fastxattn.ops.attention.schema`."""
-    problem = _problem(Problem(*arguments))
+    """``fastxattn::attention_cuda``; see :mod:`fastxattn.ops.attention.operator`."""
+    problem = _problem(Problem.of(arguments))
     plan = Plan.of(problem)
     out, lse = plan.results()
     if not plan.empty:
@@ -136,12 +127,12 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``fastxattn::attention_backward_cuda``; the last argument is ``needs``."""
     *fields, needs = arguments
-    problem = _problem(Problem(*fields))
+    problem = _problem(Problem.of(fields))
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     plan = Plan.of(problem, grad_out)
-    grads = plan.gradients({name for name, bit in NEEDS.items() if needs & bit})
+    grads = plan.gradients(needs)
     if not plan.empty:
         with torch.cuda.device(problem.query.device):
             torch.ops.fastxattn.attention_backward_cuda_launch(
@@ -149,4 +140,4 @@ def attention_backward(
             )
     found = sum_by_row(problem, grads)
     none = problem.query.new_empty(0)
-    return tuple(found.get(name, none) for name in NEEDS)  # type: ignore[return-value]
+    return tuple(found.get(name, none) for name in Problem.bits)  # type: ignore[return-value]
