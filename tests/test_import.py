@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fastxattn"
 # Lower rooms first: a module imports its own layer or one below, never one above.
 LAYERS = (
     ("fastxattn.runtime",),
-    ("fastxattn.ops", "fastxattn.packed"),
+    ("fastxattn.ops", "fastxattn.packed", "fastxattn.ranges"),
     ("fastxattn.testing", "fastxattn.bench"),
     ("fastxattn.distributed",),
     ("fastxattn.nn",),
