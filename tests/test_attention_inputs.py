@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (tables of inputs and messages read best one to a line)
 """Bad input is refused in words; odd input is ordinary. On every backend that runs here."""
 
 import re
@@ -39,7 +38,9 @@ BAD_VALUES = {
     "query 2-D": ({"query": torch.randn(6, 8)}, "query must have shape (tokens, heads, head_dim); got (6, 8)"),
     "no heads": ({"query": torch.randn(6, 0, 8)}, "query must have at least 1 head"),
     "no channels": (
-        {"query": torch.randn(6, 4, 0), "key": torch.randn(9, 2, 0)}, "query must have at least 1 head and 1 channel"),
+        {"query": torch.randn(6, 4, 0), "key": torch.randn(9, 2, 0)},
+        "query must have at least 1 head and 1 channel",
+    ),
     "head_dim": ({"key": torch.randn(9, 2, 7)}, "key must have the head_dim of query, 8; got 7"),
     "value tokens": ({"value": torch.randn(8, 2, 5)}, "value must have as many tokens as key, 9; got 8"),
     "value heads": ({"value": torch.randn(9, 1, 5)}, "value must have as many heads as key, 2; got 1"),
@@ -53,13 +54,30 @@ BAD_VALUES = {
     "dip below 0": ({"cu_seqlens_k": ints(0, -3, 9)}, "cu_seqlens_k must not decrease; got 0 then -3 at sequence 0"),
     "past the end": ({"cu_seqlens_q": ints(0, 2, 7)}, "cu_seqlens_q must end within the 6 tokens; got 7"),
     "past the end, far": (
-        {"cu_seqlens_k": ints(0, 4, 2**31 - 1)}, "cu_seqlens_k must end within the 9 tokens; got 2147483647"),
-    "batches differ": ({"cu_seqlens_k": ints(0, 9)}, "cu_seqlens_k must have as many offsets as cu_seqlens_q, 3; got 2"),
-    "no offsets": ({"cu_seqlens_q": ints()}, "cu_seqlens_q must have shape (batch + 1,), at least one offset; got none"),
+        {"cu_seqlens_k": ints(0, 4, 2**31 - 1)},
+        "cu_seqlens_k must end within the 9 tokens; got 2147483647",
+    ),
+    "batches differ": (
+        {"cu_seqlens_k": ints(0, 9)},
+        "cu_seqlens_k must have as many offsets as cu_seqlens_q, 3; got 2",
+    ),
+    "no offsets": (
+        {"cu_seqlens_q": ints()},
+        "cu_seqlens_q must have shape (batch + 1,), at least one offset; got none",
+    ),
     "offsets 2-D": ({"cu_seqlens_q": ints(0, 2, 6)[None]}, "cu_seqlens_q must have one axis; got shape (1, 3)"),
-    "range rows": ({"kv_range": torch.zeros(5, 2, dtype=torch.int32)}, "kv_range must have shape (query tokens, 2), (6, 2)"),
-    "range long": ({"kv_range": torch.zeros(7, 2, dtype=torch.int32)}, "kv_range must have shape (query tokens, 2), (6, 2)"),
-    "range 3 columns": ({"kv_range": torch.zeros(6, 3, dtype=torch.int32)}, "kv_range must have shape (query tokens, 2)"),
+    "range rows": (
+        {"kv_range": torch.zeros(5, 2, dtype=torch.int32)},
+        "kv_range must have shape (query tokens, 2), (6, 2)",
+    ),
+    "range long": (
+        {"kv_range": torch.zeros(7, 2, dtype=torch.int32)},
+        "kv_range must have shape (query tokens, 2), (6, 2)",
+    ),
+    "range 3 columns": (
+        {"kv_range": torch.zeros(6, 3, dtype=torch.int32)},
+        "kv_range must have shape (query tokens, 2)",
+    ),
     "range 1-D": ({"kv_range": ints(0, 1)}, "kv_range must have shape (query tokens, 2); got (2,)"),
     "bias rows": ({"key_bias": torch.zeros(8)}, "key_bias must have one row per key token, 9; got (8,)"),
     "bias heads": ({"key_bias": torch.zeros(9, 2)}, "key_bias must have one column per query head, 4; got (9, 2)"),
@@ -75,8 +93,10 @@ BAD_VALUES = {
     "seed 2": ({"dropout_p": 0.1, "dropout_seed": torch.tensor([1, 2])}, "dropout_seed must hold one number"),
     "other device": ({"key": torch.empty(9, 2, 8, device="meta")}, "key must be on the device of query, cpu; got meta"),
     "range elsewhere": (
-        {"kv_range": torch.empty(6, 2, dtype=torch.int32, device="meta")}, "kv_range must be on the device of query"),
-}  # fmt: skip
+        {"kv_range": torch.empty(6, 2, dtype=torch.int32, device="meta")},
+        "kv_range must be on the device of query",
+    ),
+}
 BAD_TYPES = {
     "list": ({"query": [[1.0]]}, "query must be a tensor; got list"),
     "none": ({"cu_seqlens_k": None}, "cu_seqlens_k must be a tensor; got NoneType"),
@@ -122,14 +142,34 @@ BAD_PADDED = {
     "3-D": (ValueError, {"query": torch.randn(2, 3, 8)}, "query must have shape (batch, length, heads, dim)"),
     "batch": (ValueError, {"key": torch.randn(3, 5, 2, 8)}, "key must have the batch of query, 2; got 3"),
     "length": (ValueError, {"value": torch.randn(2, 4, 2, 6)}, "value must have the length of key, 5; got 4"),
-    "mask shape": (ValueError, {"key_mask": torch.ones(2, 3, dtype=torch.bool)}, "key_mask must have shape (batch, length), (2, 5)"),
-    "mask dtype": (TypeError, {"query_mask": torch.ones(2, 3)}, "query_mask must be boolean, True where there is a token"),
-    "bias": (ValueError, {"bias": torch.zeros(2, 4, 3, 4)}, "bias must broadcast to (batch, heads, Lq, Lk), (2, 4, 3, 5)"),
+    "mask shape": (
+        ValueError,
+        {"key_mask": torch.ones(2, 3, dtype=torch.bool)},
+        "key_mask must have shape (batch, length), (2, 5)",
+    ),
+    "mask dtype": (
+        TypeError,
+        {"query_mask": torch.ones(2, 3)},
+        "query_mask must be boolean, True where there is a token",
+    ),
+    "bias": (
+        ValueError,
+        {"bias": torch.zeros(2, 4, 3, 4)},
+        "bias must broadcast to (batch, heads, Lq, Lk), (2, 4, 3, 5)",
+    ),
     "bool bias": (TypeError, {"bias": torch.ones(3, 5, dtype=torch.bool)}, "masks go in key_mask and kv_range"),
     "double bias": (TypeError, {"bias": torch.zeros(3, 5).double()}, "bias must be float32 or of the dtype of query"),
-    "range": (ValueError, {"kv_range": torch.zeros(2, 4, 2, dtype=torch.int32)}, "kv_range must broadcast to (batch, Lq, 2)"),
-    "key_bias": (ValueError, {"key_bias": torch.zeros(10)}, "key_bias must have shape (batch, Lk) or (batch, Lk, heads)"),
-}  # fmt: skip
+    "range": (
+        ValueError,
+        {"kv_range": torch.zeros(2, 4, 2, dtype=torch.int32)},
+        "kv_range must broadcast to (batch, Lq, 2)",
+    ),
+    "key_bias": (
+        ValueError,
+        {"key_bias": torch.zeros(10)},
+        "key_bias must have shape (batch, Lk) or (batch, Lk, heads)",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD_PADDED)
@@ -191,9 +231,13 @@ def test_empty_sequences(backend):
     assert dq[2:].any()
     arguments = good()
     alone = call(
-        backend, query=arguments["query"][2:5], key=arguments["key"][3:7], value=arguments["value"][3:7],
-        cu_seqlens_q=ints(0, 3), cu_seqlens_k=ints(0, 4),
-    )  # fmt: skip
+        backend,
+        query=arguments["query"][2:5],
+        key=arguments["key"][3:7],
+        value=arguments["value"][3:7],
+        cu_seqlens_q=ints(0, 3),
+        cu_seqlens_k=ints(0, 4),
+    )
     torch.testing.assert_close(out[2:5], alone[0])
 
 
@@ -223,7 +267,8 @@ def test_rows_whose_every_score_is_minus_infinity(backend):
     key_bias.requires_grad_()
     query = good()["query"].requires_grad_()
     out, lse = fastxattn.varlen_cross_attention(
-        **good(query=query, key_bias=key_bias), return_lse=True, backend=backend)  # fmt: skip
+        **good(query=query, key_bias=key_bias), return_lse=True, backend=backend
+    )
     assert not out[:2].any()
     assert (lse[:, :2] == -torch.inf).all()
     d_query, d_bias = torch.autograd.grad((out, lse), (query, key_bias), (torch.ones_like(out), torch.ones_like(lse)))
@@ -324,8 +369,12 @@ def test_seventy_thousand_sequences():
         q, k = slice(int(cu_q[b]), int(cu_q[b + 1])), slice(int(cu_k[b]), int(cu_k[b + 1]))
         offsets = {"cu_seqlens_q": ints(0, q.stop - q.start), "cu_seqlens_k": ints(0, k.stop - k.start)}
         wanted = call("reference", query=query[q], key=key[k], value=value[k], **offsets)
-        for name, a, b_ in zip(("out", "dq", "dk", "dv"), (found[0][q], found[2][q], found[3][k], found[4][k]),
-                               (wanted[0], *wanted[2:]), strict=True):  # fmt: skip
+        for name, a, b_ in zip(
+            ("out", "dq", "dk", "dv"),
+            (found[0][q], found[2][q], found[3][k], found[4][k]),
+            (wanted[0], *wanted[2:]),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b_, msg=name)
 
 
@@ -342,8 +391,14 @@ def test_one_long_sequence_among_many_of_one():
     ones = torch.cat([torch.arange(5000), torch.arange(5001, n)])
     torch.testing.assert_close(out[ones], value[cu_k.long()[ones]])  # one key: its value
     at = slice(5000, 5000 + long)
-    wanted = call("reference", query=query[5000:5001].double(), key=key[at].double(), value=value[at].double(),
-                  cu_seqlens_q=ints(0, 1), cu_seqlens_k=ints(0, long))  # fmt: skip
+    wanted = call(
+        "reference",
+        query=query[5000:5001].double(),
+        key=key[at].double(),
+        value=value[at].double(),
+        cu_seqlens_q=ints(0, 1),
+        cu_seqlens_k=ints(0, long),
+    )
     torch.testing.assert_close(out[5000:5001].double(), wanted[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(lse[:, 5000:5001].double(), wanted[1], rtol=1e-6, atol=0)
 

@@ -76,7 +76,8 @@ def test_against_dense_masks(backend, pattern, option):
         "key_bias_heads": {"key_bias": torch.randn(3, 9, 4, generator=g)},
     }[option]
     out, lse = fastxattn.cross_attention(
-        query, key, value, query_mask=mask_q, key_mask=mask_k, return_lse=True, backend=backend, **options)  # fmt: skip
+        query, key, value, query_mask=mask_q, key_mask=mask_k, return_lse=True, backend=backend, **options
+    )
     wanted, wanted_lse = dense(query, key, value, mask_q, mask_k, **options)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,8 @@
 """kv_range builders against dense boolean masks written the slow way."""
 
+import functools
 import math
+import re
 import sys
 from fractions import Fraction
 
@@ -105,9 +107,12 @@ def test_timestamps(times, before, after):
     flat_q, flat_k = (torch.tensor([t for row in side for t in row], dtype=torch.float32) for side in (q, k))
     made = ranges.timestamp_kv_range(flat_q, flat_k, cu_q, cu_k, before, after)
     check(
-        made, cu_q, [len(t) for t in q], [len(t) for t in k],
+        made,
+        cu_q,
+        [len(t) for t in q],
+        [len(t) for t in k],
         lambda b, i, j: q[b][i] - before <= k[b][j] <= q[b][i] + after,
-    )  # fmt: skip
+    )
 
 
 def test_symmetric_tolerance_by_default():
@@ -193,8 +198,9 @@ def test_timestamps_of_two_dtypes(dtypes):
 
 
 def test_later_key_times_may_begin_anew_in_the_next_sequence():
-    made = ranges.timestamp_kv_range(torch.tensor([5.0, 1.0]), torch.tensor([4.0, 5.0, 1.0, 9.0, 0.0]), offsets([1, 1]),
-                                     offsets([2, 2]), 1.0)  # fmt: skip
+    made = ranges.timestamp_kv_range(
+        torch.tensor([5.0, 1.0]), torch.tensor([4.0, 5.0, 1.0, 9.0, 0.0]), offsets([1, 1]), offsets([2, 2]), 1.0
+    )
     assert made.tolist() == [[0, 2], [0, 1]]
 
 
@@ -223,3 +229,55 @@ def test_in_attention():
         args = (t[part].transpose(0, 1) for t in (q, k, v))
         wanted = torch.nn.functional.scaled_dot_product_attention(*args, is_causal=True).transpose(0, 1)
         torch.testing.assert_close(out[part], wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({"causal": True}, (-1, 0)),
+        ({"window": 2}, (2, 2)),
+        ({"window": (1, -1)}, (1, -1)),
+        ({"causal": True, "window": 2}, (2, 0)),
+        ({"causal": True, "window": (-1, 3)}, (-1, 0)),
+    ],
+    ids=str,
+)
+def test_causal_and_window_build_a_range(options, limits):
+    """In both layouts, aligned at the last query and the last key."""
+    torch.manual_seed(0)
+    q, k = torch.randn(7, 2, 8), torch.randn(11, 2, 8)
+    cu_q, cu_k = offsets([5, 0, 2]), offsets([3, 2, 6])
+    out = fastxattn.varlen_cross_attention(q, k, k, cu_q, cu_k, **options)
+    made = ranges.sliding_window_kv_range(cu_q, cu_k, *limits)
+    assert torch.equal(out, fastxattn.varlen_cross_attention(q, k, k, cu_q, cu_k, kv_range=made))
+    q, k, mask = torch.randn(2, 4, 2, 8), torch.randn(2, 6, 2, 8), torch.rand(2, 6) > 0.3
+    made = ranges.sliding_window_kv_range(offsets([4]), offsets([6]), *limits)
+    out = fastxattn.cross_attention(q, k, k, key_mask=mask, **options)
+    assert torch.equal(out, fastxattn.cross_attention(q, k, k, key_mask=mask, kv_range=made))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"causal": True, "kv_range": torch.zeros(2, 2).int()}, ValueError, "kv_range must be None beside causal"),
+        ({"window": 1, "kv_range": torch.zeros(2, 2).int()}, ValueError, "kv_range must be None beside window"),
+        ({"window": (1, 2, 3)}, TypeError, "window must be an int or (left, right); got (1, 2, 3)"),
+        ({"window": True}, TypeError, "window must be an int or (left, right); got True"),
+        ({"window": (1.5, 0)}, TypeError, "left of window must be an int; got float"),
+        ({"window": (0, -2)}, ValueError, "right of window must be at least 0, or -1 for no limit; got -2"),
+    ],
+    ids=str,
+)
+def test_causal_and_window_are_refused(options, error, message):
+    q, cu = torch.randn(2, 1, 4), offsets([2])
+    with pytest.raises(error, match=re.escape(message)):
+        fastxattn.varlen_cross_attention(q, q, q, cu, cu, **options)
+    with pytest.raises(error, match=re.escape(message)):
+        fastxattn.cross_attention(q[None], q[None], q[None], **options)
+
+
+def test_causal_in_a_compiled_program():
+    torch._dynamo.reset()
+    q, cu = torch.randn(5, 1, 4), offsets([2, 3])
+    f = functools.partial(fastxattn.varlen_cross_attention, causal=True, window=1)
+    torch.testing.assert_close(torch.compile(f, backend="eager", fullgraph=True)(q, q, q, cu, cu), f(q, q, q, cu, cu))

@@ -53,7 +53,8 @@ def test_gradcheck(options):
 
     def f(query, key, value, bias):
         out, lse = fastxattn.varlen_cross_attention(
-            query, key, value, cu_q, cu_k, key_bias=bias, return_lse=True, **options)  # fmt: skip
+            query, key, value, cu_q, cu_k, key_bias=bias, return_lse=True, **options
+        )
         return out, lse[lse > -torch.inf]
 
     assert torch.autograd.gradcheck(f, (query, key, value, bias), fast_mode=True)
@@ -150,11 +151,13 @@ def test_autocast(backend):
     bias = torch.randn(9, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = fastxattn.varlen_cross_attention(
-            query, key, value.bfloat16(), cu_q, cu_k, key_bias=bias, return_lse=True, backend=backend)  # fmt: skip
+            query, key, value.bfloat16(), cu_q, cu_k, key_bias=bias, return_lse=True, backend=backend
+        )
     assert out.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
     cast = fastxattn.varlen_cross_attention(
-        query.bfloat16(), key.bfloat16(), value.bfloat16(), cu_q, cu_k, key_bias=bias, backend=backend)  # fmt: skip
+        query.bfloat16(), key.bfloat16(), value.bfloat16(), cu_q, cu_k, key_bias=bias, backend=backend
+    )
     assert torch.equal(out, cast)
     out.float().sum().backward()
     assert {t.grad.dtype for t in (query, key, value, bias)} == {torch.float32}
@@ -256,7 +259,8 @@ class Attend(torch.nn.Module):
 
     def forward(self, text: PackedTokens, image: PackedTokens) -> PackedTokens:
         out = fastxattn.varlen_cross_attention(
-            text.values, image.values, image.values, text.cu_seqlens, image.cu_seqlens)  # fmt: skip
+            text.values, image.values, image.values, text.cu_seqlens, image.cu_seqlens
+        )
         return text.with_values(out)
 
 

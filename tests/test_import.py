@@ -111,6 +111,7 @@ def test_nothing_below_imports_anything_above(path):
 
 ROOM = {"__init__", "api", "checks", "problem", "schema", "autograd", "reference", "cpu", "triton", "onnx"}
 WITHOUT = {
+    "attention": {"schema", "autograd", "cpu"},  # operator.py and backends.py
     "co_attention": {"onnx"},  # a file holds the two attentions that it is made of
     "absorbed_attention": {"triton"},  # on a GPU the projections are made, for attention
     "contrastive": {"onnx"},  # a loss is for training
@@ -141,7 +142,7 @@ def test_references_import_torch_only(path):
         for name in names:
             root = name.split(".")[0]
             assert root in {"torch", "fastxattn", "__future__"} or root in sys.stdlib_module_names
-            assert not name.endswith((".cpu", ".triton", ".cuda", ".autograd", ".dispatch", ".api"))
+            assert not name.endswith((".cpu", ".triton", ".cuda", ".autograd", ".operator", ".backends", ".api"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
