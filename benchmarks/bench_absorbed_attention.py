@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fastxattn
 from benchmarks.common import main, nbytes
-from fastxattn.bench import Case, Workload
+from benchmarks.harness import Case, Workload
 from fastxattn.nn import MultiheadCrossAttention, QFormer
 from fastxattn.testing import measure_error
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import main, nbytes
-from fastxattn.bench import Case, Workload
+from benchmarks.harness import Case, Workload
 from fastxattn.ops.co_attention import backends
 from fastxattn.ops.co_attention.problem import Problem
 from fastxattn.ops.co_attention.reference import co_attention_reference

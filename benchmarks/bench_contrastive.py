@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import IMAGES, RESULTS, main, nbytes
-from fastxattn.bench import read_csv
-from fastxattn.bench.memory import peak_extra_bytes
-from fastxattn.bench.records import device_name, git_sha, versions
-from fastxattn.bench.registry import Case, Workload
+from benchmarks.harness import read_csv
+from benchmarks.harness.records import git_sha, versions
+from benchmarks.harness.registry import Case, Workload
 from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss
+from fastxattn.runtime.timing import device_name, peak_extra_bytes
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

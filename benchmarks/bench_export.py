@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.common import main, nbytes
 from benchmarks.export_zoo import MODELS, Model, build
-from fastxattn.bench import Case, Workload
+from benchmarks.harness import Case, Workload
 from fastxattn.export import to_onnx
 from fastxattn.export.flat import bind, tensors
 from fastxattn.export.rooms import functions

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastxattn
 from benchmarks.bench_attention import IMAGE, TEXT, Inputs, Shape
 from benchmarks.common import main, nbytes
-from fastxattn.bench import Case, Workload
+from benchmarks.harness import Case, Workload
 from fastxattn.testing import measure_error
 
 SHAPES = [

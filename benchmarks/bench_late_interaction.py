@@ -16,8 +16,8 @@ from torch import Tensor
 
 import fastxattn
 from benchmarks.common import main, nbytes
-from fastxattn.bench.memory import peak_extra_bytes
-from fastxattn.bench.registry import Case, Workload
+from benchmarks.harness.registry import Case, Workload
+from fastxattn.runtime.timing import peak_extra_bytes
 from fastxattn.testing import measure_error, offsets
 
 Step = Callable[[], tuple[Tensor, ...]]

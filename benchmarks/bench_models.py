@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks import models_zoo, models_zoo_open_clip
+from benchmarks.harness import Case, Record, Workload, read_csv, write_csv
+from benchmarks.harness.registry import Pending, run_case
+from benchmarks.harness.report import short_device
 from benchmarks.models_zoo import System
-from fastxattn.bench import Case, Record, Workload, read_csv, write_csv
-from fastxattn.bench.records import device_name
-from fastxattn.bench.registry import Pending, run_case
-from fastxattn.bench.report import short_device
 from fastxattn.integrations import accelerate
+from fastxattn.runtime.timing import device_name
 from fastxattn.testing import ErrorReport, measure_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,7 +242,7 @@ def write_document(facts: dict[str, Any]) -> None:
 def rows(match: str, dtypes: set[str], missing: bool, stalest: bool = False) -> Iterator[Row]:
     """The rows to measure; with ``stalest`` those first that are missing, then those measured longest ago.
 
-    Float32 comes before either: see :func:`fastxattn.bench.run_cases`.
+    Float32 comes before either: see :func:`benchmarks.harness.run_cases`.
     """
     threads = torch.get_num_threads()
     found = read_csv(CSV) if CSV.exists() else []  # what was measured last is written last

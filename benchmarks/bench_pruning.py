@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import RESULTS, nbytes, parser, run
-from fastxattn.bench import Case, Record, Workload, timing, write_csv
-from fastxattn.bench.report import print_table
+from benchmarks.harness import Case, Record, Workload, interleaved, write_csv
+from benchmarks.harness.report import print_table
 from fastxattn.integrations.pruning import prune_model
 from fastxattn.integrations.pruning.probe import encoder_scores
 from fastxattn.ops.pruning import STRATEGIES, Budget, backends, bipartite, prune_tokens, select_tokens
@@ -261,7 +261,7 @@ def encoder(rounds: int, clock: Callable[[], float]) -> list[Record]:
 
     calls: dict[str, Callable[[], object]] = {"unpruned": lambda: model(pixels)}
     calls |= {f"fastxattn keep {share:.0%} from layer 8": pruned(share) for share in SHARES}
-    times = {name: timing.median for name, timing in timing.interleaved(calls, rounds=rounds, clock=clock).items()}
+    times = {name: timing.median for name, timing in interleaved(calls, rounds=rounds, clock=clock).items()}
     # The pruning alone: scores, selection and gathering on tensors of that size.
     query, key, hidden = torch.randn(1, 577, 16, 64), torch.randn(1, 577, 16, 64), torch.randn(577, 1024)
     special = torch.arange(577) < 1
@@ -342,7 +342,7 @@ def prefill(rounds: int, clock: Callable[[], float]) -> list[Record]:
     }
     calls["fastxattn divprune 25% before the language model"] = pruned(0.25, "divprune", 0)
     calls["fastxattn FastV 25% from language layer 1"] = pruned(0.25, "attention", 1)
-    times = {name: timing.median for name, timing in timing.interleaved(calls, rounds=rounds, clock=clock).items()}
+    times = {name: timing.median for name, timing in interleaved(calls, rounds=rounds, clock=clock).items()}
     return model_records("prefill", "LLaVA-1.5-7B widths, 1/8 of its layers, 576 + 64 tokens", torch.bfloat16, times)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.common import main, nbytes
-from fastxattn.bench.registry import Case, Workload
+from benchmarks.harness.registry import Case, Workload
 from fastxattn.ops.retrieval import quantize_int8, topk_similarity
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fastxattn.bench import Case, Record, read_csv, run_cases, write_csv
-from fastxattn.bench.report import plot_ratios, print_table
+from benchmarks.harness import Case, Record, read_csv, run_cases, write_csv
+from benchmarks.harness.report import plot_ratios, print_table
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs/images"

@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastxattn.bench import Record, read_csv
+from benchmarks.harness import Record, read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "benchmarks/results"

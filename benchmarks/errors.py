@@ -15,9 +15,10 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.common import RESULTS
+from benchmarks.harness.records import git_sha, versions
 from benchmarks.soak.trials import DTYPES, MAKERS, judge
-from fastxattn.bench.records import device_name, git_sha, versions
 from fastxattn.ops.attention import backends
+from fastxattn.runtime.timing import device_name
 from fastxattn.testing import attention as contract
 from fastxattn.testing import measure_error
 

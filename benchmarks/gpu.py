@@ -20,9 +20,9 @@ import torch
 
 from benchmarks import gpu_cases
 from benchmarks.common import RESULTS
-from fastxattn.bench import Record, run_cases, write_csv
-from fastxattn.bench.records import git_sha
-from fastxattn.bench.report import print_table
+from benchmarks.harness import Record, run_cases, write_csv
+from benchmarks.harness.records import git_sha
+from benchmarks.harness.report import print_table
 from fastxattn.runtime import tuning
 
 ROOT = Path(__file__).resolve().parents[1]

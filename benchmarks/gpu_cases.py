@@ -16,7 +16,7 @@ from torch import Tensor
 import fastxattn
 from benchmarks.bench_contrastive import eager_clip, eager_siglip
 from benchmarks.common import nbytes
-from fastxattn.bench import Case, Workload
+from benchmarks.harness import Case, Workload
 from fastxattn.ops import importance
 from fastxattn.ops.co_attention.backends import ONE_PASS
 from fastxattn.ops.contrastive import infonce_loss, sigmoid_loss

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fastxattn.bench.records import device_name, versions
+from benchmarks.harness.records import versions
+from fastxattn.runtime.timing import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs/guide/examples"

@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import IMAGES, RESULTS
-from fastxattn.bench import Record, read_csv, sections
-from fastxattn.bench.report import markdown_table, plot_ratios, roofline_table
+from benchmarks.harness import Record, read_csv, sections
+from benchmarks.harness.report import markdown_table, plot_ratios, roofline_table
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)

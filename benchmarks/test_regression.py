@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastxattn.bench import Case
+from benchmarks.harness import Case
 
 # Quick ones of every room, from the registries that `make bench` runs.
 WANTED = (

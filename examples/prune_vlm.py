@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from fastxattn import prune_model
-from fastxattn.bench import interleaved
+from fastxattn.runtime.timing import interleaved
 
 IMAGE_TOKEN, SIDE, PATCH = 999, 336, 14
 TOKENS = (SIDE // PATCH) ** 2

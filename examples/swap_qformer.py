@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import fastxattn
-from fastxattn.bench import interleaved
+from fastxattn.runtime.timing import interleaved
 
 QUERIES, WIDTH = 32, 1408
 

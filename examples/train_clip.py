@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastxattn
-from fastxattn.bench.memory import peak_extra_bytes
 from fastxattn.distributed import cached_backward
+from fastxattn.runtime.timing import peak_extra_bytes
 from fastxattn.search import COLOURS, SHAPES, DualEncoder, Thing, Words, caption, draw, random_things
 
 

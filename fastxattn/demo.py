@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastxattn.bench.memory import peak_extra_bytes
-from fastxattn.bench.records import device_name
-from fastxattn.bench.timing import Timing, interleaved
+from fastxattn.runtime.timing import Timing, device_name, interleaved, peak_extra_bytes
 
 PATCH = 14
 QUERIES = 32

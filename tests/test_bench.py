@@ -12,17 +12,16 @@ import pytest
 import torch
 
 import fastxattn
+from benchmarks.harness import Case, Workload, read_csv, write_csv
+from benchmarks.harness.registry import run_case, run_cases
+from benchmarks.harness.report import markdown_table, plot_ratios, roofline_table
 from benchmarks.test_regression import HEAVY
-from fastxattn.bench import Case, Workload, read_csv, write_csv
-from fastxattn.bench.memory import peak_extra_bytes
-from fastxattn.bench.registry import run_case, run_cases
-from fastxattn.bench.report import markdown_table, plot_ratios, roofline_table
-from fastxattn.bench.timing import OutOfTime, Timing, interleaved
+from fastxattn.runtime.timing import OutOfTime, Timing, interleaved, peak_extra_bytes
 from fastxattn.testing import assert_within_budget, measure_error
 
 TIMED = {
     "co_attention": "co_attention ",
-    "absorbed_attention": "context layer",
+    "absorbed_attention": "absorbed_attention layer",
     "cross_attention": "attention padded ",
     "distillation_loss": "infonce ",  # the same operator, and a product per direction
     "infonce_loss": "infonce ",
@@ -32,7 +31,7 @@ TIMED = {
     "multi_positive_infonce_loss": "infonce ",
     "prune_tokens": "select_gather ",
     "recall_at_k": "retrieval ",  # a search and a comparison of indices
-    "select": "select ",
+    "select_tokens": "select ",
     "sigmoid_loss": "sigmoid ",
     "topk_similarity": "retrieval ",
     "varlen_cross_attention": "attention text to image",
@@ -44,10 +43,10 @@ def test_every_public_operation_is_timed() -> None:
     public = {name: getattr(fastxattn, name) for name in fastxattn.__all__}
     operations = {n for n, f in public.items() if inspect.isfunction(f) and f.__module__.startswith("fastxattn.ops.")}
     assert operations == set(TIMED)
-    rooms = sorted((Path(__file__).parents[1] / "benchmarks").glob("bench_*.py"))
+    files = sorted((Path(__file__).parents[1] / "benchmarks").glob("bench_*.py"))
     titles = [
         f"{case.op} {case.title}"
-        for path in rooms
+        for path in files
         if path.stem not in HEAVY
         for case in importlib.import_module(f"benchmarks.{path.stem}").cases(False)
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import fastxattn
 
+ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "env", "explain", "demo", "bench", "report", "prune", "search", "export", "verify", "inspect", "optimize", "tune",
 )  # fmt: skip
@@ -25,7 +28,7 @@ def shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "TERMINAL_WIDTH": "200", **variables},
     )
 
@@ -100,7 +103,7 @@ def test_explain_knows_every_operation(op: str) -> None:
         (("tune",), "no CUDA or ROCm device is visible"),
         (("report", "--results", "/nonexistent"), "results must be a folder of CSVs"),
         (("prune", "/nonexistent.png", "--out", "/tmp/never.png"), "nonexistent.png"),
-        (("bench", "nonsense"), "must be one of attention"),
+        (("bench", "nonsense"), "NAME must be one of absorbed_attention, attention"),
     ],
 )
 def test_wrong_usage_is_one_message_and_exit_code_2(arguments: tuple[str, ...], said: str) -> None:
@@ -108,6 +111,26 @@ def test_wrong_usage_is_one_message_and_exit_code_2(arguments: tuple[str, ...], 
     assert done.exit_code == 2
     assert said in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_an_installed_package_runs_benchmarks_in_a_checkout_only(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "fastxattn", tmp_path / "fastxattn", ignore=shutil.ignore_patterns("*.so"))
+    script = tmp_path / "command.py"
+    script.write_text("from fastxattn.cli import main\nmain()\n")
+    env = {**os.environ, "PYTHONPATH": ""}
+
+    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, str(script), *arguments]
+        return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=600)
+
+    repository = re.search(r'^Homepage = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for command in ("bench", "report"):
+        done = run(command, cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert repository and f"git clone {repository[1]}" in done.stderr
+    inside = run("report", "--out", str(tmp_path / "page.html"), cwd=ROOT)
+    assert inside.returncode == 0, inside.stderr
+    assert (tmp_path / "page.html").stat().st_size > 100_000
 
 
 def test_shell_completion_completes_commands() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compare import main
-from fastxattn.bench import Record, write_csv
-from fastxattn.bench.roofline import Peak, memory_gbytes
+from benchmarks.harness import Record, write_csv
+from benchmarks.harness.roofline import Peak, memory_gbytes
 
 
 def results(

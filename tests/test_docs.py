@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import pages, tables
 from benchmarks.common import RESULTS
-from fastxattn.bench import read_csv
-from fastxattn.bench.sections import kind, read_tables
+from benchmarks.harness import read_csv
+from benchmarks.harness.sections import kind, read_tables
 from fastxattn.integrations import swap
 from fastxattn.ops.pruning import STRATEGIES
 from tests import doc_setup

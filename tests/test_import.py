@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fastxattn"
 LAYERS = (
     ("fastxattn.runtime",),
     ("fastxattn.ops", "fastxattn.packed", "fastxattn.ranges"),
-    ("fastxattn.testing", "fastxattn.bench"),
+    ("fastxattn.testing",),
     ("fastxattn.distributed",),
     ("fastxattn.nn",),
     ("fastxattn.integrations",),

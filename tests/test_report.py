@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import RESULTS
-from fastxattn.bench.page import write_page
-from fastxattn.bench.sections import SECTIONS, Table, kind, read_tables
+from benchmarks.harness.page import write_page
+from benchmarks.harness.sections import SECTIONS, Table, kind, read_tables
 
 pytest.importorskip("matplotlib")
 CSVS = {

@@ -14,10 +14,11 @@ import re
 import sys
 import time
 
+from benchmarks.harness.records import git_sha, versions
 from benchmarks.soak import parts
 from benchmarks.soak.parts import ROOT, Outcome
-from fastxattn.bench.records import device_name, git_sha, versions
 from fastxattn.runtime import native
+from fastxattn.runtime.timing import device_name
 
 DOC = ROOT / "docs/design/reliability.md"
 MARKS = re.compile(r"(<!-- soak -->\n).*?(<!-- end soak -->)", re.DOTALL)

@@ -1,11 +1,13 @@
-"""What every command shares: the application, ``--json``, progress, and how an error leaves the program."""
+"""Shared parts of the commands: the application, ``--json``, progress, exit codes, the source checkout."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +15,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-# What a person can put right: one line and exit code 2. Anything else is a fault of ours and keeps its traceback.
+REPOSITORY = "https://github.com/fastxattn/fastxattn"
+# Errors that the user can correct: one line and exit code 2. Any other error is a defect and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 class Commands(TyperGroup):
-    """Turns what a person can put right into one line on stderr and exit code 2."""
+    """Reports errors that the user can correct as one line on stderr, with exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -96,12 +99,20 @@ def working(description: str) -> Iterator[Callable[[str], None]]:
 
 
 def checkout() -> Path:
-    """The source checkout that this package runs from.
+    """The source checkout that this package runs from, or that the current folder is.
 
     Raises:
-        ValueError: the package is installed without its benchmarks.
+        ValueError: neither is one; the wheel holds no benchmarks.
     """
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "benchmarks/common.py").exists():
-        raise ValueError("benchmarks/ is not beside the package: run this from a source checkout")
-    return root
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (root / "benchmarks/harness/suite.py").exists():
+            return root
+    raise ValueError(f"the benchmarks are not installed: run this inside a source checkout (git clone {REPOSITORY})")
+
+
+def from_checkout(module: str) -> Any:
+    """Import a module of the checkout's ``benchmarks`` package."""
+    root = str(checkout())
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    return importlib.import_module(module)

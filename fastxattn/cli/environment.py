@@ -17,9 +17,9 @@ def env(as_json: Json = False) -> None:
     import torch
 
     import fastxattn
-    from fastxattn.bench.records import device_name
     from fastxattn.runtime import env as settings
     from fastxattn.runtime import native
+    from fastxattn.runtime.timing import device_name
 
     cpu = native.cpu_library()
     cuda = native.cuda_library().reason or f"kernels loaded, for {', '.join(native.cuda_archs())}"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastxattn.bench.timing import interleaved
 from fastxattn.integrations.report import Verification
 from fastxattn.integrations.swap import unswap
+from fastxattn.runtime.timing import interleaved
 
 # Timing noise on a quiet machine; a model that is slower by more than this is given back.
 SLOWER = 0.97

@@ -6,8 +6,9 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastxattn.bench.records import device_name, git_sha, versions
-from fastxattn.bench.sections import SECTIONS, Table, kind, read_tables
+from benchmarks.harness.records import git_sha, versions
+from benchmarks.harness.sections import SECTIONS, Table, kind, read_tables
+from fastxattn.runtime.timing import device_name
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }

@@ -1,8 +1,8 @@
-"""Sections of the report: a CSV is recognised by its columns, and drawn; nothing is known by its name.
+"""Sections of the report. A CSV file is recognised by its columns, never by its name.
 
-``speed`` has the schema of :class:`fastxattn.bench.Record`; ``memory`` has ``n`` and ``peak_bytes``; ``accuracy`` has
-``keep``, ``strategy`` and ``mean``; ``errors`` has ``max_error`` and ``budget``. A file with other columns is shown as
-a table.
+``speed`` has the schema of :class:`benchmarks.harness.Record`; ``memory`` has ``n`` and ``peak_bytes``; ``accuracy``
+has ``keep``, ``strategy`` and ``mean``; ``errors`` has ``max_error`` and ``budget``. A file with other columns is shown
+as a table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastxattn.bench.report import short_device, titles
+from benchmarks.harness.report import short_device, titles
 
 Row = dict[str, str]
 ROWS_SHOWN = 60

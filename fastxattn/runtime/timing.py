@@ -1,14 +1,26 @@
-"""Interleaved timing of rivals in one process on the same data."""
+"""Time and peak memory of calls, and the machine they were measured on.
+
+Rivals are timed in turn, in one process, on the same data.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import gc
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from fastxattn.runtime import native
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class OutOfTime(Exception):
@@ -87,43 +99,57 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in taken.items()}
 
 
-_CACHE_BYTES = 1 << 28  # more than any GPU's L2 cache
-_CLOCK_HZ = 2e9  # about; a delay need not be exact
+def peak_extra_bytes(call: Callable[[], object], *, warm: bool = False) -> int | None:
+    """Bytes that ``call`` needed at its worst moment beyond what was in use before it; None where unknown.
 
-
-def on_device(providers: Mapping[str, Callable[[], object]], *, rounds: int = 11) -> dict[str, Timing]:
-    """Time every provider on the GPU in turn, ``rounds`` times over: what the device takes for one call.
-
-    Before each call the L2 cache is overwritten, and the device is kept busy until the host has issued the whole call:
-    what the host takes is no part of it (see :func:`host_seconds`).
+    On Linux the kernel's high-water mark of resident memory is reset and read back, which also sees memory that
+    compiled libraries allocate for themselves. glibc is told to hand memory back rather than to keep it, or an earlier
+    call's memory would hide this one's; a first call warms caches that are not the call's own, unless ``warm`` says
+    that there was one.
     """
-    scratch = torch.empty(_CACHE_BYTES, dtype=torch.int8, device="cuda")
-    delays = {}
-    for name, call in providers.items():
-        call()  # compiles
-        delays[name] = int((2 * host_seconds(call) + 1e-4) * _CLOCK_HZ)
-    names = list(providers)
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            scratch.zero_()
-            torch.cuda._sleep(delays[name])  # type: ignore[no-untyped-call]
-            start.record()
-            providers[name]()
-            end.record()
-            end.synchronize()
-            taken[name].append(start.elapsed_time(end) / 1e3)
-    return {name: Timing(tuple(values)) for name, values in taken.items()}
-
-
-def host_seconds(call: Callable[[], object], calls: int = 5) -> float:
-    """Median seconds until a call that works on the GPU has returned to the host, with nothing queued before it."""
-    taken = []
-    for _ in range(calls):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+    if not warm:
         call()
-        taken.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return statistics.median(taken)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return int(torch.cuda.max_memory_allocated() - before)
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 16)
+        libc.malloc_trim(0)
+        reset.write_text("5")
+        before = _kib(status, "VmRSS")
+        result = call()
+        peak = _kib(status, "VmHWM")
+        del result
+    except OSError:
+        return None
+    return max(0, peak - before) * 1024
+
+
+def _kib(status: Path, field: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
+@functools.cache
+def device_name(kind: str | None = None) -> str:
+    """The processor (and instruction set in use) or GPU that results were measured on.
+
+    Args:
+        kind: ``cpu`` or ``cuda``; by default the GPU where there is one.
+    """
+    if kind == "cuda" or (kind is None and torch.cuda.is_available()):
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model} [{native.active_cpu_isa() or 'no native library'}]"

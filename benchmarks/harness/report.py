@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastxattn.bench.records import Record
+from benchmarks.harness.records import Record
 
 
 def _by_case(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from fastxattn.bench.records import Record, device_name
-from fastxattn.bench.roofline import measure_peak
-from fastxattn.bench.timing import OutOfTime, interleaved, on_device
+from benchmarks.harness.device import on_device
+from benchmarks.harness.records import Record
+from benchmarks.harness.roofline import measure_peak
+from fastxattn.runtime.timing import OutOfTime, device_name, interleaved
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def run_case(
         case: what to run.
         rounds: how often every provider is timed.
         max_seconds: no new round begins after so long, except that there are at least three.
-        deadline: see :func:`fastxattn.bench.interleaved`.
-        clock: what time is taken with, see :func:`fastxattn.bench.interleaved`.
+        deadline: see :func:`fastxattn.runtime.timing.interleaved`.
+        clock: what time is taken with, see :func:`fastxattn.runtime.timing.interleaved`.
     """
     workload = case.build()
     gate = workload.check()
@@ -146,9 +147,9 @@ def run_cases(
 
 
 class Pending:
-    """What is not measured yet, at any moment also in the file that FASTXATTN_BENCH_LEFT names, a title a line.
+    """Titles of the cases not measured yet; the file that FASTXATTN_BENCH_LEFT names always holds them, one a line.
 
-    ``fastxattn bench`` reads it when a room's process has ended, even if it had to be ended.
+    ``fastxattn bench`` reads it when a benchmark file's process has ended or was killed.
     """
 
     def __init__(self, titles: Iterable[str]) -> None:

@@ -13,25 +13,7 @@ from pathlib import Path
 
 import torch
 
-
-@functools.cache
-def device_name(kind: str | None = None) -> str:
-    """The processor (and instruction set in use) or GPU that results were measured on.
-
-    Args:
-        kind: ``cpu`` or ``cuda``; by default the GPU where there is one.
-    """
-    if kind == "cuda" or (kind is None and torch.cuda.is_available()):
-        return torch.cuda.get_device_name()
-    from fastxattn.runtime import native
-
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model} [{native.active_cpu_isa() or 'no native library'}]"
+from fastxattn.runtime.timing import device_name
 
 
 @functools.cache
@@ -65,11 +47,11 @@ class Record:
     median_ms: float
     ratio: float  # rival's time / this time, paired by round
     gflops: float  # useful floating-point work per second (padding and masked work not counted); 0: not meaningful
-    gate: str  # "ok": inside the error budget; "rival": not ours; anything else is the failure
+    gate: str  # "ok": inside the error budget; "rival": another project's; anything else is the failure
     device: str = field(default_factory=device_name)
     versions: str = field(default_factory=versions)
     git_sha: str = field(default_factory=git_sha)
-    roofline: float = math.nan  # share of its bound, which was measured in the same run: fastxattn.bench.roofline
+    roofline: float = math.nan  # share of its bound, which was measured in the same run: benchmarks.harness.roofline
     bound: str = ""  # compute | memory: what that share is of
     peak_gflops: float = math.nan  # the two bounds
     peak_gbytes: float = math.nan

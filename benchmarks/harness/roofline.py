@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastxattn.bench.timing import on_device
+from benchmarks.harness.device import on_device
 from fastxattn.runtime import native
 
 _COPY = 1 << 25  # float32 numbers: 128 MiB read and as much written, beyond any cache
