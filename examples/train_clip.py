@@ -2,7 +2,7 @@
 
     python examples/train_clip.py [--batch 1024] [--steps 20] [--out docs/images/example_train_clip.png]
 
-The scenes and captions are those of ``fastxattn.search``. Afterwards the peak memory of the loss is measured against
+The scenes and captions are those of ``examples/search.py``. Afterwards the peak memory of the loss is measured against
 the batch, beside the formula that builds the logits.
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from search import COLOURS, SHAPES, DualEncoder, Thing, Words, caption, draw, random_things
 from torch import Tensor
 
 import fastxattn
 from fastxattn.distributed import cached_backward
 from fastxattn.runtime.timing import peak_extra_bytes
-from fastxattn.search import COLOURS, SHAPES, DualEncoder, Thing, Words, caption, draw, random_things
 
 
 def data(count: int) -> tuple[Tensor, Tensor, Tensor, Words]:

@@ -16,9 +16,7 @@ from typer.testing import CliRunner, Result
 import fastxattn
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = (
-    "env", "explain", "demo", "bench", "report", "prune", "search", "export", "verify", "inspect", "optimize", "tune",
-)  # fmt: skip
+COMMANDS = {"env", "explain", "demo", "bench", "report", "prune", "export", "verify", "inspect", "optimize", "tune"}
 
 
 def shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

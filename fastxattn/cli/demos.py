@@ -1,4 +1,4 @@
-"""Things to watch: ``demo``, ``search``, ``prune``."""
+"""``demo`` and ``prune``: the package at work on photographs."""
 
 from __future__ import annotations
 
@@ -56,36 +56,6 @@ def demo(
         console.print(f"The accelerated outputs {verdict} eager's, both measured against float64. Chart: {picture}")
     if not result.agrees:
         raise typer.Exit(1)
-
-
-@app.command(epilog="Example: fastxattn search --out build/search")
-def search(
-    out: Annotated[Path, typer.Option(help="folder for the heat map and the figures")] = Path("build/search"),
-    steps: Annotated[int, typer.Option(min=1, help="training steps on rendered scenes")] = 300,
-    seed: Annotated[int, typer.Option(help="of the scenes and the weights")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Train a small image-text search from scratch and watch alignment being learned, in under a minute."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from fastxattn import search as job
-
-    with working("starting") as say:
-        report = job.run(out, seed=seed, steps=steps, progress=say)
-    if as_json:
-        emit(report, True)
-        return
-    table = Table("test set", *next(iter(report.recall.values())), title="Recall: a is the images, b the captions")
-    for name, figures in report.recall.items():
-        table.add_row(name, *(f"{value:.2f}" for value in figures.values()))
-    console = Console()
-    console.print(table)
-    for query, found in report.queries.items():
-        console.print(f"{query} -> {'; '.join(found)}", markup=False)
-    for case, right in report.compositional.items():
-        console.print(f"told apart, {case}: {'yes' if right else 'no'}", markup=False)
-    console.print(f"Similarity heat map: {report.heat_map}")
 
 
 @app.command(epilog="Example: fastxattn prune photo.jpg --out kept.png --strategy divprune --strategy tome --keep 0.25")

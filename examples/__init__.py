@@ -1,0 +1,1 @@
+"""Scripts; tests and benchmarks import some of their functions."""
