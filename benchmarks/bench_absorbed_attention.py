@@ -4,9 +4,9 @@
 
 The Q-Former is Hugging Face's class at its real size (12 layers, hidden 768, 12 heads, cross-attention in every second
 layer, image width 1408, 32 queries) with random weights and without dropout; twelve images of 64 to 1024 tokens, padded
-with a mask for the rival. "packed only" is ours with absorption off. For forward+backward the image features need no
-gradient (the image encoder is frozen in BLIP-2), except where the case says so. Results are checked against float64 on
-the shortest and the longest image alone (float64 on all twelve would take minutes).
+with a mask for the rival. "packed only" has absorption off. For forward+backward the image features need no gradient
+(the image encoder is frozen in BLIP-2), except where the case says so. Results are checked against float64 on the
+shortest and the longest image alone (float64 on all twelve would take minutes).
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Inputs:
         return lambda: torch.autograd.grad(forward(), inputs, grads)  # type: ignore[arg-type]
 
     def check(self) -> str:
-        """Our output (and gradients) against float64, with the written-out loop as the yardstick."""
+        """Check the output (and gradients) against float64; the written-out loop sets the error budget."""
         ours = self.with_grad(self.ours)()
         yard = self.with_grad(self.eager_loop)()
         exact = Inputs.__new__(Inputs)

@@ -25,7 +25,7 @@ from benchmarks.export_zoo import MODELS, Model, build
 from benchmarks.harness import Case, Workload
 from fastxattn.export import to_onnx
 from fastxattn.export.flat import bind, tensors
-from fastxattn.export.rooms import functions
+from fastxattn.export.operations import functions
 from fastxattn.export.session import session_options
 from fastxattn.export.verify import PARITY
 from fastxattn.testing import measure_error

@@ -1,8 +1,8 @@
 """Attention received by every key: ``python -m benchmarks.bench_importance [--match TEXT] [--full] [--rounds N]``.
 
-The rivals are what people write, a sequence at a time: the softmax map and its column sums, and, given the forward's
-log-sum-exp as ours is, ``exp(scores - lse)`` and its column sums. "attention" is our own forward on the same problem:
-what scores cost beside the attention that they come from.
+The rivals work on a sequence at a time: the softmax map and its column sums, and, given the forward's log-sum-exp as
+fastxattn is, ``exp(scores - lse)`` and its column sums. "attention" is fastxattn's forward on the same problem: the
+cost of scores beside that of the attention they come from.
 """
 
 from __future__ import annotations

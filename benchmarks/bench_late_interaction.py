@@ -24,7 +24,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 
 def steps(sets: int, tokens_a: int, tokens_b: int, d: int) -> tuple[Step, Step]:
-    """Forward and backward, ours and eager, on the same tokens."""
+    """Forward and backward, fastxattn and eager, on the same tokens."""
     a, b = (F.normalize(torch.randn(sets * t, d), dim=1).requires_grad_() for t in (tokens_a, tokens_b))
     cu_a, cu_b = (torch.arange(sets + 1, dtype=torch.int32) * t for t in (tokens_a, tokens_b))
 
@@ -109,8 +109,8 @@ def cases(full: bool) -> Iterator[Case]:
 
 if __name__ == "__main__":
     if "--memory" in sys.argv:
-        ours, eager = (peak_extra_bytes(step) for step in steps(256 if "--full" in sys.argv else 64, 32, 196, 256))
-        if ours is not None and eager is not None:
-            print(f"fastxattn cpu {ours / 2**20:.0f} MiB, eager {eager / 2**20:.0f} MiB: {ours / eager:.1%}")
+        fused, eager = (peak_extra_bytes(step) for step in steps(256 if "--full" in sys.argv else 64, 32, 196, 256))
+        if fused is not None and eager is not None:
+            print(f"fastxattn cpu {fused / 2**20:.0f} MiB, eager {eager / 2**20:.0f} MiB: {fused / eager:.1%}")
     else:
         main("late_interaction", cases)

@@ -83,7 +83,7 @@ def key(r: Record) -> Key:
 
 
 def changes(old: dict[Key, Record], new: dict[Key, Record]) -> tuple[list[Change], float]:
-    """Our cases in both sets, the worst first, and the noise: the 90th percentile of what the rivals changed."""
+    """Compare fastxattn's cases, the worst first; the noise is the 90th percentile of the rivals' own changes."""
     both = [Change(k, old[k], new[k]) for k in new if k in old]
     drift = sorted(
         abs(math.log(c.ratio))
@@ -91,8 +91,8 @@ def changes(old: dict[Key, Record], new: dict[Key, Record]) -> tuple[list[Change
         if c.new.gate == "rival" and c.new.provider != c.new.rival and c.old.ratio > 0 and c.new.ratio > 0
     )
     noise = statistics.quantiles(drift, n=10)[-1] if len(drift) > 1 else (drift or [0.0])[0]
-    ours = [c for c in both if c.new.gate != "rival" and (c.broke or math.isfinite(c.ratio))]
-    return sorted(ours, key=lambda c: -math.inf if c.broke else c.ratio), math.expm1(noise)
+    cases = [c for c in both if c.new.gate != "rival" and (c.broke or math.isfinite(c.ratio))]
+    return sorted(cases, key=lambda c: -math.inf if c.broke else c.ratio), math.expm1(noise)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,22 +104,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="print what did not change, too")
     options = parser.parse_args(arguments)
     old, new = read(options.old), read(options.new)
-    ours, noise = changes(old, new)
+    cases, noise = changes(old, new)
     limit = max(options.tolerance, noise)
-    machines = {c.old.device for c in ours} | {c.new.device for c in ours}
+    machines = {c.old.device for c in cases} | {c.new.device for c in cases}
     if len(machines) > 1:
         print(f"note: measured on different machines: {', '.join(sorted(machines))}")
-    worse = [c for c in ours if c.broke or c.ratio < 1 / (1 + limit)]
-    better = [c for c in ours if not c.broke and c.ratio > 1 + limit]
+    worse = [c for c in cases if c.broke or c.ratio < 1 / (1 + limit)]
+    better = [c for c in cases if not c.broke and c.ratio > 1 + limit]
     for title, group in (("worse", worse), ("better", better)):
         for change in group:
             print(f"{title:<7} {change}")
     if options.all:
-        for change in ours:
+        for change in cases:
             if change not in worse and change not in better:
                 print(f"same    {change}")
     print(
-        f"{len(ours)} cases in both: {len(worse)} worse, {len(better)} better; noise {noise:.1%}, limit {limit:.1%}; "
+        f"{len(cases)} cases in both: {len(worse)} worse, {len(better)} better; noise {noise:.1%}, limit {limit:.1%}; "
         f"only old: {len(set(old) - set(new))} rows, only new: {len(set(new) - set(old))}"
     )
     return 1 if worse else 0

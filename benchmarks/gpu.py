@@ -1,7 +1,7 @@
 """Everything a GPU proves, in parts that can be resumed: ``python -m benchmarks.gpu [--part NAME] [--fresh]``.
 
 Parts: ``tests`` (the contracts of the Triton and CUDA kernels on the device), ``sanitizer`` (compute-sanitizer's
-memcheck over a part of them, when the tool is there) and ``bench`` (every room against its rivals, to
+memcheck over a part of them, when the tool is there) and ``bench`` (every operation against its rivals, to
 benchmarks/results/gpu.csv). A part that has finished on this device and revision is skipped.
 """
 

@@ -1,6 +1,6 @@
-"""What is timed on a GPU: every room against the ways PyTorch has for the same work, each case checked first.
+"""Cases timed on a GPU: every operation against PyTorch's ways to do the same work, each case checked first.
 
-Our results are compared with float64 references on the same rounded inputs. A rival that this installation lacks, or
+Results are compared with float64 references on the same rounded inputs. A rival that this installation lacks, or
 that does not take a case, is left out and named.
 """
 
@@ -48,7 +48,7 @@ SHAPES: dict[str, tuple[Lengths, Lengths]] = {
 
 
 def backends() -> tuple[str, ...]:
-    """Ours that run here."""
+    """GPU backends that run here."""
     return ("triton", "cuda") if native.cuda_library().reason is None else ("triton",)
 
 
@@ -61,7 +61,7 @@ def workload(
     ways: Mapping[str, Callable[[], object]], exact: Callable[[], Sequence[Tensor]], limit: float, flops: float = 0.0,
     moved: float = 0.0,
 ) -> Workload:  # fmt: skip
-    """Ours held to ``limit``; of the others those that run. The rival is the first of them."""
+    """Backends of fastxattn, held to ``limit``, and the rivals that run; ratios are against the first rival."""
     usable: Ways = {}
     for name, way in ways.items():
         try:

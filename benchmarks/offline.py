@@ -70,9 +70,9 @@ class Row:
             found.append(f"spills {self.spills} bytes")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"needs {self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} exist")
-        wanted = expected_matrix(self.kernel, self.dtype, self.arch)
-        if wanted and not re.search(wanted, self.matrix):
-            found.append(f"no {wanted} in the machine code (found {self.matrix or 'none'})")
+        expected = expected_matrix(self.kernel, self.dtype, self.arch)
+        if expected and not re.search(expected, self.matrix):
+            found.append(f"no {expected} in the machine code (found {self.matrix or 'none'})")
         return found
 
 

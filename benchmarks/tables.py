@@ -178,7 +178,7 @@ def roofline() -> str:
 
 
 def fastest(records: list[Record]) -> list[Record]:
-    """Of each case the faster one of our backends, as ``fastxattn``."""
+    """The faster backend of each case, as ``fastxattn``."""
     best: dict[tuple[str, str, str, str], Record] = {}
     for r in records:
         key = r.op, r.case, r.direction, r.dtype
@@ -188,7 +188,7 @@ def fastest(records: list[Record]) -> list[Record]:
 
 
 def gpu() -> str:
-    """A row for each case of gpu.csv: our backends' times, and each rival's with how many times longer it took."""
+    """A row for each case of gpu.csv: the backends' times, and each rival's with how many times longer it took."""
     records = read_csv(RESULTS / "gpu.csv")
     cases: dict[tuple[str, str, str, str], list[Record]] = {}
     for r in records:

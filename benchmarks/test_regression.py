@@ -13,18 +13,18 @@ import pytest
 
 from benchmarks.harness import Case
 
-# Quick ones of every room, from the registries that `make bench` runs.
+# Quick ones of every operation, from the registries that `make bench` runs.
 WANTED = (
     r"attention .*ragged.*|attention dense 8x.*", r"(infonce|sigmoid) N=256 .*float32", r"late_interaction 64 x 64.*",
-    r"retrieval top-10 of 200000.*64 queries.*", r"context layer, 1 query.*float32", r"maxsim .*",
+    r"retrieval top-10 of 200000.*64 queries.*", r"absorbed_attention layer, 1 query.*float32", r"maxsim .*",
     r"importance 32 queries.*float32", r"co_attention LXMERT.* forward float32", r"select .*",
 )  # fmt: skip
 HEAVY = ("bench_models", "bench_export")
-"""Rooms of whole models and files: they import much, and are not quick."""
+"""Files of whole models and exports: they import much, and are not quick."""
 
 
 def registry() -> dict[str, Case]:
-    """Every case that is wanted, by name."""
+    """Every case of the set, by name."""
     found: dict[str, Case] = {}
     for path in sorted(Path(__file__).parent.glob("bench_*.py")):
         if path.stem in HEAVY:
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", first.values() if untimed else CASES)
 
 
-def test_every_room_is_in_the_set() -> None:
+def test_every_operation_is_in_the_set() -> None:
     ops = {case.op for case in CASES.values()}
     assert ops >= {
         "attention", "co_attention", "absorbed_attention", "importance", "infonce", "late_interaction", "maxsim",

@@ -98,8 +98,8 @@ def test_what_a_report_prints():
         {HOSTILE: 3},
         Verification(1e-6, 1e-6, 2e-6, 1.5, 3.0, 2.0, True),
     )
-    assert repr(report) == "Report(40 swapped, 1 left alone, 1 unknown classes, 1.50x, kept)"
-    assert repr(Report(dry_run=True)) == "Report(0 swapped, 0 left alone, 0 unknown classes, dry run)"
+    assert repr(report) == "Report(40 swapped, 1 unchanged, 1 unknown classes, 1.50x, kept)"
+    assert repr(Report(dry_run=True)) == "Report(0 swapped, 0 unchanged, 0 unknown classes, dry run)"
     page = report._repr_html_()
     assert "<img" not in page
     assert "&lt;img src=x onerror=alert(1)&gt;" in page

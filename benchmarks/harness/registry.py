@@ -25,7 +25,7 @@ class Workload:
     rival: str
     """The provider ratios are taken against: the strongest honest one."""
     check: Callable[[], str]
-    """Returns "ok", or why our result is outside its error budget."""
+    """Returns "ok", or why the result is outside its error budget."""
     flops: float = 0.0
     """Useful floating-point operations of one call."""
     bytes: float = 0.0
@@ -59,7 +59,7 @@ def run_case(
     deadline: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Record]:
-    """Check and time one case. A failing check yields rows without times for our providers.
+    """Check and time one case. A failing check yields rows without times for fastxattn.
 
     Args:
         case: what to run.

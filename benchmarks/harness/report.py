@@ -52,7 +52,7 @@ def of_peak(r: Record) -> str:
 
 
 def markdown_table(records: Sequence[Record], provider: str) -> str:
-    """One markdown row per case: for each device the rival's time, our provider's and the ratio."""
+    """One markdown row per case: for each device the rival's time, ``provider``'s and the ratio."""
     devices = list(dict.fromkeys(r.device for r in records))
     columns = ["rival ms", "ms", "speed-up"]
     if len(devices) > 1:
@@ -80,7 +80,7 @@ def short_device(device: str) -> str:
 
 
 def roofline_table(records: Sequence[Record]) -> str:
-    """One markdown row per result of ours that has a bound: what it reached of what the machine does at most."""
+    """One markdown row per fastxattn result that has a bound: the share of the machine's peak it reached."""
     columns = ("operation", "case", "pass", "dtype", "machine", "of peak", "GFLOP/s, of peak", "GB/s, peak")
     lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---:|---:|---:|"]
     for r in records:

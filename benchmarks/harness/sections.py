@@ -115,7 +115,7 @@ def ours(provider: str) -> bool:
 
 
 def speed(table: Table) -> str:
-    """Bars of our speed-up over each case's rival, and the table behind them."""
+    """Bars of fastxattn's speed-up over each case's rival, and the table behind them."""
     rows = [r for r in table.rows if ours(r["provider"]) and r["provider"] != r["rival"]]
     shown = [r for r in rows if math.isfinite(number(r["ratio"]))]
     refused = len(rows) - len(shown)

@@ -40,9 +40,9 @@ def mixed(d: Draw, inputs: Inputs) -> bool:
     return wanted
 
 
-def autocast(d: Draw, wanted: bool) -> contextlib.AbstractContextManager[object]:
-    """Autocast to the draw's dtype if ``wanted``; float64 features, the truth's, stay float64 in it."""
-    return torch.autocast("cpu", d.dtype) if wanted else contextlib.nullcontext()
+def autocast(d: Draw, enabled: bool) -> contextlib.AbstractContextManager[object]:
+    """Autocast to the draw's dtype if ``enabled``; the reference's float64 features stay float64."""
+    return torch.autocast("cpu", d.dtype) if enabled else contextlib.nullcontext()
 
 
 def decided(z: Tensor, shift: float, ties: bool) -> bool:

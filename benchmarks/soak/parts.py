@@ -218,7 +218,7 @@ def files(seconds: float, seed: int) -> Outcome:
 
 
 def _exported(folder: Path) -> Iterator[bytes]:
-    """Files with each of our nodes, and one with attention of standard operators."""
+    """Files with each fastxattn node, and one with attention of standard operators."""
     import torch
 
     from fastxattn import export

@@ -38,7 +38,7 @@ def export(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model to ONNX: portable, and fast with our operator library."""
+    """Write a model to ONNX: portable, and fast with fastxattn's operator library."""
     from fastxattn import export as exporter
 
     module, inputs = _built(factory)
@@ -49,7 +49,7 @@ def export(
 
 @app.command(epilog="Example: fastxattn verify my_model:build model.onnx")
 def verify(factory: Factory, path: OnnxFile, as_json: Json = False) -> None:
-    """Compare an ONNX file with its model in float64, with and without our operator library; exit 1 on failure."""
+    """Compare an ONNX file with its model in float64, with and without fastxattn's library; exit 1 on failure."""
     from fastxattn import export as exporter
 
     module, inputs = _built(factory)

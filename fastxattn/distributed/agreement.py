@@ -30,7 +30,7 @@ RECORDING = 1  # bit of the gradient field: autograd records on this rank; the n
 class Agreement:
     """What the exchange found.
 
-    ``counts`` holds every rank's number of rows; ``wanted`` is true for each tensor whose gradient any rank needs.
+    Every rank's number of rows, and for each tensor whether any rank needs its gradient.
     """
 
     counts: list[int]

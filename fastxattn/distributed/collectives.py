@@ -63,8 +63,8 @@ class GatherRows(torch.autograd.Function):
     def forward(
         counts: list[int], group: Group, gathered: list[int], wanted: list[int], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """The tensors, then all ranks' rows of those at the positions ``gathered``, of which any rank needs the
-        gradients of ``wanted``.
+        """The tensors, then all ranks' rows of those at the positions ``gathered``; the fourth argument holds the
+        positions whose gradients any rank needs.
         """
         return (*(t.view_as(t) for t in tensors), *(gather_rows(tensors[i], counts, group) for i in gathered))
 
@@ -159,7 +159,7 @@ class SumBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(group: Group, wanted: bool, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Returns views; ``wanted`` is true when any rank needs the first tensor's gradient."""
+        """Return views; the flag is true when any rank needs the first tensor's gradient."""
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Export: ONNX files that run anywhere and run fast with our operator library, and AOTInductor packages.
+"""Export: ONNX files that run anywhere and run fast with the operator library, and AOTInductor packages.
 
 Needs the ``onnx`` extra (``pip install 'fastxattn[onnx]'``).
 """

@@ -1,4 +1,4 @@
-"""Translations of torch operators that the exporter has none for, or one that overflows, and that our modules use.
+"""Translations of torch operators that the modules use and torch's exporter lacks or writes so that they overflow.
 
 torch's own write logaddexp as log(exp + exp) and log-sigmoid as log(sigmoid): infinite or wrong for large arguments.
 ONNX Runtime's ReduceLogSumExp and Sigmoid lose digits too; Softplus does not.

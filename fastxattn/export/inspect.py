@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx
 
+from fastxattn.export.operations import DOMAIN
 from fastxattn.export.patterns import Index, Match, find
-from fastxattn.export.rooms import DOMAIN
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``to_onnx``: one file that any ONNX runtime runs, and that runs fast where our operator library is registered."""
+"""``to_onnx``: one file that any ONNX runtime runs, and that runs fast where the operator library is registered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import onnxscript
 import torch
 
 from fastxattn.export.flat import Flat, bind, tensors
-from fastxattn.export.rooms import DOMAIN, functions, translations
+from fastxattn.export.operations import DOMAIN, functions, translations
 
 OPSETS = range(18, 25)
 """Opsets that today's runtimes execute in full."""
@@ -57,7 +57,7 @@ def to_onnx(
     """Export ``module`` with ``torch.onnx.export(dynamo=True)``; each fastxattn operator becomes one node.
 
     A node lies in the domain ``fastxattn`` and the file carries a function of the same name made of standard
-    operators. A runtime that does not know the operator inlines the function; one with our library registered
+    operators. A runtime that does not know the operator inlines the function; one with the operator library registered
     (:func:`ort_library_path`) runs the kernel.
 
     Args:
@@ -128,7 +128,7 @@ def _trace(
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> torch.onnx.ONNXProgram:
-    """torch's exporter, with our operators taught to it and its advice to the exporter's own authors silenced."""
+    """Run torch's exporter with translations of the fastxattn operators; its advice to exporter authors is silenced."""
     flat = Flat(module, args, kwargs)
     inputs = tensors(bind(module, args, kwargs))
     loud = logging.getLogger("torch.onnx._internal.exporter._registration")
@@ -169,7 +169,7 @@ def _axes(inputs: Mapping[str, torch.Tensor], dynamic: bool | Mapping[str, Mappi
     given = {} if dynamic is True else dynamic
     unknown = sorted(set(given) - set(inputs))
     if unknown:
-        raise ValueError(f"dynamic names inputs that are not there: {unknown}; the inputs are {list(inputs)}")
+        raise ValueError(f"dynamic names unknown inputs: {unknown}; the inputs are {list(inputs)}")
     open_axes = [
         dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) if dynamic is True else {} for x in inputs.values()
     ]

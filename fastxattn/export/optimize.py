@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from fastxattn.export.operations import DOMAIN, functions
 from fastxattn.export.patterns import Index, find
 from fastxattn.export.rewrite import write
-from fastxattn.export.rooms import DOMAIN, functions
 from fastxattn.export.session import session_options
 
 PARITY = 1e-4
@@ -53,8 +53,8 @@ def optimize(
 
     Recognised: the standard Attention operator, ONNX Runtime's MultiHeadAttention, and softmax between two matrix
     products, with scales, additive and boolean masks, key padding and causality. Masks that hide keys from all queries
-    become lengths, so that hidden keys cost nothing. A row that sees no key gives 0, where the original gave NaN or
-    the mean of the values. Like an exported file, the new one runs with and without our library.
+    become lengths, so that hidden keys cost nothing. A row that sees no key gives 0, where the original gives NaN
+    or the mean of the values. Like an exported file, the new one runs with and without the operator library.
 
     Args:
         path: an ONNX file of opset 18 to 24 (older ones are converted up first).

@@ -1,4 +1,4 @@
-"""Running an exported file on torch tensors, without copies, with our operator library when it is there."""
+"""Running an exported file on torch tensors, without copies, with the operator library where it is installed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def ort_library_path(device: str = "cpu") -> Path:
 def session_options(
     *, library: bool = True, threads: int | None = None, device: str = "cpu"
 ) -> onnxruntime.SessionOptions:
-    """ONNX Runtime options with our operators registered (``library``) and ``threads`` intra-op threads.
+    """ONNX Runtime options with the fastxattn operators registered (``library``) and ``threads`` intra-op threads.
 
     On CUDA without the twin library nothing is registered: portable bodies run on the device, where the CPU's operators
     would have everything copied to the host and back.
@@ -69,12 +69,12 @@ def session_options(
 class Session:
     """An ONNX file as a function of torch tensors.
 
-    Inputs are handed over where they lie and outputs come back as torch tensors over the runtime's memory: nothing is
+    Inputs are passed without a copy and outputs come back as torch tensors over the runtime's memory: nothing is
     copied on the CPU or on a CUDA device.
 
     Args:
         path: the ONNX file.
-        library: register our operators; False runs the portable bodies.
+        library: register the fastxattn operators; False runs the portable bodies.
         device: ``"cpu"`` or ``"cuda"`` (needs onnxruntime-gpu).
         threads: intra-op threads; the runtime's own choice when None.
 

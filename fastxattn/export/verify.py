@@ -31,7 +31,7 @@ class Check:
     """The module's own error in its dtype, beside which the file's is to be seen."""
     allowed: float
     fault: str = ""
-    """Why the run counts as failed whatever the error: it raised, or gave another shape or NaN elsewhere."""
+    """Why the run counts as failed whatever the error: it raised, or returned another shape or NaN elsewhere."""
 
     @property
     def ok(self) -> bool:

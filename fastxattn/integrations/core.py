@@ -20,7 +20,7 @@ SMALL = 4096
 
 
 def worth(query: Tensor, key: Tensor) -> bool:
-    """Whether our kernel would run this problem (batch, heads, length, dim) faster than torch's.
+    """Whether the fastxattn kernel would run this problem (batch, heads, length, dim) faster than torch's.
 
     An exported graph serves every size, so there the example's is not asked for.
     """
@@ -51,8 +51,8 @@ def torch_streams(query: Tensor, key: Tensor) -> bool:
 def torch_takes_bias(query: Tensor, visible: Visible) -> bool:
     """Whether torch's kernel is the faster one for a dense bias: on a GPU, in 16 bits.
 
-    There the mask cannot be read for its structure without waiting for the device, so no work can be saved, and our
-    kernel with a bias made BLIP-2's Q-Former take twice as long as it did (H200).
+    There the mask cannot be read for its structure without waiting for the device, so no work can be saved, and the
+    fastxattn kernel with a bias made BLIP-2's Q-Former take twice as long (H200).
     """
     plain = visible.keys is None and visible.ranges is None and visible.uniform is None
     return plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)

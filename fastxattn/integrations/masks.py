@@ -42,7 +42,7 @@ class Visible:
         return self.keys is None and self.ranges is None and self.bias is None and self.uniform is None
 
     def packed_ranges(self) -> Tensor | None:
-        """(batch * Lq, 2) int32: ``ranges`` counted in the keys that exist, for packed keys."""
+        """(batch * Lq, 2) int32: ``ranges`` counted in valid keys, for packed keys."""
         if self.ranges is None or self.keys is None:
             return None if self.ranges is None else self.ranges.flatten(0, 1)
         before = torch.nn.functional.pad(self.keys.cumsum(1, dtype=torch.int32), (1, 0))
@@ -164,7 +164,7 @@ def _as_bias(mask: Tensor, readable: bool) -> Visible:
         raise TypeError(f"attention_mask must be boolean or floating point; got {mask.dtype}")
     floor = max(FLOOR, torch.finfo(mask.dtype).min)
     literal = readable and bool(((mask <= floor) & (mask != -torch.inf)).all(-1).any())
-    # -inf must stay -inf, a key that is not there.
+    # -inf must stay -inf: such a key is hidden.
     return Visible(
         bias=mask if literal else torch.where(mask == -torch.inf, mask, mask.clamp(min=floor)), literal=literal
     )

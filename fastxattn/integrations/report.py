@@ -24,7 +24,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Left:
-    """One module that has an adapter and was left alone."""
+    """One module that has an adapter and was not swapped."""
 
     name: str
     module: str
@@ -82,7 +82,7 @@ class Report:
         return vars(self) | {"pruning": None}
 
     def __repr__(self) -> str:
-        parts = [f"{len(self.swapped)} swapped", f"{len(self.left)} left alone", f"{len(self.unknown)} unknown classes"]
+        parts = [f"{len(self.swapped)} swapped", f"{len(self.left)} unchanged", f"{len(self.unknown)} unknown classes"]
         if self.verification is not None:
             parts.append(f"{self.verification.speedup:.2f}x, {'kept' if self.verification.kept else 'undone'}")
         parts += ["dry run"] * self.dry_run + ["pruning"] * (self.pruning is not None)
@@ -90,7 +90,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         rows = [("swapped", s.name or "(the model)", _short(s.module), s.does) for s in self.swapped]
-        rows += [("left alone", entry.name or "(the model)", _short(entry.module), entry.reason) for entry in self.left]
+        rows += [("unchanged", entry.name or "(the model)", _short(entry.module), entry.reason) for entry in self.left]
         rows += [("no adapter", f"{count} modules", _short(name), "") for name, count in sorted(self.unknown.items())]
         if self.verification is not None:
             rows.append(("verified", "", "", str(self.verification)))
@@ -103,7 +103,7 @@ class Report:
             lines.append(f"  swapped {len(names)} x {_short(module)}: {does}")
             lines.append(f"      {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
         for entry in self.left:
-            lines.append(f"  left alone: {entry.name or '(the model)'} ({_short(entry.module)}): {entry.reason}")
+            lines.append(f"  unchanged: {entry.name or '(the model)'} ({_short(entry.module)}): {entry.reason}")
         for name, count in sorted(self.unknown.items()):
             lines.append(f"  no adapter: {count} x {_short(name)}")
         if not self.swapped:

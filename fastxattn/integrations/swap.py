@@ -32,7 +32,7 @@ class Adapter:
 
     @classmethod
     def refuses(cls, module: nn.Module, parent: nn.Module | None) -> str | None:
-        """Why ``module`` is left alone, or None. ``parent`` is the module that holds it."""
+        """Why ``module`` is not swapped, or None. ``parent`` is the module that holds it."""
         return None
 
     @classmethod

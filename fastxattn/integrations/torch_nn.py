@@ -36,7 +36,7 @@ def weights_are_unused() -> bool:
 class MultiheadAttention(Adapter):
     """For ``torch.nn.MultiheadAttention``; with ``need_weights=True`` (its default) the original runs."""
 
-    does: ClassVar[str] = "attention over the tokens that exist, which alone are projected"
+    does: ClassVar[str] = "attention over valid tokens, which alone are projected"
 
     @classmethod
     def refuses(cls, module: nn.Module, parent: nn.Module | None) -> str | None:

@@ -24,7 +24,7 @@ def _mask(attn_mask: Tensor | None, is_causal: bool, queries: int, keys: int, de
 class MultiHeadAttentionWithCache(Adapter):
     """For ``MultiHeadAttentionWithCache``: ``q_proj``, ``k_proj``, ``v_proj``, ``output_proj``."""
 
-    does: ClassVar[str] = "attention over the tokens that exist, which alone are projected"
+    does: ClassVar[str] = "attention over valid tokens, which alone are projected"
 
     def forward(
         self,
@@ -57,7 +57,7 @@ class MultiHeadAttentionWithCache(Adapter):
 class MultiHeadSelfAttention(Adapter):
     """For ``MultiHeadSelfAttention``: ``input_proj`` (queries, keys and values), ``output_proj``."""
 
-    does: ClassVar[str] = "attention over the tokens that exist, which alone are projected"
+    does: ClassVar[str] = "attention over valid tokens, which alone are projected"
 
     def forward(self, query: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """As the original's; with dropout, which it applies in evaluation too, that runs."""

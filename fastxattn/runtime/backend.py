@@ -154,10 +154,10 @@ def explain(
 ) -> Explanation:
     """Every backend's verdict on ``problem``, and the one that would run (``"none"`` when refused)."""
     verdicts = tuple(Verdict(b.name, b.supports(problem)) for b in backends)
-    wanted = env.default_backend if requested == "auto" else requested
-    able = [v.backend for v in verdicts if v.reason is None and wanted in ("auto", v.backend)]
-    if requested == "auto" != wanted:
-        notes = (*notes, f"auto means {wanted}: {_default(wanted)}")
+    chosen = env.default_backend if requested == "auto" else requested
+    able = [v.backend for v in verdicts if v.reason is None and chosen in ("auto", v.backend)]
+    if requested == "auto" != chosen:
+        notes = (*notes, f"auto means {chosen}: {_default(chosen)}")
     return Explanation(op, able[0] if able else "none", verdicts, tuple(notes))
 
 

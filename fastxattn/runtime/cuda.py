@@ -33,7 +33,7 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def too_old(device: torch.device) -> str | None:
-    """Why a device is too old for our GPU kernels; None when it is not, or where it cannot be asked."""
+    """Why a device is too old for the CUDA kernels; None when it is not, or where torch sees no CUDA device."""
     found = capability(device)
     if found is None or found >= _OLDEST:
         return None

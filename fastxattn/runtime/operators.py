@@ -107,7 +107,7 @@ def transforming() -> bool:
 
 
 def run(operator: Any, *arguments: Any) -> Any:
-    """Run an operator below autograd: from the forward of a Function, or where no derivative is wanted."""
+    """Run an operator below autograd: from the forward of a Function, or where no derivative is needed."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 

@@ -13,12 +13,12 @@ from tests.compositions.rows import BY_NAME
 
 def judge(row: str, column: str, said: str) -> str:
     """What is wrong with a cell that ended with ``said``, empty where nothing was raised."""
-    wanted = table.expected(BY_NAME[row], column)
-    if said.startswith("Wrong: ") or (said and not wanted):
+    error = table.expected(BY_NAME[row], column)
+    if said.startswith("Wrong: ") or (said and not error):
         return f"{row} | {column}: {said}"
-    if wanted and not said:
-        return f"{row} | {column} is right; the table says that it is refused with {wanted!r}"
-    return "" if re.search(wanted, said) else f"{row} | {column}: refused, but not with {wanted!r}: {said}"
+    if error and not said:
+        return f"{row} | {column} is right; the table expects the error {error!r}"
+    return "" if re.search(error, said) else f"{row} | {column}: refused, but not with {error!r}: {said}"
 
 
 def outcome(cell: Callable[[Problem], None], row: str) -> str:
@@ -27,6 +27,6 @@ def outcome(cell: Callable[[Problem], None], row: str) -> str:
         warnings.simplefilter("ignore")
         try:
             cell(Problem(BY_NAME[row]))
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
+        except Exception as raised:
+            return f"{type(raised).__name__}: {raised}"
     return ""

@@ -115,18 +115,18 @@ def reference(row: Row, dtype: torch.dtype) -> Results:
         return results(Problem(row, dtype))
 
 
-def same(actual: Results | Tensor, wanted: Results | Tensor, what: str = "") -> None:
+def same(actual: Results | Tensor, expected: Results | Tensor, what: str = "") -> None:
     """Equal up to the order of additions, or :class:`Wrong`."""
-    if isinstance(wanted, dict):
+    if isinstance(expected, dict):
         assert isinstance(actual, dict)
-        if actual.keys() != wanted.keys():
-            raise Wrong(f"{what}: results {sorted(actual)} and {sorted(wanted)}")
-        for name, t in wanted.items():
+        if actual.keys() != expected.keys():
+            raise Wrong(f"{what}: results {sorted(actual)} and {sorted(expected)}")
+        for name, t in expected.items():
             same(actual[name], t, f"{what} {name}")
         return
     assert isinstance(actual, Tensor)
     try:
-        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-6, equal_nan=True, check_stride=False)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6, equal_nan=True, check_stride=False)
     except AssertionError as error:
         raise Wrong(f"{what}: {error}") from None
 

@@ -1,6 +1,6 @@
 """Feeds the operator library hostile models and inputs. Run in a process of its own: it may not crash.
 
-python fuzz_library.py SEED ROUNDS  ->  a line per operator: its name, how many runs gave a result, how many an error
+python fuzz_library.py SEED ROUNDS  ->  a line per operator: its name, how many runs succeeded, how many failed
 python fuzz_library.py SEED ROUNDS FILE.onnx INPUTS.npz  ->  the same for copies of a file, cut off or changed
 """
 
@@ -128,7 +128,7 @@ def model_for(operator: Operator, feeds: Feeds, random: np.random.Generator, sou
 
 
 def runs(model: bytes, feeds: Feeds, options: onnxruntime.SessionOptions) -> bool:
-    """Whether the model gave a result. Anything else has to be an exception, whichever the runtime makes of it."""
+    """Whether the model returned a result. Anything else has to be an exception, whichever the runtime makes of it."""
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         session.run(None, feeds)

@@ -21,7 +21,7 @@ def write(folder: Path) -> None:
     from fastxattn.export import to_onnx
     from fastxattn.export.flat import bind, tensors
     from fastxattn.export.verify import _double, _run
-    from tests.export import models, test_rooms
+    from tests.export import models, test_operations
 
     folder.mkdir(parents=True, exist_ok=True)
     cases = {}
@@ -30,9 +30,9 @@ def write(folder: Path) -> None:
         cases[model.name] = (module, inputs(2), inputs(3), model.dynamic)
     packed = models.packed
     for name, module, widths in (
-        ("varlen", models.Varlen(), (32, 24)), ("importance", test_rooms.Importance(), (32, 16)),
-        ("context", test_rooms.Context(), (32, 16)), ("prune", test_rooms.Prune(), (8,)),
-        ("late", test_rooms.Late(), (8, 8)),
+        ("varlen", models.Varlen(), (32, 24)), ("importance", test_operations.Importance(), (32, 16)),
+        ("context", test_operations.Context(), (32, 16)), ("prune", test_operations.Prune(), (8,)),
+        ("late", test_operations.Late(), (8, 8)),
     ):  # fmt: skip
         args = [[packed(*n, width=w, seed=w) for w in widths] for n in ((2, 3), (4, 0, 1))]
         cases[name] = (module.eval(), *args, True)

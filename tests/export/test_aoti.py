@@ -1,4 +1,4 @@
-"""AOTInductor packages: they call our kernels, on sizes that the example did not have."""
+"""AOTInductor packages: they call the compiled kernels, on sizes that the example did not have."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastxattn.export as export
-from fastxattn.export.rooms import functions
+from fastxattn.export.operations import functions
 from tests.export.models import Bare, Padded, Varlen, bare_inputs, packed, padded_inputs
 
 
@@ -118,7 +118,7 @@ def test_refusals(tmp_path: Path) -> None:
         export.to_onnx(module, padded_inputs(), path, dtype=torch.float64)
     with pytest.raises(ValueError, match="form must be one of"):
         functions("other", 18)
-    with pytest.raises(ValueError, match="names inputs that are not there"):
+    with pytest.raises(ValueError, match="names unknown inputs"):
         export.to_onnx(module, padded_inputs(), path, dynamic={"nothing": {0: "n"}})
     assert not path.exists()
 

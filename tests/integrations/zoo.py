@@ -129,7 +129,7 @@ def blip_two_images() -> Any:
 
 
 def blip_masked_features() -> Any:
-    """transformers ignores the mask of a BLIP text model's features; so must we."""
+    """transformers ignores the mask of a BLIP text model's features; so does fastxattn."""
     model, inputs, other = blip_two_images()
     mask = {"encoder_attention_mask": lengths_mask([17, 5, 5, 11], 17)}
     return model, {**inputs, **mask}, {**other, **mask}

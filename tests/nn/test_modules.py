@@ -91,7 +91,7 @@ def test_shared_is_lxmerts(absorb: Any) -> None:
 
 
 def compare_on_every_length(ours: nn.Module, original: nn.Module) -> None:
-    """Ours on images with a mask against the original, which takes none, on each image's own tokens."""
+    """The module on images with a mask against the original, which takes none, on each image's own tokens."""
     assert list(ours.state_dict()) == list(original.state_dict())
 
     def run_original(m: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -84,7 +84,7 @@ def _repeat(key: Tensor, heads: int) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """torch's own kernel, for problems too small or of a kind that ours would not speed up."""
+    """torch's own kernel, for problems that the fastxattn kernel would not speed up."""
     gqa = bool(k.shape[1] != q.shape[1])  # while exporting, a symbol
     if mask is not None and mask.dtype == torch.bool and mask.shape[0] == 1 and k.shape[0] > 1:
         mask = mask.expand(k.shape[0], -1, -1, -1)

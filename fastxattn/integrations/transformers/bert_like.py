@@ -26,7 +26,7 @@ def _read(module: Any, hidden_states: Tensor, context: Tensor, mask: Tensor | No
 class LxmertAttention(Adapter):
     """For ``LxmertAttention``, between modalities and within one."""
 
-    does: ClassVar[str] = "attention over the tokens that exist, which alone are projected"
+    does: ClassVar[str] = "attention over valid tokens, which alone are projected"
 
     def forward(
         self,
@@ -47,7 +47,7 @@ class LxmertAttention(Adapter):
 class SelfAttention(Adapter):
     """For ``FlavaSelfAttention`` and ``ViltSelfAttention``."""
 
-    does: ClassVar[str] = "attention over the tokens that exist, without the attention map"
+    does: ClassVar[str] = "attention over valid tokens, without the attention map"
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False

@@ -84,7 +84,7 @@ def share(features: Tensor, sizes: list[int], queries: int) -> tuple[Tensor, Pac
 class BlipTextAttention(Adapter):
     """For ``BlipTextSelfAttention``, self- and cross-."""
 
-    does: ClassVar[str] = "attention over the keys that exist; cross-attention projects those alone"
+    does: ClassVar[str] = "attention over valid keys; cross-attention projects those alone"
 
     def forward(
         self,

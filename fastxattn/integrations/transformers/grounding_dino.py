@@ -30,9 +30,9 @@ _maps_wanted: contextvars.ContextVar[bool] = contextvars.ContextVar("fusion_maps
 
 
 class FusionMaps(Adapter):
-    """For ``GroundingDinoEncoder``: the fusion layers are not told whether attention maps are wanted."""
+    """For ``GroundingDinoEncoder``, which does not tell its fusion layers whether attention maps are requested."""
 
-    does: ClassVar[str] = "tells fusion layers whether attention maps are wanted"
+    does: ClassVar[str] = "tells fusion layers whether attention maps are requested"
 
     def forward(self, *args: Any, output_attentions: bool | None = None, **kwargs: Any) -> Any:
         """As the original's."""

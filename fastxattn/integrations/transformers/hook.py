@@ -1,4 +1,4 @@
-"""Adapter of models that go through transformers' attention interface: switches their configuration to ours."""
+"""Adapter of models that go through transformers' attention interface: switches their configuration to fastxattn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AttentionHook(Adapter):
 
     @classmethod
     def refuses(cls, module: nn.Module, parent: nn.Module | None) -> str | None:
-        """Leave alone what needs another implementation."""
+        """Refuse models that need another implementation."""
         current = module.config._attn_implementation  # type: ignore
         if current not in (None, "eager", "sdpa", IMPLEMENTATION):
             return f"its attn_implementation is {current!r}, chosen on purpose; set 'sdpa' first"
@@ -29,7 +29,7 @@ class AttentionHook(Adapter):
 
     @classmethod
     def swapped(cls, module: nn.Module) -> None:
-        """Remember the implementation and set ours."""
+        """Remember the implementation and set fastxattn's."""
         config: Any = module.config
         # Several modules can share one configuration: each remembers what it found, the first one the original.
         vars(module)[_BEFORE] = config._attn_implementation

@@ -1,4 +1,4 @@
-"""The operators' ONNX faces, collected from ``ops/<op>/onnx.py``: translations for torch's exporter, and functions."""
+"""ONNX forms of the operators, from ``ops/<op>/onnx.py``: translations for torch's exporter, and functions."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from fastxattn.ops.onnx_parts import inlined
 
 DOMAIN = "fastxattn"
 FORMS = ("loop", "padded")
-ROOMS = ("attention", "absorbed_attention", "importance", "late_interaction", "pruning", "retrieval")
+OPERATIONS = ("attention", "absorbed_attention", "importance", "late_interaction", "pruning", "retrieval")
 
 
 @functools.cache
-def _faces() -> tuple[Any, ...]:
-    return tuple(importlib.import_module(f"fastxattn.ops.{room}.onnx") for room in ROOMS)
+def _modules() -> tuple[Any, ...]:
+    return tuple(importlib.import_module(f"fastxattn.ops.{name}.onnx") for name in OPERATIONS)
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """From each compiled operator to the function that writes its node: torch's ``custom_translation_table``."""
-    for room in ROOMS:
-        importlib.import_module(f"fastxattn.ops.{room}")  # defines the operators
-    ours = {
+    for operation in OPERATIONS:
+        importlib.import_module(f"fastxattn.ops.{operation}")  # defines the operators
+    nodes = {
         getattr(torch.ops.fastxattn, name).default: translate
-        for face in _faces()
-        for name, translate in face.TRANSLATIONS.items()
+        for module in _modules()
+        for name, translate in module.TRANSLATIONS.items()
     }
-    return {**aten.TRANSLATIONS, **ours}
+    return {**aten.TRANSLATIONS, **nodes}
 
 
 def functions(form: str, opset: int) -> dict[str, onnx.FunctionProto]:
@@ -43,8 +43,8 @@ def functions(form: str, opset: int) -> dict[str, onnx.FunctionProto]:
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
     protos: dict[str, onnx.FunctionProto] = {}
-    for face in _faces():
-        for name, bodies in face.bodies().items():
+    for module in _modules():
+        for name, bodies in module.bodies().items():
             proto = inlined(bodies.get(form, bodies["loop"]))
             proto.name = name
             del proto.opset_import[:]

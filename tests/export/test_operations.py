@@ -40,7 +40,7 @@ class Losses(torch.nn.Module):
     [(Importance(), (32, 16)), (Context(), (32, 16)), (Prune(), (8,)), (Late(), (8, 8))],
     ids=lambda x: type(x).__name__,
 )
-def test_room(module: torch.nn.Module, widths: tuple[int, ...], tmp_path: Path) -> None:
+def test_operation(module: torch.nn.Module, widths: tuple[int, ...], tmp_path: Path) -> None:
     module.eval()
     export.to_onnx(module, [packed(2, 3, width=w, seed=w) for w in widths], tmp_path / "m.onnx")
     report = export.verify(tmp_path / "m.onnx", module, [packed(4, 7, 1, width=w, seed=w) for w in widths])
