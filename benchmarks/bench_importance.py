@@ -33,7 +33,7 @@ def workload(shape: Shape, dtype: torch.dtype) -> Workload:
     longest = max(shape.lengths_q), max(shape.lengths_k)
     _, lse = fastxattn.varlen_cross_attention(
         *(t.double() for t in data.packed), *data.cu, *longest, return_lse=True, backend="reference"
-    )  # fmt: skip
+    )
     given = lse.float()
 
     def ours() -> Tensor:

@@ -90,8 +90,10 @@ def scores(queries: int, documents: int, tokens_q: int, longest: int, d: int) ->
             return "ok" if report.ok else str(report)
 
         providers: dict[str, Callable[[], object]] = {
-            "fastxattn cpu": ours, "loop over documents": loop, "einsum + mask + max": masked,
-        }  # fmt: skip
+            "fastxattn cpu": ours,
+            "loop over documents": loop,
+            "einsum + mask + max": masked,
+        }
         flops, moved = 2.0 * a.shape[0] * b.shape[0] * d, nbytes(a, b) + 4.0 * queries * documents
         return Workload(providers, "loop over documents", check, flops, moved)
 

@@ -49,9 +49,7 @@ def run(
             write_csv(RESULTS / f"{name}.csv", [adapt(r) for r in records])
 
     seconds = math.inf if options.full else options.seconds
-    records = run_cases(
-        cases, rounds=options.rounds, match=options.match, max_seconds=seconds, clock=clock, keep=keep
-    )  # fmt: skip
+    records = run_cases(cases, rounds=options.rounds, match=options.match, max_seconds=seconds, clock=clock, keep=keep)
     if records:
         print_table(records, f"{name}, {options.threads} threads")
     return records

@@ -34,16 +34,28 @@ EXPECTED = {2: ("HMMA", "LDSM", "LDGSTS"), 4: ("HMMA", "LDSM", "LDGSTS")}
 TILE = 2 * 2 * 64 * 144
 """Bytes of the stages of csrc/core/cuda/tile.cuh."""
 OTHERS = {  # shared memory and warps of the kernels without a head dim
-    "select": (8192 * 4 + 256 * 4 + 64 * 4 + 256 * 4, 8), "merge": (0, 8), "match": (TILE + 4 * 64 * 4, 8),
-    "maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8), "contrastive_stats": (TILE, 8), "contrastive_slopes": (TILE, 8),
-    "smooth_maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8), "sigmoid": (TILE, 8), "smooth_weights": (TILE, 8),
+    "select": (8192 * 4 + 256 * 4 + 64 * 4 + 256 * 4, 8),
+    "merge": (0, 8),
+    "match": (TILE + 4 * 64 * 4, 8),
+    "maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8),
+    "contrastive_stats": (TILE, 8),
+    "contrastive_slopes": (TILE, 8),
+    "smooth_maxsim": (TILE + 4 * 64 * 4 + 2 * 1024 * 4, 8),
+    "sigmoid": (TILE, 8),
+    "smooth_weights": (TILE, 8),
     "contrastive_positives": (TILE, 8),
     "maxsim_gradient": (64 * 128 * 4, 8),
-}  # fmt: skip
+}
 PRODUCTS = (
-    "match", "maxsim", "smooth_maxsim", "smooth_weights", "contrastive_stats", "contrastive_slopes", "sigmoid",
+    "match",
+    "maxsim",
+    "smooth_maxsim",
+    "smooth_weights",
+    "contrastive_stats",
+    "contrastive_slopes",
+    "sigmoid",
     "contrastive_positives",
-)  # fmt: skip
+)
 HMMA_CYCLES = 8
 """A sub-core of an A100 multiplies 256 16-bit pairs a cycle; m16n8k16 has 2048."""
 WGMMA = "attention_forward_wgmma"
@@ -254,10 +266,22 @@ def describe(mangled: str, instructions: list[tuple[int, str]], arch: str, regis
         op for op in ops if op in ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG") or (op == "FFMA" and not dim)
     )
     return Row(
-        kernel, dtype, dim, f"{rows}x{keys}" if dim else "", variant, arch, registers, spills,
-        shared, min(blocks * warps, 48 if arch in ("sm_86", "sm_89") else 64), len(instructions),
-        " ".join(matrix), tile.total(), tile["HMMA"] + tile["HGMMA"], tile["LDGSTS"],
-    )  # fmt: skip
+        kernel,
+        dtype,
+        dim,
+        f"{rows}x{keys}" if dim else "",
+        variant,
+        arch,
+        registers,
+        spills,
+        shared,
+        min(blocks * warps, 48 if arch in ("sm_86", "sm_89") else 64),
+        len(instructions),
+        " ".join(matrix),
+        tile.total(),
+        tile["HMMA"] + tile["HGMMA"],
+        tile["LDGSTS"],
+    )
 
 
 def main() -> None:

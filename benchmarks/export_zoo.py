@@ -137,11 +137,17 @@ class FlamingoBlock(nn.Module):
         super().__init__()
         width, vision = (64, 48) if small else (4096, 1280)
         config = hf.IdeficsConfig(
-            hidden_size=width, intermediate_size=128 if small else 11008, vocab_size=32, num_hidden_layers=1,
-            num_attention_heads=4 if small else 32, alpha_initializer="ones", cross_layer_interval=1,
+            hidden_size=width,
+            intermediate_size=128 if small else 11008,
+            vocab_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4 if small else 32,
+            alpha_initializer="ones",
+            cross_layer_interval=1,
             vision_config={"embed_dim": vision, "num_hidden_layers": 1, "num_attention_heads": 4},
-            qk_layer_norms=True, additional_vocab_size=0,
-        )  # fmt: skip
+            qk_layer_norms=True,
+            additional_vocab_size=0,
+        )
         # The attention implementation is a matter of the whole model, of which one layer is exported.
         self.model = hf.IdeficsModel(config)
 
@@ -204,9 +210,12 @@ class WhisperStep(nn.Module):
         cache = hf.EncoderDecoderCache(own, cross)
         cache.is_updated = dict.fromkeys(range(self.config.decoder_layers), True)
         out = self.decoder(
-            input_ids=token, encoder_hidden_states=audio[0, 0].transpose(1, 2).flatten(2), past_key_values=cache,
-            use_cache=True, position_ids=torch.full_like(token, past.shape[-2]),
-        )  # fmt: skip
+            input_ids=token,
+            encoder_hidden_states=audio[0, 0].transpose(1, 2).flatten(2),
+            past_key_values=cache,
+            use_cache=True,
+            position_ids=torch.full_like(token, past.shape[-2]),
+        )
         new = [torch.stack([x.keys[..., -1:, :], x.values[..., -1:, :]]) for x in own.layers]
         return {"hidden": out.last_hidden_state, "new": torch.stack(new)}
 
@@ -245,9 +254,13 @@ MODELS = (
     Model("LLaVA projector and pruner", llava, 4, plain=False),
     Model("Flamingo block (IDEFICS 9B)", flamingo, 4),
     Model("Perceiver resampler (IDEFICS 9B)", perceiver, 4),
-    Model("Whisper base decoder step", whisper, 8,
-          dynamic={"token": {0: AUTO}, "past": {2: AUTO, 4: AUTO}, "audio": {2: AUTO, 4: AUTO}}),
-)  # fmt: skip
+    Model(
+        "Whisper base decoder step",
+        whisper,
+        8,
+        dynamic={"token": {0: AUTO}, "past": {2: AUTO, 4: AUTO}, "audio": {2: AUTO, 4: AUTO}},
+    ),
+)
 
 
 def build(model: Model, small: bool, accelerated: bool) -> tuple[nn.Module, Inputs]:

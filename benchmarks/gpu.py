@@ -30,10 +30,17 @@ STATE = ROOT / "build/gpu-state.json"
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
-        "gpu", "attention_triton", "attention_cuda", "importance", "co_attention", "contrastive_gpu",
-        "late_interaction_gpu", "retrieval_triton", "pruning_gpu",
+        "gpu",
+        "attention_triton",
+        "attention_cuda",
+        "importance",
+        "co_attention",
+        "contrastive_gpu",
+        "late_interaction_gpu",
+        "retrieval_triton",
+        "pruning_gpu",
     )
-)  # fmt: skip
+)
 
 
 def run_tests(match: str) -> None:

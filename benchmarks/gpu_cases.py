@@ -58,9 +58,12 @@ def tensors(found: object) -> list[Tensor]:
 
 
 def workload(
-    ways: Mapping[str, Callable[[], object]], exact: Callable[[], Sequence[Tensor]], limit: float, flops: float = 0.0,
+    ways: Mapping[str, Callable[[], object]],
+    exact: Callable[[], Sequence[Tensor]],
+    limit: float,
+    flops: float = 0.0,
     moved: float = 0.0,
-) -> Workload:  # fmt: skip
+) -> Workload:
     """Backends of fastxattn, held to ``limit``, and the rivals that run; ratios are against the first rival."""
     usable: Ways = {}
     for name, way in ways.items():
@@ -145,9 +148,7 @@ def attention(shape: str, dtype: torch.dtype, backward: bool) -> Workload:
 
     def exact() -> Sequence[Tensor]:
         leaves = [t.detach().double().requires_grad_(backward) for t in (q, k, v)]
-        out = fastxattn.varlen_cross_attention(
-            *leaves, offsets(of_q).cuda(), offsets(of_k).cuda(), backend="reference"
-        )  # fmt: skip
+        out = fastxattn.varlen_cross_attention(*leaves, offsets(of_q).cuda(), offsets(of_k).cuda(), backend="reference")
         return torch.autograd.grad(out, leaves, grad.double()) if backward else [out]
 
     flops = 4.0 * sum(m * n for m, n in zip(of_q, of_k, strict=True)) * 16 * 64
@@ -351,14 +352,29 @@ def cases() -> Iterator[Case]:
             name = f"{loss} N={n}, D=768"
             yield case("contrastive", name, dtype, lambda o=loss, n=n, t=dtype: contrastive(o, n, 768, t), True)
     for dtype in (torch.bfloat16, torch.float32):
-        yield case("late_interaction", "128 x 128 sets of 32 x 196, D=128", dtype,
-                   lambda t=dtype: late_interaction(128, 32, 196, 128, t), True)  # fmt: skip
-        yield case("pruning", "select and gather 144 of 576, 64 x 4096", dtype,
-                   lambda t=dtype: pruning(64, 576, 4096, 144, t))  # fmt: skip
+        yield case(
+            "late_interaction",
+            "128 x 128 sets of 32 x 196, D=128",
+            dtype,
+            lambda t=dtype: late_interaction(128, 32, 196, 128, t),
+            True,
+        )
+        yield case(
+            "pruning", "select and gather 144 of 576, 64 x 4096", dtype, lambda t=dtype: pruning(64, 576, 4096, 144, t)
+        )
     for backward in (False, True):
         for dtype in (torch.bfloat16, torch.float32):
-            yield case("model", "BLIP-2 Q-Former, 64 images of 64 to 1024 tokens", dtype,
-                       lambda t=dtype, b=backward: q_former(64, t, b), backward)  # fmt: skip
+            yield case(
+                "model",
+                "BLIP-2 Q-Former, 64 images of 64 to 1024 tokens",
+                dtype,
+                lambda t=dtype, b=backward: q_former(64, t, b),
+                backward,
+            )
     for queries in (1, 64):
-        yield case("retrieval", f"top-10 of 1000000 x 256, {queries} queries", torch.float32,
-                   lambda n=queries: retrieval(1_000_000, 256, n, 10, torch.float32))  # fmt: skip
+        yield case(
+            "retrieval",
+            f"top-10 of 1000000 x 256, {queries} queries",
+            torch.float32,
+            lambda n=queries: retrieval(1_000_000, 256, n, 10, torch.float32),
+        )

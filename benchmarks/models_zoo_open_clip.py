@@ -95,11 +95,30 @@ def _loss(batch: int = 4096, width: int = 512) -> Any:
 
 
 _PATH = _package()
-SYSTEMS = [] if _PATH is None else [
-    System("open_clip CLIP ViT-B/32 with its loss, batch 4", _clip, "no mask: texts are whole there", train=True,
-           keep=lambda o: [o]),
-    System("open_clip CoCa ViT-B/32 with its losses, batch 2", _coca, "bound by its backbone and vocabulary",
-           train=True, keep=lambda o: [o]),
-    System("open_clip ClipLoss alone, 4096 x 512", _loss, "memory: the N x N logits are never made", train=True,
-           keep=lambda o: [o]),
-]  # fmt: skip
+SYSTEMS = (
+    []
+    if _PATH is None
+    else [
+        System(
+            "open_clip CLIP ViT-B/32 with its loss, batch 4",
+            _clip,
+            "no mask: texts are whole there",
+            train=True,
+            keep=lambda o: [o],
+        ),
+        System(
+            "open_clip CoCa ViT-B/32 with its losses, batch 2",
+            _coca,
+            "bound by its backbone and vocabulary",
+            train=True,
+            keep=lambda o: [o],
+        ),
+        System(
+            "open_clip ClipLoss alone, 4096 x 512",
+            _loss,
+            "memory: the N x N logits are never made",
+            train=True,
+            keep=lambda o: [o],
+        ),
+    ]
+)

@@ -86,21 +86,49 @@ def expected_matrix(kernel: str, dtype: str, arch: str) -> str | None:
 
 
 POINTERS = {
-    "p_cu": "*i32", "p_used": "*i32", "p_index": "*i32", "p_slot": "*i32", "p_range": "*i32", "p_seed": "*i64",
-    "p_lse": "*fp32", "p_dlse": "*fp32", "p_delta": "*fp32", "p_part": "*fp32", "p_key_bias": "*fp32",
-    "p_center": "*fp32", "p_totals": "*fp32", "p_rests": "*fp32", "p_norm": "*fp32", "p_dkey_bias": "*fp32",
-    "p_bias": "*fp32", "p_dbias": "*fp32", "p_row_weight": "*fp32",
+    "p_cu": "*i32",
+    "p_used": "*i32",
+    "p_index": "*i32",
+    "p_slot": "*i32",
+    "p_range": "*i32",
+    "p_seed": "*i64",
+    "p_lse": "*fp32",
+    "p_dlse": "*fp32",
+    "p_delta": "*fp32",
+    "p_part": "*fp32",
+    "p_key_bias": "*fp32",
+    "p_center": "*fp32",
+    "p_totals": "*fp32",
+    "p_rests": "*fp32",
+    "p_norm": "*fp32",
+    "p_dkey_bias": "*fp32",
+    "p_bias": "*fp32",
+    "p_dbias": "*fp32",
+    "p_row_weight": "*fp32",
     "p_seen": "*i32",
-    "p_score": "*fp32", "p_grad": "*fp32", "p_scale": "*fp32",
-}  # fmt: skip
+    "p_score": "*fp32",
+    "p_grad": "*fp32",
+    "p_scale": "*fp32",
+}
 INDICES = ("p_index_q", "p_index_k", "p_used_q", "p_used_k")
 OPTIONAL = {
     "plain": INDICES,
     "rich": (
-        *INDICES, "p_range", "p_key_bias", "p_bias", "p_seed", "p_dlse", "p_dkey_bias", "p_row_weight", "p_bias_x",
-        "p_bias_y", "p_seed_x", "p_seed_y", "p_dbias_x",
+        *INDICES,
+        "p_range",
+        "p_key_bias",
+        "p_bias",
+        "p_seed",
+        "p_dlse",
+        "p_dkey_bias",
+        "p_row_weight",
+        "p_bias_x",
+        "p_bias_y",
+        "p_seed_x",
+        "p_seed_y",
+        "p_dbias_x",
     ),
-}  # fmt: skip
+}
 ALWAYS_OPTIONAL = {*OPTIONAL["rich"], "p_slot_q", "p_slot_k"}
 
 
@@ -170,9 +198,15 @@ def compile_case(case: Case, arch: str) -> Row:
     shared = int(done.metadata.shared)
     threads = warps * target.warp_size
     return Row(
-        **asdict(case), arch=arch, registers=registers, spills=spills, shared=shared,
-        occupancy=_occupancy(registers, shared, threads, arch), instructions=instructions, matrix=matrix,
-    )  # fmt: skip
+        **asdict(case),
+        arch=arch,
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        occupancy=_occupancy(registers, shared, threads, arch),
+        instructions=instructions,
+        matrix=matrix,
+    )
 
 
 def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
@@ -183,20 +217,38 @@ def _kernel_of(case: Case) -> tuple[Any, dict[str, Any]]:
     from fastxattn.ops.importance import kernels_triton as importance
 
     kernels = {
-        "forward": forward.attention_forward, "split": forward.attention_forward, "merge": forward.attention_merge,
-        "backward_query": backward.attention_backward_query, "backward_key": backward.attention_backward_key,
-        "backward_bias": backward.attention_backward_bias, "importance": importance.importance,
-        "backward_sums": backward.attention_backward_sums, "backward": co_attention.co_attention_backward_rows,
-    }  # fmt: skip
+        "forward": forward.attention_forward,
+        "split": forward.attention_forward,
+        "merge": forward.attention_merge,
+        "backward_query": backward.attention_backward_query,
+        "backward_key": backward.attention_backward_key,
+        "backward_bias": backward.attention_backward_bias,
+        "importance": importance.importance,
+        "backward_sums": backward.attention_backward_sums,
+        "backward": co_attention.co_attention_backward_rows,
+    }
     full = case.variant == "rich"
     constants: dict[str, Any] = {
-        "GROUP": 1, "SOFTCAP": True, "KEY_BIAS_HEADS": full, "HEAD_DIM": case.dim, "VALUE_DIM": case.dim,
+        "GROUP": 1,
+        "SOFTCAP": True,
+        "KEY_BIAS_HEADS": full,
+        "HEAD_DIM": case.dim,
+        "VALUE_DIM": case.dim,
         "BLOCK_D": case.dim,
-        "BLOCK_DV": case.dim, "DIM_X": case.dim, "DIM_Y": case.dim, "BLOCK_X": case.dim, "BLOCK_Y": case.dim,
-        "SPLITS": 8 if case.kernel in ("split", "merge") else 1, "SPLIT_KEYS": tiles.SPLIT_KEYS,
-        "PRECISION": "ieee", "NEED_DQ": True, "BATCH_SHARED": True, "HEADS_SHARED": False, "ROWS_SHARED": False,
+        "BLOCK_DV": case.dim,
+        "DIM_X": case.dim,
+        "DIM_Y": case.dim,
+        "BLOCK_X": case.dim,
+        "BLOCK_Y": case.dim,
+        "SPLITS": 8 if case.kernel in ("split", "merge") else 1,
+        "SPLIT_KEYS": tiles.SPLIT_KEYS,
+        "PRECISION": "ieee",
+        "NEED_DQ": True,
+        "BATCH_SHARED": True,
+        "HEADS_SHARED": False,
+        "ROWS_SHARED": False,
         "COLUMNS_SHARED": False,
-    }  # fmt: skip
+    }
     return kernels[case.kernel], constants
 
 

@@ -7,11 +7,25 @@ from typing import Any
 
 OPS = ("contrastive", "late_interaction", "retrieval")
 POINTERS = {
-    "p_id": "*i32", "p_skip": "*i32", "p_exact": "*fp32", "p_limit": "*fp32", "p_rank": "*fp32", "p_state": "*fp32",
-    "p_slopes": "*fp32", "p_dot": "*fp32", "p_weight": "*fp32", "p_target": "*i32",
-    "p_sum": "*fp32", "p_best": "*i32", "p_value": "*fp32", "p_extra": "*i32", "p_set": "*i32", "p_query": "*fp32",
-    "p_factor": "*fp32", "p_lists": "*i64",
-}  # fmt: skip
+    "p_id": "*i32",
+    "p_skip": "*i32",
+    "p_exact": "*fp32",
+    "p_limit": "*fp32",
+    "p_rank": "*fp32",
+    "p_state": "*fp32",
+    "p_slopes": "*fp32",
+    "p_dot": "*fp32",
+    "p_weight": "*fp32",
+    "p_target": "*i32",
+    "p_sum": "*fp32",
+    "p_best": "*i32",
+    "p_value": "*fp32",
+    "p_extra": "*i32",
+    "p_set": "*i32",
+    "p_query": "*fp32",
+    "p_factor": "*fp32",
+    "p_lists": "*i64",
+}
 SMOOTH = {"p_best": "*fp32", "p_extra": "*fp32"}
 NO_PRODUCT = ("positive",)
 
@@ -54,11 +68,24 @@ def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
     single = dtype == "fp32"
     tile = tiles.pick(tiles.LIKE.get(name, "stats"), torch.float32 if single else torch.float16)
     constants = {
-        "EXACT_BY_ROW": True, "EXCLUDE_SELF": True, "MEANS": True, "SPLITS": 2, "ROWS": True, "COLUMNS": True,
-        "BLOCK_K": tile.block_k, "STEPS": tile.steps, "BLOCKED": name == "blocked",
-        "PRECISION": "ieee" if single else "tf32", "FROM_A": True, "FROM_B": True, "OWN": True, "MET": True,
-        "SMOOTH": name.endswith("smooth"), "BLOCK_D": 64, "WIDTH": 16,
-    }  # fmt: skip
+        "EXACT_BY_ROW": True,
+        "EXCLUDE_SELF": True,
+        "MEANS": True,
+        "SPLITS": 2,
+        "ROWS": True,
+        "COLUMNS": True,
+        "BLOCK_K": tile.block_k,
+        "STEPS": tile.steps,
+        "BLOCKED": name == "blocked",
+        "PRECISION": "ieee" if single else "tf32",
+        "FROM_A": True,
+        "FROM_B": True,
+        "OWN": True,
+        "MET": True,
+        "SMOOTH": name.endswith("smooth"),
+        "BLOCK_D": 64,
+        "WIDTH": 16,
+    }
     if op == "retrieval":
         tile = retrieval.TILES[16]
         return retrieval.topk_kernel, constants | {name: tile[name] for name in ("BLOCK_K", "STEPS")}
@@ -66,6 +93,9 @@ def kernel_of(op: str, name: str, dtype: str) -> tuple[Any, dict[str, Any]]:
         constants |= {"BLOCK_K": 32 if single else 64, "STEPS": 4 if single else 1}
         return (late.maxsim_gradient_kernel if "gradient" in name else late.maxsim_kernel), constants
     return {
-        "stats": kernels.stats_kernel, "slope": kernels.slope_kernel, "sigmoid": kernels.sigmoid_kernel,
-        "blocked": kernels.positive_kernel, "positive": kernels.positive_kernel,
-    }[name], constants  # fmt: skip
+        "stats": kernels.stats_kernel,
+        "slope": kernels.slope_kernel,
+        "sigmoid": kernels.sigmoid_kernel,
+        "blocked": kernels.positive_kernel,
+        "positive": kernels.positive_kernel,
+    }[name], constants

@@ -42,28 +42,54 @@ def updated(text: str) -> str:
 
 
 HIGHLIGHTS = (
-    ("models", "CLIP text tower.*captions"), ("models", "Whisper.*module, cached"),
-    ("attention", "attention text to image, 16 ragged forward "), ("attention", "dense 8x32x257"),
-    ("co_attention", "LXMERT.* forward "), ("pruning", "gather.*50 %"),
-    ("contrastive", "infonce N=(256|8192)"), ("export", "node, text to image"),
-)  # fmt: skip
+    ("models", "CLIP text tower.*captions"),
+    ("models", "Whisper.*module, cached"),
+    ("attention", "attention text to image, 16 ragged forward "),
+    ("attention", "dense 8x32x257"),
+    ("co_attention", "LXMERT.* forward "),
+    ("pruning", "gather.*50 %"),
+    ("contrastive", "infonce N=(256|8192)"),
+    ("export", "node, text to image"),
+)
 """File and what ``op case direction`` contains, of README's rows: each operation's main use, losses included."""
 HEADLINES = (
-    ("models", "CLIP text tower.*captions", "float32",
-     "CLIP text tower after `accelerate`, batch 16, captions of up to 77 tokens, forward"),
-    ("attention", "attention text to image, 16 ragged forward ", "bfloat16",
-     "packed text-to-image attention, 16 samples of unequal length, forward"),
-    ("contrastive", "infonce N=8192", "float32",
-     "InfoNCE of 8192 pairs of width 512, forward and backward, without the N x N logits"),
-)  # fmt: skip
+    (
+        "models",
+        "CLIP text tower.*captions",
+        "float32",
+        "CLIP text tower after `accelerate`, batch 16, captions of up to 77 tokens, forward",
+    ),
+    (
+        "attention",
+        "attention text to image, 16 ragged forward ",
+        "bfloat16",
+        "packed text-to-image attention, 16 samples of unequal length, forward",
+    ),
+    (
+        "contrastive",
+        "infonce N=8192",
+        "float32",
+        "InfoNCE of 8192 pairs of width 512, forward and backward, without the N x N logits",
+    ),
+)
 """The first numbers of README: file, what the row contains, its dtype, and how to describe it."""
 COLUMNS = tuple((isa, dtype) for isa in ("avx512bf16", "avx2") for dtype in ("float32", "bfloat16"))
 ISAS = {"avx512bf16": "AVX-512-BF16", "avx2": "AVX2"}
 RIVALS = {"sdpa": "PyTorch's SDPA", "sdpa loop": "PyTorch's SDPA in a loop over the samples"}
 NAMES = {"co_attention": "co-attention", "absorbed_attention": "absorbed attention", "select_gather": "pruning"}
 """What a table calls an operation of the CSVs, where that is not its name there."""
-SPEEDS = ("models", "attention", "importance", "co_attention", "absorbed_attention", "pruning", "contrastive",
-          "late_interaction", "retrieval", "export")  # fmt: skip
+SPEEDS = (
+    "models",
+    "attention",
+    "importance",
+    "co_attention",
+    "absorbed_attention",
+    "pruning",
+    "contrastive",
+    "late_interaction",
+    "retrieval",
+    "export",
+)
 """Files of speed-ups on CPUs."""
 
 Measured = dict[tuple[str, str], Record]  # of one case: by instruction set and dtype
@@ -225,10 +251,15 @@ def gpu_ranges() -> str:
 
 
 DRAWN: dict[str, Callable[[], str]] = {
-    "roofline": roofline, "highlights": highlights, "headline": headline, "gpu": gpu,
-    "gpu_ranges": gpu_ranges, "speed": speed, "below": lambda: side_by_side(below()),
+    "roofline": roofline,
+    "highlights": highlights,
+    "headline": headline,
+    "gpu": gpu,
+    "gpu_ranges": gpu_ranges,
+    "speed": speed,
+    "below": lambda: side_by_side(below()),
     "transforms": lambda: transforms(),
-}  # fmt: skip
+}
 """Tables that are not one file's."""
 
 OPERATIONS = {

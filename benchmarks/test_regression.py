@@ -15,10 +15,16 @@ from benchmarks.harness import Case
 
 # Quick ones of every operation, from the registries that `make bench` runs.
 WANTED = (
-    r"attention .*ragged.*|attention dense 8x.*", r"(infonce|sigmoid) N=256 .*float32", r"late_interaction 64 x 64.*",
-    r"retrieval top-10 of 200000.*64 queries.*", r"absorbed_attention layer, 1 query.*float32", r"maxsim .*",
-    r"importance 32 queries.*float32", r"co_attention LXMERT.* forward float32", r"select .*",
-)  # fmt: skip
+    r"attention .*ragged.*|attention dense 8x.*",
+    r"(infonce|sigmoid) N=256 .*float32",
+    r"late_interaction 64 x 64.*",
+    r"retrieval top-10 of 200000.*64 queries.*",
+    r"absorbed_attention layer, 1 query.*float32",
+    r"maxsim .*",
+    r"importance 32 queries.*float32",
+    r"co_attention LXMERT.* forward float32",
+    r"select .*",
+)
 HEAVY = ("bench_models", "bench_export")
 """Files of whole models and exports: they import much, and are not quick."""
 
@@ -49,9 +55,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_every_operation_is_in_the_set() -> None:
     ops = {case.op for case in CASES.values()}
     assert ops >= {
-        "attention", "co_attention", "absorbed_attention", "importance", "infonce", "late_interaction", "maxsim",
-        "retrieval", "select", "sigmoid",
-    }  # fmt: skip
+        "attention",
+        "co_attention",
+        "absorbed_attention",
+        "importance",
+        "infonce",
+        "late_interaction",
+        "maxsim",
+        "retrieval",
+        "select",
+        "sigmoid",
+    }
 
 
 def test_case(benchmark, name: str) -> None:  # type: ignore[no-untyped-def]

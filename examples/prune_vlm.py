@@ -27,12 +27,20 @@ def build(layers: int) -> Any:
     """A LLaVA of 576 image tokens, narrow enough for a quick run."""
     torch.manual_seed(0)
     vision = transformers.CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=4, image_size=SIDE,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        image_size=SIDE,
         patch_size=PATCH,
-    )  # fmt: skip
+    )
     text = transformers.LlamaConfig(
-        hidden_size=512, intermediate_size=1376, num_hidden_layers=layers, num_attention_heads=8, vocab_size=1000,
-    )  # fmt: skip
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        vocab_size=1000,
+    )
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, vision_feature_layer=-2
     )

@@ -64,8 +64,10 @@ def main() -> None:
         fast = transformers.Blip2QFormerModel(config).eval()
         fast.load_state_dict(model.state_dict())
         fastxattn.accelerate(fast)
-        found = interleaved({"transformers": lambda b=batch: model(**b), "fastxattn": lambda b=batch, f=fast: f(**b)},
-                            rounds=options.rounds)  # fmt: skip
+        found = interleaved(
+            {"transformers": lambda b=batch: model(**b), "fastxattn": lambda b=batch, f=fast: f(**b)},
+            rounds=options.rounds,
+        )
         for provider, timing in found.items():
             times[provider].append(timing.median * 1e3)
         ratio = found["fastxattn"].ratio_to(found["transformers"])

@@ -46,9 +46,12 @@ def train(batch: int, steps: int, chunk: int) -> list[float]:
     for _ in range(steps):
         optimizer.zero_grad()
         value = cached_backward(
-            (model.encode_images, model.encode_captions), (images, captions), loss, chunk=chunk,
+            (model.encode_images, model.encode_captions),
+            (images, captions),
+            loss,
+            chunk=chunk,
             parameters=(model.log_scale,),
-        )  # fmt: skip
+        )
         optimizer.step()
         losses.append(value.item())
     return losses

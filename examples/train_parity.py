@@ -67,9 +67,14 @@ class Blip2Style(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = hf.Blip2QFormerConfig(
-            hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192, encoder_hidden_size=192,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=192,
+            encoder_hidden_size=192,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
         self.queries = nn.Parameter(torch.randn(1, 8, 96) * 0.02)
         self.position = nn.Parameter(torch.randn(1, 64, 192) * 0.02)
         self.qformer = hf.Blip2QFormerModel(config)

@@ -58,9 +58,16 @@ def qformer() -> tuple[nn.Module, dict[str, Tensor]]:
 def vision() -> nn.Module:
     import transformers
 
-    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=12, num_attention_heads=2, image_size=32, patch_size=8
-    )).eval()  # fmt: skip
+    return transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=12,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+        )
+    ).eval()
 
 
 def llava() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -75,8 +82,9 @@ def llava() -> tuple[nn.Module, dict[str, Tensor]]:
     config = transformers.LlavaConfig(vision_config=sight, text_config=text, image_token_id=98, vision_feature_layer=-2)
     ids = torch.tensor([[1, 5, *[98] * 16, 7, 8, 9]])
     return transformers.LlavaForConditionalGeneration(config).eval(), {
-        "input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32)
-    }  # fmt: skip
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 3, 32, 32),
+    }
 
 
 def names(page: str) -> dict[str, Any]:
@@ -87,25 +95,45 @@ def names(page: str) -> dict[str, Any]:
     mask_q, mask_k = (torch.arange(max(n)) < torch.tensor(n)[:, None] for n in (LENGTHS_Q, LENGTHS_K))
     out, lse = fastxattn.varlen_cross_attention(query, key, value, cu_q, cu_k, return_lse=True)
     found: dict[str, Any] = {
-        "torch": torch, "fastxattn": fastxattn,
-        "query": query, "key": key, "value": value, "q": query, "k": key, "v": value, "out": out, "lse": lse,
-        "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "cu_q": cu_q, "cu_k": cu_k,
-        "mask_q": mask_q, "mask_k": mask_k, "image_mask": mask_k,
-        "queries": torch.randn(3, 5, HEADS, DIM), "keys": torch.randn(3, 9, HEADS, DIM),
+        "torch": torch,
+        "fastxattn": fastxattn,
+        "query": query,
+        "key": key,
+        "value": value,
+        "q": query,
+        "k": key,
+        "v": value,
+        "out": out,
+        "lse": lse,
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "cu_q": cu_q,
+        "cu_k": cu_k,
+        "mask_q": mask_q,
+        "mask_k": mask_k,
+        "image_mask": mask_k,
+        "queries": torch.randn(3, 5, HEADS, DIM),
+        "keys": torch.randn(3, 9, HEADS, DIM),
         "values": torch.randn(3, 9, HEADS, DIM),
-        "image_features": torch.randn(8, DIM), "text_features": torch.randn(8, DIM),
-        "scale": torch.tensor(10.0), "logit_scale": torch.tensor(10.0), "bias": torch.tensor(-10.0),
+        "image_features": torch.randn(8, DIM),
+        "text_features": torch.randn(8, DIM),
+        "scale": torch.tensor(10.0),
+        "logit_scale": torch.tensor(10.0),
+        "bias": torch.tensor(-10.0),
         "logit_bias": torch.tensor(-10.0),
-        "tokens": torch.randn(3, 9, DIM), "mask": mask_k,
-    }  # fmt: skip
+        "tokens": torch.randn(3, 9, DIM),
+        "mask": mask_k,
+    }
     if page in ("README.md", "docs/guide/index.md", "docs/guide/accelerate.md"):
         found["model"], found["inputs"] = qformer()
     if page in ("docs/guide/accelerate.md", "docs/design/extending.md"):
         found["MyPooler"] = type("MyPooler", (MyPooler,), {})  # a class of its own for each page's adapter
         found["pooler"] = found["MyPooler"]().eval()
         found["pooler_inputs"] = (
-            torch.randn(4, 8, 64), torch.randn(4, 512, 64), torch.arange(512) < torch.tensor([512, 9, 3, 40])[:, None],
-        )  # fmt: skip
+            torch.randn(4, 8, 64),
+            torch.randn(4, 512, 64),
+            torch.arange(512) < torch.tensor([512, 9, 3, 40])[:, None],
+        )
     if page == "docs/guide/pruning.md":
         found["vision_model"], found["pixels"] = vision(), torch.randn(2, 3, 32, 32)
         found["vlm"], found["vlm_inputs"] = llava()

@@ -79,9 +79,19 @@ def test_explain_says_which_backend_and_why_not_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["importance", "co_attention", "absorbed_attention", "infonce", "sigmoid", "maxsim", "late_interaction",
-           "topk", "select"]
-)  # fmt: skip
+    "op",
+    [
+        "importance",
+        "co_attention",
+        "absorbed_attention",
+        "infonce",
+        "sigmoid",
+        "maxsim",
+        "late_interaction",
+        "topk",
+        "select",
+    ],
+)
 def test_explain_knows_every_operation(op: str) -> None:
     from fastxattn.cli.problems import Shape, problem
 

@@ -26,11 +26,21 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Pages whose snippets run with the names of tests/doc_setup.py: all of the guide's that have any.
 RUN = [
-    "README.md", "docs/guide/index.md", "docs/guide/accelerate.md", "docs/guide/pruning.md",
-    "docs/guide/distributed.md", "docs/guide/export.md", "docs/guide/concepts.md", "docs/guide/modules.md",
-    "docs/guide/ops/attention.md", "docs/guide/ops/contrastive.md", "docs/guide/ops/importance.md",
-    "docs/guide/ops/pruning.md", "docs/guide/transforms.md", "docs/design/extending.md",
-]  # fmt: skip
+    "README.md",
+    "docs/guide/index.md",
+    "docs/guide/accelerate.md",
+    "docs/guide/pruning.md",
+    "docs/guide/distributed.md",
+    "docs/guide/export.md",
+    "docs/guide/concepts.md",
+    "docs/guide/modules.md",
+    "docs/guide/ops/attention.md",
+    "docs/guide/ops/contrastive.md",
+    "docs/guide/ops/importance.md",
+    "docs/guide/ops/pruning.md",
+    "docs/guide/transforms.md",
+    "docs/design/extending.md",
+]
 
 
 def test_tables_are_drawn_from_the_csvs() -> None:
@@ -125,8 +135,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
     assert done.returncode == 0, done.stderr
     home = (tmp_path / "site/index.html").read_text()
     for page in PAGES[1:]:

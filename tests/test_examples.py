@@ -14,15 +14,19 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {
     "swap_qformer.py": (
-        ["--layers", "2", "--batch", "3", "--longest", "200", "--rounds", "1"], "swapped", "swap_qformer.png"
+        ["--layers", "2", "--batch", "3", "--longest", "200", "--rounds", "1"],
+        "swapped",
+        "swap_qformer.png",
     ),
     "train_clip.py": (
-        ["--batch", "64", "--steps", "3", "--chunk", "16", "--sizes", "64", "128"], "loss", "train_clip.png"
+        ["--batch", "64", "--steps", "3", "--chunk", "16", "--sizes", "64", "128"],
+        "loss",
+        "train_clip.png",
     ),
     "prune_vlm.py": (["--layers", "2", "--rounds", "1"], "144 of 576 tokens", "prune_vlm.png"),
     "deploy_onnx.py": ([], "library and portable body differ by", None),
     "train_parity.py": (["--steps", "2"], "largest difference of the losses", "train_parity.png"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

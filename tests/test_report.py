@@ -67,8 +67,11 @@ def test_sections_without_results_say_how_to_get_them(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     page = write_page(tmp_path / "none", tmp_path / "report.html")
     assert page.missing == (
-        "Speed against rivals", "Memory against N", "Accuracy against kept tokens", "Error against budget"
-    )  # fmt: skip
+        "Speed against rivals",
+        "Memory against N",
+        "Accuracy against kept tokens",
+        "Error against budget",
+    )
     assert page.path.read_text().count("Not measured yet") == 4
 
 
@@ -79,10 +82,19 @@ def test_a_browser_shows_it(results: Path, tmp_path: Path) -> None:
     page = write_page(results, tmp_path / "report.html").path
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     done = subprocess.run(
-        [browser, *flags, f"--user-data-dir={tmp_path}/browser", f"--screenshot={tmp_path}/page.png",
-         "--window-size=1200,3000", page.as_uri()],
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+        [
+            browser,
+            *flags,
+            f"--user-data-dir={tmp_path}/browser",
+            f"--screenshot={tmp_path}/page.png",
+            "--window-size=1200,3000",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     from PIL import Image
 

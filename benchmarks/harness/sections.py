@@ -144,9 +144,19 @@ def speed(table: Table) -> str:
     cells = []
     for r in rows:
         machine = short_device(r.get("device") or "")
-        line = [named[r["op"], r["case"]], r["direction"], r["dtype"], machine, r["threads"], r["provider"], r["rival"],
-                shown_number(r["median_ms"]), shown_number(r["ratio"], "{:.2f}x"), shown_number(r["gflops"]),
-                r["gate"]]  # fmt: skip
+        line = [
+            named[r["op"], r["case"]],
+            r["direction"],
+            r["dtype"],
+            machine,
+            r["threads"],
+            r["provider"],
+            r["rival"],
+            shown_number(r["median_ms"]),
+            shown_number(r["ratio"], "{:.2f}x"),
+            shown_number(r["gflops"]),
+            r["gate"],
+        ]
         share = f"{shown_number(r.get('roofline') or '', '{:.0%}')} {r.get('bound') or ''}".strip()
         cells.append([*line, share] if roofline else line)
     note = f"<p>{refused} of {len(rows)} rows have no speed: outside their error budget.</p>" if refused else ""

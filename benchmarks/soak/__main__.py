@@ -27,9 +27,15 @@ LIMIT = 4.0
 outside by luck: numbers of one row err together, and a long sum that cancels may fall on the right float in the
 yardstick. What is wrong is wrong by far more."""
 SHARES = {
-    "ranks": 0.1, "files": 0.1, "options": 0.2, "compositions": 0.05, "hostile": 0.1, "triton": 0.15, "sanitized": 0.15,
+    "ranks": 0.1,
+    "files": 0.1,
+    "options": 0.2,
+    "compositions": 0.05,
+    "hostile": 0.1,
+    "triton": 0.15,
+    "sanitized": 0.15,
     "cpu": 0.15,
-}  # fmt: skip
+}
 """Of the time. What takes longest a piece comes first; each part shares out what is left."""
 LONGEST = 300.0
 """Seconds that one problem may take before it counts as hanging."""
@@ -110,11 +116,15 @@ def table(outcomes: dict[str, Outcome], minutes: float, seed: int) -> str:
     if random:
         lines += [
             "Trials, and in parentheses the largest error as a share of its budget (none where results must be equal).",
-            "", f"| operation | {' | '.join(random)} |", f"|---|{'---:|' * len(random)}",
-        ]  # fmt: skip
+            "",
+            f"| operation | {' | '.join(random)} |",
+            f"|---|{'---:|' * len(random)}",
+        ]
         for op in ops:
-            cells = (f"{o.counts[op]} ({o.worst[op]:.2f})" if o.worst.get(op) else str(o.counts[op] or "") for o in
-                     random.values())  # fmt: skip
+            cells = (
+                f"{o.counts[op]} ({o.worst[op]:.2f})" if o.worst.get(op) else str(o.counts[op] or "")
+                for o in random.values()
+            )
             lines.append(f"| {op} | {' | '.join(cells)} |")
         for title, outcome in random.items():
             said = ", ".join(f"{what} {count}" for what, count in sorted(outcome.spread.items()))

@@ -115,11 +115,16 @@ def other_shape(x: Tensor, r: random.Random) -> Tensor:
         return x.reshape(1)
     axis = r.randrange(x.dim())
     changes: tuple[Callable[[], Tensor], ...] = (
-        lambda: x.narrow(axis, 0, max(0, x.shape[axis] - 1)), lambda: x.narrow(axis, 0, 0),
-        lambda: torch.cat([x, x], axis), lambda: x.unsqueeze(axis), lambda: x.transpose(0, -1),
-        lambda: x.select(axis, 0) if x.shape[axis] else x, lambda: x.reshape(-1),
-        lambda: x.repeat_interleave(2, -1)[..., ::2], lambda: x.transpose(0, -1).contiguous().transpose(0, -1),
-    )  # fmt: skip
+        lambda: x.narrow(axis, 0, max(0, x.shape[axis] - 1)),
+        lambda: x.narrow(axis, 0, 0),
+        lambda: torch.cat([x, x], axis),
+        lambda: x.unsqueeze(axis),
+        lambda: x.transpose(0, -1),
+        lambda: x.select(axis, 0) if x.shape[axis] else x,
+        lambda: x.reshape(-1),
+        lambda: x.repeat_interleave(2, -1)[..., ::2],
+        lambda: x.transpose(0, -1).contiguous().transpose(0, -1),
+    )
     return r.choice(changes)()
 
 
@@ -134,12 +139,15 @@ def hostile(value: Any, others: Sequence[Any], r: random.Random, huge: bool) -> 
         if value.numel() > 1 << 30:
             return value
         kinds: list[Callable[[], Any]] = [
-            *[lambda: with_entry(value, r)] * 4, *[lambda: other_shape(value, r)] * 3,
-            lambda: at_odd_element(value), lambda: at_odd_byte(value),
-            lambda: value.flip(0) if value.dim() else value, lambda: torch.zeros_like(value),
+            *[lambda: with_entry(value, r)] * 4,
+            *[lambda: other_shape(value, r)] * 3,
+            lambda: at_odd_element(value),
+            lambda: at_odd_byte(value),
+            lambda: value.flip(0) if value.dim() else value,
+            lambda: torch.zeros_like(value),
             lambda: value.to(r.choice((*DTYPES, torch.float64, torch.int32, torch.int64, torch.int8))),
             lambda: r.choice([t for t in others if isinstance(t, Tensor)]),
-        ]  # fmt: skip
+        ]
         return r.choice(kinds + [lambda: of_beyond_memory(value)] * huge)()
     if isinstance(value, bool):
         return not value

@@ -56,9 +56,7 @@ def importance(d: Draw) -> Trial:
     inputs = {"query": d.rows(sum(of_q), heads, dim), "key": d.rows(sum(of_k), heads, dim)}
     cu_q, cu_k, softcap = offsets(of_q), offsets(of_k), d.of(0.0, 0.0, 5.0)
     wide = [inputs[n].double() for n in ("query", "key", "key")]
-    _, lse = fastxattn.varlen_cross_attention(
-        *wide, cu_q, cu_k, softcap=softcap, return_lse=True, backend="reference"
-    )  # fmt: skip
+    _, lse = fastxattn.varlen_cross_attention(*wide, cu_q, cu_k, softcap=softcap, return_lse=True, backend="reference")
     if d.often(0.3):
         inputs["row_weight"] = torch.randn(sum(of_q), generator=d.g)
 

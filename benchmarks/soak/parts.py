@@ -42,9 +42,14 @@ def run(
     """Exit code, stdout and stderr of a process on this checkout."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
     with subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         stdin=None if given is None else subprocess.PIPE,
-    ) as process:  # fmt: skip
+    ) as process:
         try:
             said, error = process.communicate(given, timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -72,9 +77,12 @@ def sanitizers() -> tuple[dict[str, str], str]:
     wanted = [[tool.cxx[-1], f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
     found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in wanted]
     return {
-        "FASTXATTN_SOAK_LIBRARY": str(library.parent), "LD_PRELOAD": " ".join(found), "OPENBLAS_NUM_THREADS": "1",
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1",
-    }, ""  # fmt: skip
+        "FASTXATTN_SOAK_LIBRARY": str(library.parent),
+        "LD_PRELOAD": " ".join(found),
+        "OPENBLAS_NUM_THREADS": "1",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }, ""
 
 
 def ranks(seconds: float, seed: int) -> Outcome:
@@ -117,11 +125,14 @@ def _launch(worker: Path, world: int, kill: random.Random | None) -> list[tuple[
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FASTXATTN_TEST_TIMEOUT": "20"}
         processes = [
             subprocess.Popen(
-                [sys.executable, str(worker), "all", str(rank), str(world), f"{folder}/store"], env=env,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                [sys.executable, str(worker), "all", str(rank), str(world), f"{folder}/store"],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             for rank in range(world)
-        ]  # fmt: skip
+        ]
         if kill is not None:
             time.sleep(2 + 4 * kill.random())
             processes[-1].send_signal(signal.SIGKILL)
@@ -231,10 +242,13 @@ def _exported(folder: Path) -> Iterator[bytes]:
     text, image = models.packed(3, 2), models.packed(5, 4, width=24)
     scored = models.packed(5, 4, width=16)
     sources: tuple[tuple[torch.nn.Module, tuple[Any, ...]], ...] = (
-        (models.Varlen(), (text, image)), (models.Padded(), models.padded_inputs()),
-        (models.Context(), (text, scored)), (models.Importance(), (text, scored)), (models.Prune(), (image,)),
+        (models.Varlen(), (text, image)),
+        (models.Padded(), models.padded_inputs()),
+        (models.Context(), (text, scored)),
+        (models.Importance(), (text, scored)),
+        (models.Prune(), (image,)),
         (Plain(), tuple(torch.randn(2, n, 2, 8) for n in (3, 5, 5))),
-    )  # fmt: skip
+    )
     for module, args in sources:
         path = folder / f"{type(module).__name__}.onnx"
         export.to_onnx(module.eval(), args, path)

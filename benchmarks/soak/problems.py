@@ -35,9 +35,13 @@ def one(seed: int, part: str) -> dict[str, object]:
     ops = [op for op in makers if backend != "triton" or op not in NO_TRITON]
     op = "attention" if not small and r.random() < ATTENTION else r.choice(ops)
     line = {
-        "seed": seed, "op": op, "backend": backend, "isa": isa, "threads": threads,
+        "seed": seed,
+        "op": op,
+        "backend": backend,
+        "isa": isa,
+        "threads": threads,
         "dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
     print(json.dumps(line), flush=True)
     torch.set_num_threads(threads)
     if backend == "cpu":
@@ -53,9 +57,14 @@ def one(seed: int, part: str) -> dict[str, object]:
         return {**line, "case": "", "fault": f"{type(error).__name__}: {error}", "share": 0.0}
     share = found.error / found.budget if found.budget else 0.0  # no budget: results that have to be equal
     return {
-        **line, "case": case, "result": found.result, "error": found.error, "budget": found.budget, "share": share,
+        **line,
+        "case": case,
+        "result": found.result,
+        "error": found.error,
+        "budget": found.budget,
+        "share": share,
         "fault": found.fault,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

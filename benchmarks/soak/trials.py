@@ -158,11 +158,21 @@ def attention_problem(draw: Draw) -> tuple[str, contract.Problem]:
         of_q[0] = of_k[0] = 1  # the eager yardstick has no gradient where nothing sees anything; tests cover that
     padded = r.random() < 0.3
     case = contract.AttentionCase(
-        "random", tuple(of_q), tuple(of_k),
-        kv_heads * r.choice((1, 1, 2)), kv_heads, r.choice((1, 8, 33, 64, 80, 128)), r.choice((1, 16, 64, 72)),
-        r.choice((0.0, 0.0, 3.0)), r.choice((0.0, 0.0, 0.3)), r.choice(("", "", "random", "causal")),
-        r.choice(("", "", "row", "head")), None, not padded and r.random() < 0.3, padded,
-    )  # fmt: skip
+        "random",
+        tuple(of_q),
+        tuple(of_k),
+        kv_heads * r.choice((1, 1, 2)),
+        kv_heads,
+        r.choice((1, 8, 33, 64, 80, 128)),
+        r.choice((1, 16, 64, 72)),
+        r.choice((0.0, 0.0, 3.0)),
+        r.choice((0.0, 0.0, 0.3)),
+        r.choice(("", "", "random", "causal")),
+        r.choice(("", "", "row", "head")),
+        None,
+        not padded and r.random() < 0.3,
+        padded,
+    )
     return repr(case), case.problem(draw.dtype, seed=r.randrange(1 << 30))
 
 

@@ -73,9 +73,15 @@ def explain(
     from fastxattn.runtime.backend import explain_call
 
     shape = Shape(
-        lengths("--lengths-q", lengths_q), lengths("--lengths-k", lengths_k), heads, kv_heads or heads, dim, dtype,
-        device, causal,
-    )  # fmt: skip
+        lengths("--lengths-q", lengths_q),
+        lengths("--lengths-k", lengths_k),
+        heads,
+        kv_heads or heads,
+        dim,
+        dtype,
+        device,
+        causal,
+    )
     call, arguments, options = problem(op, shape)
     explanation = explain_call(call, *arguments, **options, backend=backend)
     emit(explanation, as_json)

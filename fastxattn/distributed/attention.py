@@ -106,8 +106,13 @@ def _agreement(
         checks.check_contents(p)
     tokens, heads, head_dim = p.query.shape
     same: dict[str, Value] = {
-        "the tokens of query": tokens, "the heads of query": heads, "head_dim": head_dim,
-        "the dtype of query": p.query.dtype, "the heads of key": p.key.shape[1], "value_dim": p.value.shape[2],
-        "the batch": p.cu_seqlens_q.shape[0] - 1, "scale": float(p.scale),
-    }  # fmt: skip
+        "the tokens of query": tokens,
+        "the heads of query": heads,
+        "head_dim": head_dim,
+        "the dtype of query": p.query.dtype,
+        "the heads of key": p.key.shape[1],
+        "value_dim": p.value.shape[2],
+        "the batch": p.cu_seqlens_q.shape[0] - 1,
+        "scale": float(p.scale),
+    }
     return agree("context_parallel_attention", p.key.shape[0], (query, key, value), same, query.device, group)

@@ -74,10 +74,15 @@ def write(index: Index, match: Match, prefix: str) -> list[onnx.NodeProto]:
     out = f"{prefix}_out"
     w.nodes.append(
         helper.make_node(
-            "Attention", names, [out, f"{prefix}_lse"], f"{prefix}_attention", domain="fastxattn", scale=scale,
+            "Attention",
+            names,
+            [out, f"{prefix}_lse"],
+            f"{prefix}_attention",
+            domain="fastxattn",
+            scale=scale,
             softcap=match.softcap,
         )
-    )  # fmt: skip
+    )
     value_dim = w.size(out, 2)
     if packed:
         back = w("Reshape", out, w("Concat", batch, length_q, heads, value_dim, axis=0), allowzero=1)

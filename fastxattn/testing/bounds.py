@@ -56,8 +56,10 @@ def checked_accesses() -> Iterator[list[int]]:
         return store(self, pointers, value, mask, *rest)
 
     executor.__call__, builder.create_masked_load, builder.create_masked_store = (
-        checked_launch, checked_load, checked_store,
-    )  # fmt: skip
+        checked_launch,
+        checked_load,
+        checked_store,
+    )
     try:
         yield checked
     finally:

@@ -246,8 +246,10 @@ def copies(p: Problem) -> None:
     torch.save(p.module, file)
     file.seek(0)
     for other in (
-        copy.deepcopy(p.module), pickle.loads(pickle.dumps(p.module)), torch.load(file, weights_only=False),
-    ):  # fmt: skip
+        copy.deepcopy(p.module),
+        pickle.loads(pickle.dumps(p.module)),
+        torch.load(file, weights_only=False),
+    ):
         q = Problem(p.row)
         q.module = other
         same(results(q), wanted, "copy")

@@ -20,9 +20,12 @@ def packed(m: Make, size: int) -> Inputs:
     """Query, key and value with their offsets."""
     of_q, of_k = lengths(size)
     return {
-        "query": m.rows(sum(of_q), HEADS, DIM), "key": m.rows(sum(of_k), HEADS, DIM),
-        "value": m.rows(sum(of_k), HEADS, DIM), "cu_q": offsets(of_q), "cu_k": offsets(of_k),
-    }  # fmt: skip
+        "query": m.rows(sum(of_q), HEADS, DIM),
+        "key": m.rows(sum(of_k), HEADS, DIM),
+        "value": m.rows(sum(of_k), HEADS, DIM),
+        "cu_q": offsets(of_q),
+        "cu_k": offsets(of_k),
+    }
 
 
 def packed_options(m: Make, size: int) -> Inputs:
@@ -38,9 +41,20 @@ def attention(_: Any, x: Inputs) -> Any:
 
 def attention_options(_: Any, x: Inputs) -> Any:
     out, lse = fx.varlen_cross_attention(
-        x["query"], x["key"], x["value"], x["cu_q"], x["cu_k"], scale=0.4, softcap=3.0, kv_range=x["kv_range"],
-        key_bias=x["key_bias"], key_index=x["key_index"], dropout_p=0.2, dropout_seed=7, return_lse=True,
-    )  # fmt: skip
+        x["query"],
+        x["key"],
+        x["value"],
+        x["cu_q"],
+        x["cu_k"],
+        scale=0.4,
+        softcap=3.0,
+        kv_range=x["kv_range"],
+        key_bias=x["key_bias"],
+        key_index=x["key_index"],
+        dropout_p=0.2,
+        dropout_seed=7,
+        return_lse=True,
+    )
     return out, lse.clamp(min=-50)  # a query that sees no key has -inf, which no cotangent may meet
 
 
@@ -49,9 +63,13 @@ def padded(m: Make, size: int) -> Inputs:
     of_q, of_k = lengths(size)
     b, lq, lk = len(of_q), max(of_q), max(of_k)
     return {
-        "query": m.rows(b, lq, HEADS, DIM), "key": m.rows(b, lk, HEADS, DIM), "value": m.rows(b, lk, HEADS, DIM),
-        "bias": m.rows(1, HEADS, lq, lk), "query_mask": mask(of_q), "key_mask": mask(of_k),
-    }  # fmt: skip
+        "query": m.rows(b, lq, HEADS, DIM),
+        "key": m.rows(b, lk, HEADS, DIM),
+        "value": m.rows(b, lk, HEADS, DIM),
+        "bias": m.rows(1, HEADS, lq, lk),
+        "query_mask": mask(of_q),
+        "key_mask": mask(of_k),
+    }
 
 
 def cross_attention(_: Any, x: Inputs) -> Any:
@@ -65,9 +83,14 @@ def both_sides(m: Make, size: int) -> Inputs:
     of_a, of_b = lengths(size)
     a, b = sum(of_a), sum(of_b)
     return {
-        "query_a": m.rows(a, HEADS, DIM), "query_b": m.rows(b, HEADS, DIM), "value_a": m.rows(a, HEADS, DIM),
-        "value_b": m.rows(b, HEADS, DIM), "key_bias_b": m.rows(b), "cu_a": offsets(of_a), "cu_b": offsets(of_b),
-    }  # fmt: skip
+        "query_a": m.rows(a, HEADS, DIM),
+        "query_b": m.rows(b, HEADS, DIM),
+        "value_a": m.rows(a, HEADS, DIM),
+        "value_b": m.rows(b, HEADS, DIM),
+        "key_bias_b": m.rows(b),
+        "cu_a": offsets(of_a),
+        "cu_b": offsets(of_b),
+    }
 
 
 def co_attention(_: Any, x: Inputs) -> Any:
@@ -80,9 +103,12 @@ def features(m: Make, size: int) -> Inputs:
     """Absorbed attention."""
     of_q, of_k = lengths(size)
     return {
-        "query": m.rows(sum(of_q), HEADS, DIM), "context": m.rows(sum(of_k), DIM), "key_bias": m.rows(sum(of_k)),
-        "cu_q": offsets(of_q), "cu_k": offsets(of_k),
-    }  # fmt: skip
+        "query": m.rows(sum(of_q), HEADS, DIM),
+        "context": m.rows(sum(of_k), DIM),
+        "key_bias": m.rows(sum(of_k)),
+        "cu_q": offsets(of_q),
+        "cu_k": offsets(of_k),
+    }
 
 
 def absorbed_attention(_: Any, x: Inputs) -> Any:
@@ -109,9 +135,12 @@ def builders(m: Make, size: int) -> Inputs:
     of_q, of_k = lengths(size)
     times = [torch.sort(m.rows(n)).values for n in of_k]
     return {
-        "cu_q": offsets(of_q), "cu_k": offsets(of_k), "query_times": m.rows(sum(of_q)),
-        "key_times": torch.cat(times), "media": m.rows(sum(of_q)) > 0,
-    }  # fmt: skip
+        "cu_q": offsets(of_q),
+        "cu_k": offsets(of_k),
+        "query_times": m.rows(sum(of_q)),
+        "key_times": torch.cat(times),
+        "media": m.rows(sum(of_q)) > 0,
+    }
 
 
 def all_ranges(_: Any, x: Inputs) -> Any:
@@ -142,9 +171,12 @@ def negatives(m: Make, size: int) -> Inputs:
     x = scaled(m, size)
     n = x["a"].shape[0]
     return x | {
-        "hard": m.unit(n, 2, DIM), "image_queue": m.unit(5, DIM), "text_queue": m.unit(4, DIM),
-        "weights": m.positive(n), "ids": torch.arange(n) // 2,
-    }  # fmt: skip
+        "hard": m.unit(n, 2, DIM),
+        "image_queue": m.unit(5, DIM),
+        "text_queue": m.unit(4, DIM),
+        "weights": m.positive(n),
+        "ids": torch.arange(n) // 2,
+    }
 
 
 def taught(m: Make, size: int) -> Inputs:
@@ -169,9 +201,17 @@ def infonce(_: Any, x: Inputs) -> Any:
 
 def infonce_options(_: Any, x: Inputs) -> Any:
     return fx.infonce_loss(
-        x["a"], x["b"], x["scale"], hard_negatives=x["hard"], image_queue=x["image_queue"],
-        text_queue=x["text_queue"], ignore_ids=x["ids"], weights=x["weights"], label_smoothing=0.1, normalize=True,
-    )  # fmt: skip
+        x["a"],
+        x["b"],
+        x["scale"],
+        hard_negatives=x["hard"],
+        image_queue=x["image_queue"],
+        text_queue=x["text_queue"],
+        ignore_ids=x["ids"],
+        weights=x["weights"],
+        label_smoothing=0.1,
+        normalize=True,
+    )
 
 
 def multi_positive(_: Any, x: Inputs) -> Any:
@@ -285,38 +325,69 @@ def unpack(_: Any, x: Inputs) -> Any:
 
 
 FUNCTIONS = [
-    Row("varlen_cross_attention", ("varlen_cross_attention",), packed, attention,
-        same=(("query", "key", "value"), ("cu_q", "cu_k"))),
-    Row("varlen_cross_attention, options", ("varlen_cross_attention",), packed_options, attention_options,
-        same=(("key", "value"),)),
+    Row(
+        "varlen_cross_attention",
+        ("varlen_cross_attention",),
+        packed,
+        attention,
+        same=(("query", "key", "value"), ("cu_q", "cu_k")),
+    ),
+    Row(
+        "varlen_cross_attention, options",
+        ("varlen_cross_attention",),
+        packed_options,
+        attention_options,
+        same=(("key", "value"),),
+    ),
     Row("cross_attention, masks, bias", ("cross_attention",), padded, cross_attention, same=(("key", "value"),)),
-    Row("co_attention", ("co_attention",), both_sides, co_attention,
-        same=(("query_a", "value_a"), ("query_b", "value_b"))),
+    Row(
+        "co_attention",
+        ("co_attention",),
+        both_sides,
+        co_attention,
+        same=(("query_a", "value_a"), ("query_b", "value_b")),
+    ),
     Row("absorbed_attention", ("absorbed_attention",), features, absorbed_attention),
     Row("key_importance", ("key_importance",), scored, importance, same=(("query", "key"), ("cu_q", "cu_k"))),
     Row("ranges", ("ranges",), builders, all_ranges, derivative=False),
     Row("infonce_loss", ("infonce_loss",), scaled, infonce, same=(LOSS,)),
     Row("infonce_loss, options", ("infonce_loss",), negatives, infonce_options, same=(LOSS,)),
-    Row("distillation_loss", ("distillation_loss",), taught, distillation, same=(LOSS,),
-        constant=("teacher_a", "teacher_b")),
+    Row(
+        "distillation_loss",
+        ("distillation_loss",),
+        taught,
+        distillation,
+        same=(LOSS,),
+        constant=("teacher_a", "teacher_b"),
+    ),
     Row("multi_positive_infonce_loss", ("multi_positive_infonce_loss",), grouped, multi_positive, same=(LOSS,)),
     Row("infonce_loss, targets, metrics", ("infonce_loss",), targeted, infonce_metrics, same=(LOSS,)),
     Row("sigmoid_loss", ("sigmoid_loss",), pairs, sigmoid("mean"), same=(LOSS,)),
     Row("sigmoid_loss, none", ("sigmoid_loss",), pairs, sigmoid("none"), same=(LOSS,)),
     Row("sigmoid_loss, weights", ("sigmoid_loss",), weighted, sigmoid("mean", True), same=(LOSS,)),
     Row("maxsim", ("maxsim",), sets, maxsim, same=(LOSS, ("cu_a", "cu_b"))),
-    Row("late_interaction_loss", ("late_interaction_loss",), scaled_sets, late_interaction,
-        same=(LOSS, ("cu_a", "cu_b"))),
+    Row(
+        "late_interaction_loss",
+        ("late_interaction_loss",),
+        scaled_sets,
+        late_interaction,
+        same=(LOSS, ("cu_a", "cu_b")),
+    ),
     Row("topk_similarity", ("topk_similarity",), corpus, topk("inner")),
     Row("topk_similarity, cosine", ("topk_similarity",), corpus, topk("cosine")),
     Row("topk_similarity, int8", ("topk_similarity",), small_corpus, quantized),
     Row("recall_at_k", ("recall_at_k",), only("a", "b", of=scaled), recall, derivative=False, same=(LOSS,)),
-    Row("select_tokens", ("select_tokens", "Budget"), only("scores", "cu", of=tokens), select, derivative=False,
-        ragged=(0, 1)),
-    Row("prune_tokens", ("prune_tokens",), tokens, prune_tokens, constant=("scores",),
-        ragged=(0, 1)),
+    Row(
+        "select_tokens",
+        ("select_tokens", "Budget"),
+        only("scores", "cu", of=tokens),
+        select,
+        derivative=False,
+        ragged=(0, 1),
+    ),
+    Row("prune_tokens", ("prune_tokens",), tokens, prune_tokens, constant=("scores",), ragged=(0, 1)),
     Row("gather_rows", (), indexed, gather),
     Row("merge_rows", (), indexed, merge),
     Row("Selection", ("Selection",), tokens, selection, constant=("scores",), ragged=(0, 1)),
     Row("PackedTokens", ("PackedTokens",), only("x", "cu", of=tokens), unpack),
-]  # fmt: skip
+]

@@ -25,13 +25,17 @@ def two(of_packed: bool, width_q: int = WIDTH, width_k: int = WIDTH) -> Callable
         of_q, of_k = lengths(size)
         if of_packed:
             return {
-                "query": m.rows(sum(of_q), width_q), "context": m.rows(sum(of_k), width_k), "cu_q": offsets(of_q),
+                "query": m.rows(sum(of_q), width_q),
+                "context": m.rows(sum(of_k), width_k),
+                "cu_q": offsets(of_q),
                 "cu_k": offsets(of_k),
-            }  # fmt: skip
+            }
         return {
-            "query": m.rows(len(of_q), max(of_q), width_q), "context": m.rows(len(of_k), max(of_k), width_k),
-            "query_mask": mask(of_q), "context_mask": mask(of_k),
-        }  # fmt: skip
+            "query": m.rows(len(of_q), max(of_q), width_q),
+            "context": m.rows(len(of_k), max(of_k), width_k),
+            "query_mask": mask(of_q),
+            "context_mask": mask(of_k),
+        }
 
     return make
 
@@ -113,9 +117,7 @@ def former(of_packed: bool) -> Callable[[Make, int], Inputs]:
 
 def qformer(module: Any, x: Inputs) -> Any:
     text = PackedTokens(x["text"], x["cu_q"], 8) if "cu_q" in x else x["text"]
-    out = module(
-        x["query"], context(x), context_mask=x.get("context_mask"), text=text, text_mask=x.get("query_mask")
-    )  # fmt: skip
+    out = module(x["query"], context(x), context_mask=x.get("context_mask"), text=text, text_mask=x.get("query_mask"))
     return plain(out)
 
 
@@ -195,50 +197,147 @@ def _modules() -> list[Row]:
         make = functools.partial(fnn.MultiheadCrossAttention, WIDTH, HEADS)
         rows += [
             Row(f"ContextKV, {form}", ("ContextKV",), sides, projected, make),
-            Row(f"CoAttention, {form}", ("CoAttention",), two(of_packed, WIDTH, DIM),
-                over("image", "text"), functools.partial(fnn.CoAttention, WIDTH, DIM, WIDTH, HEADS)),
-            Row(f"SharedCrossAttention, {form}", ("SharedCrossAttention",), sides, over("text", "image"),
-                functools.partial(fnn.SharedCrossAttention, WIDTH, HEADS)),
-            Row(f"GatedCrossAttentionBlock, {form}", ("GatedCrossAttentionBlock",), sides, over("hidden"),
-                lambda: open_gates(fnn.GatedCrossAttentionBlock(WIDTH, HEADS, 24))),
-            Row(f"TemporalCrossAttention, {form}", ("TemporalCrossAttention",), timed(of_packed), temporal,
+            Row(
+                f"CoAttention, {form}",
+                ("CoAttention",),
+                two(of_packed, WIDTH, DIM),
+                over("image", "text"),
+                functools.partial(fnn.CoAttention, WIDTH, DIM, WIDTH, HEADS),
+            ),
+            Row(
+                f"SharedCrossAttention, {form}",
+                ("SharedCrossAttention",),
+                sides,
+                over("text", "image"),
+                functools.partial(fnn.SharedCrossAttention, WIDTH, HEADS),
+            ),
+            Row(
+                f"GatedCrossAttentionBlock, {form}",
+                ("GatedCrossAttentionBlock",),
+                sides,
+                over("hidden"),
+                lambda: open_gates(fnn.GatedCrossAttentionBlock(WIDTH, HEADS, 24)),
+            ),
+            Row(
+                f"TemporalCrossAttention, {form}",
+                ("TemporalCrossAttention",),
+                timed(of_packed),
+                temporal,
                 functools.partial(fnn.TemporalCrossAttention, WIDTH, HEADS, 0.5),
-                constant=("query_times", "context_times")),
-            Row(f"PerceiverResampler, {form}", ("PerceiverResampler",), side, pool,
-                functools.partial(fnn.PerceiverResampler, WIDTH, 1, HEADS, DIM, 3)),
-            Row(f"AttentionalPooler, {form}", ("AttentionalPooler",), side, pool,
-                functools.partial(fnn.AttentionalPooler, WIDTH, WIDTH, HEADS, queries=3)),
-            Row(f"SiglipPooler, {form}", ("SiglipPooler",), side, pool,
-                functools.partial(fnn.SiglipPooler, WIDTH, HEADS, 24)),
-            Row(f"QFormer, {form}", ("QFormer",), former(of_packed), qformer,
-                functools.partial(fnn.QFormer, WIDTH, 2, HEADS, 24, WIDTH, text=True)),
-            Row(f"TokenPruner, {form.split(',')[0]}", ("TokenPruner",), scalar_tokens(of_packed), pruned,
-                functools.partial(fnn.TokenPruner, 0.5, learned=True, width=DIM), ragged=(0, 1)),
-        ]  # fmt: skip
+                constant=("query_times", "context_times"),
+            ),
+            Row(
+                f"PerceiverResampler, {form}",
+                ("PerceiverResampler",),
+                side,
+                pool,
+                functools.partial(fnn.PerceiverResampler, WIDTH, 1, HEADS, DIM, 3),
+            ),
+            Row(
+                f"AttentionalPooler, {form}",
+                ("AttentionalPooler",),
+                side,
+                pool,
+                functools.partial(fnn.AttentionalPooler, WIDTH, WIDTH, HEADS, queries=3),
+            ),
+            Row(
+                f"SiglipPooler, {form}",
+                ("SiglipPooler",),
+                side,
+                pool,
+                functools.partial(fnn.SiglipPooler, WIDTH, HEADS, 24),
+            ),
+            Row(
+                f"QFormer, {form}",
+                ("QFormer",),
+                former(of_packed),
+                qformer,
+                functools.partial(fnn.QFormer, WIDTH, 2, HEADS, 24, WIDTH, text=True),
+            ),
+            Row(
+                f"TokenPruner, {form.split(',')[0]}",
+                ("TokenPruner",),
+                scalar_tokens(of_packed),
+                pruned,
+                functools.partial(fnn.TokenPruner, 0.5, learned=True, width=DIM),
+                ragged=(0, 1),
+            ),
+        ]
     return rows
 
 
 MODULES = [
     *_modules(),
-    Row("MultiheadCrossAttention, value", ("MultiheadCrossAttention",), three, self_attention,
-        functools.partial(fnn.MultiheadCrossAttention, WIDTH, HEADS), same=(("query", "context", "value"),)),
-    Row("QFormerLayer", ("QFormerLayer",), learned_queries, qformer_layer,
-        functools.partial(fnn.QFormerLayer, WIDTH, HEADS, 24, WIDTH)),
-    Row("ModalityGate", ("ModalityGate",), modalities, lambda m, x: m([x["a"], x["b"]], x["present"]),
-        functools.partial(fnn.ModalityGate, 2, WIDTH), same=(LOSS,)),
-    Row("VisualProjector", ("VisualProjector",), grid_tokens, grids,
-        functools.partial(fnn.VisualProjector, DIM, WIDTH, shuffle=2)),
+    Row(
+        "MultiheadCrossAttention, value",
+        ("MultiheadCrossAttention",),
+        three,
+        self_attention,
+        functools.partial(fnn.MultiheadCrossAttention, WIDTH, HEADS),
+        same=(("query", "context", "value"),),
+    ),
+    Row(
+        "QFormerLayer",
+        ("QFormerLayer",),
+        learned_queries,
+        qformer_layer,
+        functools.partial(fnn.QFormerLayer, WIDTH, HEADS, 24, WIDTH),
+    ),
+    Row(
+        "ModalityGate",
+        ("ModalityGate",),
+        modalities,
+        lambda m, x: m([x["a"], x["b"]], x["present"]),
+        functools.partial(fnn.ModalityGate, 2, WIDTH),
+        same=(LOSS,),
+    ),
+    Row(
+        "VisualProjector",
+        ("VisualProjector",),
+        grid_tokens,
+        grids,
+        functools.partial(fnn.VisualProjector, DIM, WIDTH, shuffle=2),
+    ),
     Row("pixel_shuffle", ("pixel_shuffle",), grid_tokens, shuffle),
     Row("media_kv_range, padded", ("ranges",), lambda m, n: {"media": m.rows(2, 5 + n) > 0}, media, derivative=False),
     Row("timestamp_kv_range, packed tokens", ("ranges",), timed(True), times, derivative=False),
-    Row("InfoNCELoss", ("InfoNCELoss",), scaled, lambda m, x: m(x["a"], x["b"], x["scale"]), fnn.InfoNCELoss,
-        same=(LOSS,)),
-    Row("SigmoidLoss", ("SigmoidLoss",), pairs, lambda m, x: m(x["a"], x["b"], x["scale"], x["bias"]),
-        fnn.SigmoidLoss, same=(LOSS,)),
-    Row("FILIPLoss", ("FILIPLoss",), scaled_sets, lambda m, x: m(x["a"], x["b"], x["cu_a"], x["cu_b"], x["scale"]),
-        fnn.FILIPLoss, same=(LOSS, ("cu_a", "cu_b"))),
-    Row("BLIP2ITCLoss", ("BLIP2ITCLoss",), query_tokens, lambda m, x: m(x["image"], x["text"], x["scale"]),
-        fnn.BLIP2ITCLoss),
-    Row("MultiTaskLoss", ("MultiTaskLoss",), only("a", "b", of=modalities), tasks,
-        functools.partial(fnn.MultiTaskLoss, {"contrast": 1.0, "match": 0.5}), same=(LOSS,)),
-]  # fmt: skip
+    Row(
+        "InfoNCELoss",
+        ("InfoNCELoss",),
+        scaled,
+        lambda m, x: m(x["a"], x["b"], x["scale"]),
+        fnn.InfoNCELoss,
+        same=(LOSS,),
+    ),
+    Row(
+        "SigmoidLoss",
+        ("SigmoidLoss",),
+        pairs,
+        lambda m, x: m(x["a"], x["b"], x["scale"], x["bias"]),
+        fnn.SigmoidLoss,
+        same=(LOSS,),
+    ),
+    Row(
+        "FILIPLoss",
+        ("FILIPLoss",),
+        scaled_sets,
+        lambda m, x: m(x["a"], x["b"], x["cu_a"], x["cu_b"], x["scale"]),
+        fnn.FILIPLoss,
+        same=(LOSS, ("cu_a", "cu_b")),
+    ),
+    Row(
+        "BLIP2ITCLoss",
+        ("BLIP2ITCLoss",),
+        query_tokens,
+        lambda m, x: m(x["image"], x["text"], x["scale"]),
+        fnn.BLIP2ITCLoss,
+    ),
+    Row(
+        "MultiTaskLoss",
+        ("MultiTaskLoss",),
+        only("a", "b", of=modalities),
+        tasks,
+        functools.partial(fnn.MultiTaskLoss, {"contrast": 1.0, "match": 0.5}),
+        same=(LOSS,),
+    ),
+]

@@ -8,7 +8,14 @@ from tests.compositions.modules import MODULES
 ROWS = [*FUNCTIONS, *MODULES]
 BY_NAME = {row.name: row for row in ROWS}
 NOT_COMPUTING = {
-    "__version__", "accelerate", "accelerated", "explain", "prune_model", "register_adapter",
-    "register_strategy", "restore", "status",
-}  # fmt: skip
+    "__version__",
+    "accelerate",
+    "accelerated",
+    "explain",
+    "prune_model",
+    "register_adapter",
+    "register_strategy",
+    "restore",
+    "status",
+}
 """Public names that compute nothing by themselves: they change models, or describe a call."""

@@ -45,18 +45,34 @@ HEADINGS = {
 }
 """Columns in the order of the page."""
 OF_DERIVATIVES = {
-    "checkpoint", "checkpoint, reentrant", "saved-tensor hooks", "second derivative", "forward mode", "vmap",
-    "func.grad", "vmap(grad)", "jacrev(jacrev)", "is_grads_batched", "backward twice", "some gradients",
+    "checkpoint",
+    "checkpoint, reentrant",
+    "saved-tensor hooks",
+    "second derivative",
+    "forward mode",
+    "vmap",
+    "func.grad",
+    "vmap(grad)",
+    "jacrev(jacrev)",
+    "is_grads_batched",
+    "backward twice",
+    "some gradients",
     "compiled func.grad",
-}  # fmt: skip
+}
 SLOW = {"inductor"}
 """Columns that compile for long and ask the same of every row: some rows stand for all."""
 SAMPLED = ("varlen_cross_attention", "infonce_loss", "MultiheadCrossAttention, padded, masks")
 
 PLAIN = {
-    "topk_similarity", "topk_similarity, cosine", "topk_similarity, int8", "PackedTokens", "pixel_shuffle",
-    "VisualProjector", "ModalityGate", "MultiTaskLoss",
-}  # fmt: skip
+    "topk_similarity",
+    "topk_similarity, cosine",
+    "topk_similarity, int8",
+    "PackedTokens",
+    "pixel_shuffle",
+    "VisualProjector",
+    "ModalityGate",
+    "MultiTaskLoss",
+}
 """Made of PyTorch's operations where derivatives are concerned: of any order and mode."""
 LINEAR = {"gather_rows", "merge_rows", "prune_tokens", "Selection", "TokenPruner, packed", "TokenPruner, padded"}
 """Kernels that are each other's derivative: of any order, in reverse mode."""

@@ -77,8 +77,17 @@ def nan_offsets(x: np.ndarray, _: np.random.Generator) -> np.ndarray:
 
 
 FAULTS: tuple[Callable[[np.ndarray, np.random.Generator], np.ndarray], ...] = (
-    flatten, add_axis, deepen, cut_row, widen, empty_but_huge, change_type, spoil, spoil, nan_offsets,
-)  # fmt: skip
+    flatten,
+    add_axis,
+    deepen,
+    cut_row,
+    widen,
+    empty_but_huge,
+    change_type,
+    spoil,
+    spoil,
+    nan_offsets,
+)
 
 
 def break_it(feeds: Feeds, random: np.random.Generator) -> None:

@@ -99,19 +99,31 @@ def _select(random: np.random.Generator) -> Feeds:
 _SLOTS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range", "key_bias")
 OPERATORS = (
     Operator(
-        "Attention", ("query", "key", "value", *_SLOTS, "bias"), {"out": None, "lse": FLOAT}, ("scale", "softcap"),
+        "Attention",
+        ("query", "key", "value", *_SLOTS, "bias"),
+        {"out": None, "lse": FLOAT},
+        ("scale", "softcap"),
         _attention,
     ),
     Operator(
-        "KeyImportance", ("query", "key", "lse", *_SLOTS, "row_weight"), {"score": FLOAT}, ("scale", "softcap"),
+        "KeyImportance",
+        ("query", "key", "lse", *_SLOTS, "row_weight"),
+        {"score": FLOAT},
+        ("scale", "softcap"),
         _importance,
     ),
     Operator(
-        "AbsorbedAttention", ("query", "context", "cu_seqlens_q", "cu_seqlens_k", "kv_range", "key_bias"),
-        {"out": None, "lse": FLOAT}, ("scale",), _context,
+        "AbsorbedAttention",
+        ("query", "context", "cu_seqlens_q", "cu_seqlens_k", "kv_range", "key_bias"),
+        {"out": None, "lse": FLOAT},
+        ("scale",),
+        _context,
     ),
     Operator(
-        "Select", ("scores", "cu_seqlens", "counts", "capacity", "protected"),
-        {"keep_index": INT32, "cu_keep": INT32, "assignment": INT32}, (), _select,
+        "Select",
+        ("scores", "cu_seqlens", "counts", "capacity", "protected"),
+        {"keep_index": INT32, "cu_keep": INT32, "assignment": INT32},
+        (),
+        _select,
     ),
-)  # fmt: skip
+)

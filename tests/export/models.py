@@ -53,9 +53,16 @@ class Bare(torch.nn.Module):
     """The packed operation with everything that inference needs, as the graph's own inputs."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, kv_range: Tensor, key_bias: Tensor,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        kv_range: Tensor,
+        key_bias: Tensor,
         key_index: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return varlen_cross_attention(
             query, key, value, cu_q, cu_k, kv_range=kv_range, key_bias=key_bias, key_index=key_index
         )

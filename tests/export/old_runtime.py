@@ -30,10 +30,12 @@ def write(folder: Path) -> None:
         cases[model.name] = (module, inputs(2), inputs(3), model.dynamic)
     packed = models.packed
     for name, module, widths in (
-        ("varlen", models.Varlen(), (32, 24)), ("importance", test_operations.Importance(), (32, 16)),
-        ("context", test_operations.Context(), (32, 16)), ("prune", test_operations.Prune(), (8,)),
+        ("varlen", models.Varlen(), (32, 24)),
+        ("importance", test_operations.Importance(), (32, 16)),
+        ("context", test_operations.Context(), (32, 16)),
+        ("prune", test_operations.Prune(), (8,)),
         ("late", test_operations.Late(), (8, 8)),
-    ):  # fmt: skip
+    ):
         args = [[packed(*n, width=w, seed=w) for w in widths] for n in ((2, 3), (4, 0, 1))]
         cases[name] = (module.eval(), *args, True)
     cases["bare"] = (models.Bare().eval(), models.bare_inputs(), models.bare_inputs(), True)

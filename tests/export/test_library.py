@@ -22,9 +22,13 @@ FUZZ = Path(__file__).with_name("fuzz_library.py")
 def fuzz(*arguments: object) -> list[list[str]]:
     root = str(FUZZ.parents[2])
     done = subprocess.run(
-        [sys.executable, str(FUZZ), *map(str, arguments)], capture_output=True, text=True, timeout=300,
-        env={"PYTHONPATH": root}, check=False,
-    )  # fmt: skip
+        [sys.executable, str(FUZZ), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"PYTHONPATH": root},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return [line.split() for line in done.stdout.splitlines()]
 

@@ -63,9 +63,15 @@ def plain_export(core: Callable[[Tensor, Tensor, Tensor], Tensor], path: Path, o
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Block(core).eval(), args, str(path), dynamo=True, opset_version=opset, dynamic_shapes=shapes,
-            input_names=["text", "image", "mask"], verbose=False,
-        )  # fmt: skip
+            Block(core).eval(),
+            args,
+            str(path),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            input_names=["text", "image", "mask"],
+            verbose=False,
+        )
 
 
 @pytest.mark.parametrize(
@@ -185,8 +191,14 @@ def test_inspect_names_what_breaks(tmp_path: Path) -> None:
     assert "broadcasts over queries" in str(native)
     session = onnxruntime.InferenceSession(str(tmp_path / "native.onnx"), export.session_options(library=False))
     with pytest.raises(Exception, match="inconsistent q_sequence_length"):
-        session.run(None, {"text": np.zeros((2, 3, 32), np.float32), "image": np.zeros((2, 5, 24), np.float32),
-                           "mask": np.ones((2, 5), bool)})  # fmt: skip
+        session.run(
+            None,
+            {
+                "text": np.zeros((2, 3, 32), np.float32),
+                "image": np.zeros((2, 5, 24), np.float32),
+                "mask": np.ones((2, 5), bool),
+            },
+        )
     plain_export(filled, tmp_path / "filled.onnx", 18)
     assert "a row without keys gives NaN" in str(export.inspect(tmp_path / "filled.onnx"))
     model = onnx.load(tmp_path / "filled.onnx")

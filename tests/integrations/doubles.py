@@ -53,8 +53,9 @@ class GatedCrossAttentionBlock(nn.Module):
         super().__init__()
         self.attn = MaskedCrossAttention(dim, dim_visual, immediate=immediate)
         self.attn_gate, self.ff_gate = nn.Parameter(torch.tensor([0.5])), nn.Parameter(torch.tensor([0.5]))
-        self.ff = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(),
-                                nn.Linear(4 * dim, dim, bias=False))  # fmt: skip
+        self.ff = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)
+        )
 
     def forward(self, x: Tensor, media: Tensor, media_locations: Tensor | None = None, **options: Any) -> Tensor:
         x = self.attn(x, media, media_locations=media_locations, **options) * self.attn_gate.tanh() + x

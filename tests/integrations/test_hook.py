@@ -261,13 +261,23 @@ SIGLIP2 = {**{k: v for k, v in VISION.items() if k != "image_size"}, "num_patche
 
 def siglip2() -> tuple[nn.Module, dict[str, Any]]:
     model = hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**SIGLIP2))
-    return model, {"pixel_values": torch.randn(2, 16, 192), "pixel_attention_mask": lengths_mask([16, 9], 16),
-                   "spatial_shapes": torch.tensor([[4, 4], [3, 3]])}  # fmt: skip
+    return model, {
+        "pixel_values": torch.randn(2, 16, 192),
+        "pixel_attention_mask": lengths_mask([16, 9], 16),
+        "spatial_shapes": torch.tensor([[4, 4], [3, 3]]),
+    }
 
 
 def pix2struct() -> tuple[nn.Module, dict[str, Any]]:
-    vision = hf.Pix2StructVisionConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, d_ff=64, d_kv=16,
-                                       patch_embed_hidden_size=48, seq_len=20)  # fmt: skip
+    vision = hf.Pix2StructVisionConfig(
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        d_ff=64,
+        d_kv=16,
+        patch_embed_hidden_size=48,
+        seq_len=20,
+    )
     patches = torch.randn(2, 12, 50)
     patches[..., :2] = torch.randint(1, 9, (2, 12, 2))
     return hf.Pix2StructVisionModel(vision), {"flattened_patches": patches, "attention_mask": lengths_mask([12, 5], 12)}
@@ -275,12 +285,21 @@ def pix2struct() -> tuple[nn.Module, dict[str, Any]]:
 
 def bridgetower() -> tuple[nn.Module, dict[str, Any]]:
     text = {**TEXT, "type_vocab_size": 1}
-    model = hf.BridgeTowerModel(hf.BridgeTowerConfig(
-        hidden_size=64, num_attention_heads=4, num_hidden_layers=1, text_config=text,
-        vision_config={"hidden_size": 64, "num_hidden_layers": 2, "patch_size": 8, "image_size": 32},
-    ))  # fmt: skip
-    return model, {"input_ids": torch.randint(3, 90, (2, 7)), "attention_mask": lengths_mask([7, 4], 7),
-                   "pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": torch.ones(2, 32, 32).long()}  # fmt: skip
+    model = hf.BridgeTowerModel(
+        hf.BridgeTowerConfig(
+            hidden_size=64,
+            num_attention_heads=4,
+            num_hidden_layers=1,
+            text_config=text,
+            vision_config={"hidden_size": 64, "num_hidden_layers": 2, "patch_size": 8, "image_size": 32},
+        )
+    )
+    return model, {
+        "input_ids": torch.randint(3, 90, (2, 7)),
+        "attention_mask": lengths_mask([7, 4], 7),
+        "pixel_values": torch.randn(2, 3, 32, 32),
+        "pixel_mask": torch.ones(2, 32, 32).long(),
+    }
 
 
 @pytest.mark.parametrize("build", [siglip2, pix2struct, bridgetower], ids=lambda f: f.__name__)

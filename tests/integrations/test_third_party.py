@@ -106,9 +106,12 @@ def test_torchmultimodal_calls(mask: str) -> None:
         "causal": {"is_causal": True},
         "plane": {"attn_mask": torch.rand(7, 11) > 0.3},
         "float": {"attn_mask": torch.where(seen, 0.0, torch.finfo(torch.float32).min)},
-        "cache": {"attn_mask": torch.nn.functional.pad(seen, (5, 0), value=True), "use_cache": True,
-                  "past_key_value": (torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 16))},
-    }[mask]  # fmt: skip
+        "cache": {
+            "attn_mask": torch.nn.functional.pad(seen, (5, 0), value=True),
+            "use_cache": True,
+            "past_key_value": (torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 16)),
+        },
+    }[mask]
     same(module, query, image, torch.randn(2, 11, 48) if mask == "plane" else image, **options)
 
 

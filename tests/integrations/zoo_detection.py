@@ -25,15 +25,24 @@ register_adapter(MaskedCrossAttention, "fastxattn.integrations.flamingo:MaskedCr
 
 def table_transformer() -> Any:
     config = hf.TableTransformerConfig(
-        use_timm_backbone=False, backbone_config=hf.ResNetConfig(), use_pretrained_backbone=False, d_model=32,
-        decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, dropout=0.0,
-    )  # fmt: skip
+        use_timm_backbone=False,
+        backbone_config=hf.ResNetConfig(),
+        use_pretrained_backbone=False,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        dropout=0.0,
+    )
     model = hf.models.table_transformer.modeling_table_transformer.TableTransformerDecoder(config)
     mask, pixels = lengths_mask([30, 9, 17], 30), torch.randn(3, 30, 32)
     inputs = {
-        "inputs_embeds": torch.randn(3, 6, 32), "encoder_hidden_states": pixels, "encoder_attention_mask": mask,
-        "object_queries": torch.randn(3, 30, 32), "query_position_embeddings": torch.randn(3, 6, 32),
-    }  # fmt: skip
+        "inputs_embeds": torch.randn(3, 6, 32),
+        "encoder_hidden_states": pixels,
+        "encoder_attention_mask": mask,
+        "object_queries": torch.randn(3, 30, 32),
+        "query_position_embeddings": torch.randn(3, 6, 32),
+    }
     return model, inputs, {**inputs, "encoder_hidden_states": spoil(pixels, mask, 30.0)}
 
 
@@ -57,8 +66,13 @@ def mask2former(pre_norm: bool = False) -> Any:
     hidden[:, :, 33:] = True
     hidden[..., 0] = False  # its decoder never hides everything
     pixels = torch.randn(40, 3, 32)
-    inputs = {"queries": torch.randn(6, 3, 32), "pixels": pixels, "places": torch.randn(6, 3, 32),
-              "positions": torch.randn(40, 3, 32), "hidden": hidden}  # fmt: skip
+    inputs = {
+        "queries": torch.randn(6, 3, 32),
+        "pixels": pixels,
+        "places": torch.randn(6, 3, 32),
+        "positions": torch.randn(40, 3, 32),
+        "hidden": hidden,
+    }
     other = pixels.clone()
     other[33:] = 30.0
     return Mask2FormerLayer(pre_norm), inputs, {**inputs, "pixels": other}
@@ -91,10 +105,11 @@ def _real_text(out: Any) -> list[Any]:
 
 ENTRIES = [
     Entry("table-transformer", table_transformer, lambda o: [o.last_hidden_state], ("TableTransformerAttention",)),
-    Entry("mask2former", mask2former, lambda o: [o],
-          ("Mask2FormerLayer", "Mask2FormerAttention", "MultiheadAttention")),
+    Entry(
+        "mask2former", mask2former, lambda o: [o], ("Mask2FormerLayer", "Mask2FormerAttention", "MultiheadAttention")
+    ),
     Entry("mask2former-pre-norm", lambda: mask2former(True), lambda o: [o], ("Mask2FormerLayer",)),
     Entry("flamingo", flamingo, lambda o: [o], ("MaskedCrossAttention",)),
     Entry("flamingo-all-media", lambda: flamingo(False), lambda o: [o], ("MaskedCrossAttention",)),
     Entry("torchmultimodal", torchmultimodal, _real_text, ("MultiHeadSelfAttention", "MultiHeadAttentionWithCache")),
-]  # fmt: skip
+]
