@@ -10,6 +10,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from benchmarks.models_zoo_decoders import idefics, mllama, whisper, whisper_cross
+
 
 @dataclass(frozen=True)
 class System:
@@ -43,8 +45,11 @@ def _qformer(batch: int = 12) -> Any:
     model = hf.Blip2QFormerModel(hf.Blip2QFormerConfig(encoder_hidden_size=1408))
     mask = ragged(batch, 64, 1024)[1]
     queries = torch.randn(1, 32, 768).expand(batch, -1, -1)
-    return model, {"query_embeds": queries, "encoder_hidden_states": torch.randn(batch, 1024, 1408),
-                   "encoder_attention_mask": mask}  # fmt: skip
+    return model, {
+        "query_embeds": queries,
+        "encoder_hidden_states": torch.randn(batch, 1024, 1408),
+        "encoder_attention_mask": mask,
+    }
 
 
 def _instructblip(batch: int = 6) -> Any:
@@ -79,8 +84,11 @@ def _mha(batch: int = 8) -> Any:
 def _decoder_layer(batch: int = 8) -> Any:
     mask = ragged(batch, 64, 1024)[1]
     layer = nn.TransformerDecoderLayer(768, 12, 3072, dropout=0.0, batch_first=True)
-    return layer, {"tgt": torch.randn(batch, 32, 768), "memory": torch.randn(batch, 1024, 768),
-                   "memory_key_padding_mask": mask == 0}  # fmt: skip
+    return layer, {
+        "tgt": torch.randn(batch, 32, 768),
+        "memory": torch.randn(batch, 1024, 768),
+        "memory_key_padding_mask": mask == 0,
+    }
 
 
 class FusionBlock(nn.Module):
@@ -103,8 +111,12 @@ class FusionBlock(nn.Module):
 
 def _fusion_block(batch: int = 8) -> Any:
     text, image = ragged(batch, 5, 77)[1], ragged(batch, 64, 1024)[1]
-    return FusionBlock(), {"text": torch.randn(batch, 77, 768), "image": torch.randn(batch, 1024, 768),
-                           "text_hidden": text == 0, "image_hidden": image == 0}  # fmt: skip
+    return FusionBlock(), {
+        "text": torch.randn(batch, 77, 768),
+        "image": torch.randn(batch, 1024, 768),
+        "text_hidden": text == 0,
+        "image_hidden": image == 0,
+    }
 
 
 def caption_ids(batch: int, vocabulary: int, end: int, captions: bool = True, padding: int | None = None) -> Tensor:
@@ -148,163 +160,73 @@ def _blip_itm(texts: int = 32) -> Any:
     config = hf.BlipTextConfig(encoder_hidden_size=768, is_decoder=True, num_hidden_layers=4)
     model = module.BlipTextModel(config, add_pooling_layer=False)
     mask = ragged(texts, 5, 35)[1]
-    return model, {"input_ids": torch.randint(3, 900, mask.shape), "attention_mask": mask,
-                   "encoder_hidden_states": torch.randn(1, 577, 768).repeat(texts, 1, 1),
-                   "encoder_attention_mask": torch.ones(texts, 577, dtype=torch.long)}  # fmt: skip
-
-
-class MllamaLayer(nn.Module):
-    """One cross-attention decoder layer of Llama 3.2 11B Vision (width 4096), called as the decoder calls it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = hf.models.mllama.configuration_mllama.MllamaTextConfig(
-            num_hidden_layers=1,
-            cross_attention_layers=[0],
-            vocab_size=8,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        self.text = hf.models.mllama.modeling_mllama.MllamaTextModel(config)
-        with torch.no_grad():  # closed at first, and then nothing that attention does would be seen
-            self.text.layers[0].cross_attn_attn_gate.fill_(0.5)
-            self.text.layers[0].cross_attn_mlp_gate.fill_(0.5)
-
-    def forward(self, hidden: Tensor, states: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        return self.text.layers[0](  # type: ignore[no-any-return]
-            hidden, cross_attention_states=states, cross_attention_mask=mask, attention_mask=None,
-            full_text_row_masked_out_mask=rows,
-        )  # fmt: skip
-
-
-def _mllama(tiles: int, text: int = 32) -> Any:
-    seen = torch.zeros(1, text, 1, 4)
-    seen[..., :tiles] = 1
-    prepare = hf.models.mllama.modeling_mllama._prepare_cross_attention_mask
-    mask, rows = prepare(seen, num_vision_tokens=1601, dtype=torch.float32)
-    return MllamaLayer(), {"hidden": torch.randn(1, text, 4096), "states": torch.randn(1, 6404, 4096), "mask": mask,
-                           "rows": rows}  # fmt: skip
-
-
-class IdeficsStep(nn.Module):
-    """One generated token of IDEFICS 9B with 5 images: 4 of its 32 layers, one of them with cross-attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = hf.IdeficsConfig(num_hidden_layers=4, vocab_size=4000, cross_layer_interval=4, use_resampler=True,
-                                  vision_config={"num_hidden_layers": 1, "embed_dim": 1280}, alpha_initializer="ones",
-                                  qk_layer_norms=True)  # fmt: skip
-        self.model = hf.IdeficsForVisionText2Text(config)
-        self.past: Any = None
-
-    def forward(self, ids: Tensor, embeddings: Tensor, seen: Tensor) -> Tensor:
-        if self.past is None or self.past[0] != str(embeddings.dtype):
-            with torch.no_grad():
-                first = self.model(
-                    input_ids=ids.expand(-1, 64), perceiver_embeddings=embeddings, use_cache=True,
-                    image_attention_mask=seen.expand(-1, 64, -1), attention_mask=torch.ones(1, 64, dtype=torch.long),
-                )  # fmt: skip
-            self.past = (str(embeddings.dtype), first.past_key_values)
-        cache = self.past[1]
-        out = self.model(input_ids=ids, perceiver_embeddings=embeddings, image_attention_mask=seen, use_cache=True,
-                         past_key_values=cache, attention_mask=torch.ones(1, 65, dtype=torch.long))  # fmt: skip
-        cache.crop(-1)
-        return out.logits  # type: ignore[no-any-return]
-
-
-def _idefics() -> Any:
-    return IdeficsStep(), {"ids": torch.full((1, 1), 5), "embeddings": torch.randn(1, 5, 64, 1280),
-                           "seen": torch.ones(1, 1, 5, dtype=torch.long)}  # fmt: skip
-
-
-class WhisperStep(nn.Module):
-    """One token of Whisper large-v3's decoder (4 of its 32 layers), batch 4, over 1500 cached audio positions."""
-
-    def __init__(self, cached: bool = True) -> None:
-        super().__init__()
-        config = hf.WhisperConfig(d_model=1280, decoder_layers=4, encoder_layers=1, decoder_attention_heads=20,
-                                  encoder_attention_heads=20, decoder_ffn_dim=5120, encoder_ffn_dim=5120)  # fmt: skip
-        self.decoder = hf.models.whisper.modeling_whisper.WhisperDecoder(config)
-        self.cached, self.past = cached, {}  # type: ignore[var-annotated]
-
-    def forward(self, ids: Tensor, audio: Tensor) -> Tensor:
-        if not self.cached:
-            return self.decoder(ids[:, -1:], encoder_hidden_states=audio, use_cache=False).last_hidden_state  # type: ignore
-        name = str(audio.dtype)
-        if name not in self.past:
-            cache = hf.EncoderDecoderCache(hf.DynamicCache(), hf.DynamicCache())
-            self.decoder(ids[:, :-1], encoder_hidden_states=audio, past_key_values=cache, use_cache=True)
-            self.past[name] = cache
-        cache = self.past[name]
-        out = self.decoder(ids[:, -1:], encoder_hidden_states=audio, past_key_values=cache, use_cache=True)
-        cache.self_attention_cache.crop(-1)
-        return out.last_hidden_state  # type: ignore[no-any-return]
-
-
-class WhisperCross(nn.Module):
-    """The cross-attention module of one decoder layer over its cached audio, one token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = WhisperStep()
-
-    def forward(self, ids: Tensor, audio: Tensor, states: Tensor) -> Tensor:
-        if str(audio.dtype) not in self.step.past:
-            self.step(ids, audio)
-        cache = self.step.past[str(audio.dtype)]
-        return self.step.decoder.layers[0].encoder_attn(states, key_value_states=audio, past_key_values=cache)[0]  # type: ignore
-
-
-def _whisper_cross() -> Any:
-    return WhisperCross(), {"ids": torch.randint(3, 900, (4, 33)), "audio": torch.randn(4, 1500, 1280),
-                            "states": torch.randn(4, 1, 1280)}  # fmt: skip
-
-
-def _whisper(cached: bool) -> Any:
-    return WhisperStep(cached), {"ids": torch.randint(3, 900, (4, 33)), "audio": torch.randn(4, 1500, 1280)}
+    return model, {
+        "input_ids": torch.randint(3, 900, mask.shape),
+        "attention_mask": mask,
+        "encoder_hidden_states": torch.randn(1, 577, 768).repeat(texts, 1, 1),
+        "encoder_attention_mask": torch.ones(texts, 577, dtype=torch.long),
+    }
 
 
 def _t5(batch: int = 8) -> Any:
     config = hf.T5Config(d_model=768, d_ff=3072, num_layers=4, num_heads=12, decoder_start_token_id=0)
     mask = ragged(batch, 5, 77)[1]
-    return hf.T5Model(config), {"input_ids": torch.randint(3, 900, mask.shape), "attention_mask": mask,
-                                "decoder_input_ids": torch.randint(3, 900, (batch, 32))}  # fmt: skip
+    return hf.T5Model(config), {
+        "input_ids": torch.randint(3, 900, mask.shape),
+        "attention_mask": mask,
+        "decoder_input_ids": torch.randint(3, 900, (batch, 32)),
+    }
 
 
 def _lxmert(batch: int = 8) -> Any:
     mask = ragged(batch, 5, 20)[1]
     return hf.LxmertModel(hf.LxmertConfig()), {
-        "input_ids": torch.randint(3, 900, mask.shape), "attention_mask": mask,
-        "visual_feats": torch.randn(batch, 36, 2048), "visual_pos": torch.rand(batch, 36, 4),
-    }  # fmt: skip
+        "input_ids": torch.randint(3, 900, mask.shape),
+        "attention_mask": mask,
+        "visual_feats": torch.randn(batch, 36, 2048),
+        "visual_pos": torch.rand(batch, 36, 4),
+    }
 
 
 def _grounding_dino(batch: int = 2, tokens: int = 13294) -> Any:
-    config = hf.GroundingDinoConfig(backbone_config=hf.SwinConfig(embed_dim=12, depths=[1], num_heads=[2],
-                                                                  out_features=["stage1"]))  # fmt: skip
+    config = hf.GroundingDinoConfig(
+        backbone_config=hf.SwinConfig(embed_dim=12, depths=[1], num_heads=[2], out_features=["stage1"])
+    )
     layer = hf.models.grounding_dino.modeling_grounding_dino.GroundingDinoFusionLayer(config)
     text, vision = ragged(batch, 5, 32)[1], ragged(batch, 9000, tokens)[1]
-    return layer, {"vision_features": torch.randn(batch, tokens, 256), "text_features": torch.randn(batch, 32, 256),
-                   "attention_mask_vision": vision == 0, "attention_mask_text": text == 0}  # fmt: skip
+    return layer, {
+        "vision_features": torch.randn(batch, tokens, 256),
+        "text_features": torch.randn(batch, 32, 256),
+        "attention_mask_vision": vision == 0,
+        "attention_mask_text": text == 0,
+    }
 
 
 def _detr(batch: int = 4) -> Any:
     model = hf.models.detr.modeling_detr.DetrDecoder(hf.DetrConfig(backbone_config=hf.ResNetConfig()))
     mask = ragged(batch, 400, 850)[1]
-    return model, {"inputs_embeds": torch.zeros(batch, 100, 256), "encoder_hidden_states": torch.randn(batch, 850, 256),
-                   "encoder_attention_mask": mask, "spatial_position_embeddings": torch.randn(batch, 850, 256),
-                   "object_queries_position_embeddings": torch.randn(batch, 100, 256)}  # fmt: skip
+    return model, {
+        "inputs_embeds": torch.zeros(batch, 100, 256),
+        "encoder_hidden_states": torch.randn(batch, 850, 256),
+        "encoder_attention_mask": mask,
+        "spatial_position_embeddings": torch.randn(batch, 850, 256),
+        "object_queries_position_embeddings": torch.randn(batch, 100, 256),
+    }
 
 
 def _table_transformer(batch: int = 4) -> Any:
-    config = hf.TableTransformerConfig(use_timm_backbone=False, backbone_config=hf.ResNetConfig(),
-                                       use_pretrained_backbone=False)  # fmt: skip
+    config = hf.TableTransformerConfig(
+        use_timm_backbone=False, backbone_config=hf.ResNetConfig(), use_pretrained_backbone=False
+    )
     model = hf.models.table_transformer.modeling_table_transformer.TableTransformerDecoder(config)
     mask = ragged(batch, 400, 850)[1]
-    return model, {"inputs_embeds": torch.zeros(batch, 100, 256), "encoder_hidden_states": torch.randn(batch, 850, 256),
-                   "encoder_attention_mask": mask, "object_queries": torch.randn(batch, 850, 256),
-                   "query_position_embeddings": torch.randn(batch, 100, 256)}  # fmt: skip
+    return model, {
+        "inputs_embeds": torch.zeros(batch, 100, 256),
+        "encoder_hidden_states": torch.randn(batch, 850, 256),
+        "encoder_attention_mask": mask,
+        "object_queries": torch.randn(batch, 850, 256),
+        "query_position_embeddings": torch.randn(batch, 100, 256),
+    }
 
 
 class Mask2FormerLayer(nn.Module):
@@ -322,9 +244,12 @@ class Mask2FormerLayer(nn.Module):
 def _mask2former(batch: int = 2, pixels: int = 4096) -> Any:
     hidden = (torch.rand(batch, 1, 100, pixels) > 0.3).repeat(1, 8, 1, 1).flatten(0, 1)
     return Mask2FormerLayer(), {
-        "queries": torch.randn(100, batch, 256), "places": torch.randn(100, batch, 256), "hidden": hidden,
-        "pixels": torch.randn(pixels, batch, 256), "positions": torch.randn(pixels, batch, 256),
-    }  # fmt: skip
+        "queries": torch.randn(100, batch, 256),
+        "places": torch.randn(100, batch, 256),
+        "hidden": hidden,
+        "pixels": torch.randn(pixels, batch, 256),
+        "positions": torch.randn(pixels, batch, 256),
+    }
 
 
 def _perceiver(batch: int = 2) -> Any:
@@ -338,8 +263,9 @@ def _idefics2(batch: int = 2) -> Any:
     config = module.configuration_idefics2.Idefics2PerceiverConfig(resampler_depth=1)
     mask = ragged(batch, 64, 1024)[1]
     return module.modeling_idefics2.Idefics2PerceiverResampler(config), {
-        "context": torch.randn(batch, 1024, config.hidden_size), "attention_mask": mask,
-    }  # fmt: skip
+        "context": torch.randn(batch, 1024, config.hidden_size),
+        "attention_mask": mask,
+    }
 
 
 def _flava(batch: int = 8) -> Any:
@@ -353,63 +279,121 @@ def _flava(batch: int = 8) -> Any:
 def _albef(batch: int = 8) -> Any:
     config = hf.BertConfig(num_hidden_layers=3, is_decoder=True, add_cross_attention=True)
     text, image = ragged(batch, 5, 35)[1], ragged(batch, 64, 577)[1]
-    return hf.BertModel(config), {"inputs_embeds": torch.randn(*text.shape, 768), "attention_mask": text,
-                                  "encoder_hidden_states": torch.randn(batch, 577, 768),
-                                  "encoder_attention_mask": image, "use_cache": False}  # fmt: skip
+    return hf.BertModel(config), {
+        "inputs_embeds": torch.randn(*text.shape, 768),
+        "attention_mask": text,
+        "encoder_hidden_states": torch.randn(batch, 577, 768),
+        "encoder_attention_mask": image,
+        "use_cache": False,
+    }
 
 
 def _llava() -> Any:
     config = hf.LlavaConfig(
         text_config={"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 1000},
-        vision_config={"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
-                       "num_hidden_layers": 1, "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+        },
         image_token_index=999,
-    )  # fmt: skip
+    )
     ids = torch.randint(3, 900, (1, 640))
     ids[:, 4:580] = 999
-    return hf.LlavaForConditionalGeneration(config), {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336),
-                                                      "attention_mask": torch.ones_like(ids)}  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config), {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 3, 336, 336),
+        "attention_mask": torch.ones_like(ids),
+    }
 
 
 # The systems with a speed to reach come first.
 SYSTEMS = [
     System("BLIP-2 Q-Former, batch 12, image 64..1024", _qformer, dtypes=BOTH, train=True, checked=3),
     System("InstructBLIP Q-Former, batch 6, image 64..1024, text 5..77", _instructblip, checked=2),
-    System("Mllama cross layer, 2 of 4 tiles", lambda: _mllama(2), dtypes=BOTH),
-    System("Mllama cross layer, 1 of 4 tiles", lambda: _mllama(1), dtypes=BOTH),
-    System("BLIP ITM text encoder, 1 image x 32 texts (4 of 12 layers)", _blip_itm,
-           "texts share one projection of the image", checked=4, keep=lambda o: [o.last_hidden_state[:, 0]]),
-    System("CLIP text tower (ViT-B/32), batch 16, captions padded to 77", lambda: _clip_text(True),
-           "all layers run on tokens that count", BOTH, checked=4),
-    System("Whisper large-v3 decoder, cached token (4 of 32 layers)", lambda: _whisper(True),
-           "bound by reading weights and cache"),
-    System("Whisper large-v3 cross-attention module, cached token, batch 4", _whisper_cross, keep=lambda o: [o]),
-    System("IDEFICS-1 9B per token, 5 images (4 of 32 layers)", _idefics, "image keys and values kept over steps",
-           keep=lambda o: [o], lean=True),
+    System("Mllama cross layer, 2 of 4 tiles", lambda: mllama(2), dtypes=BOTH),
+    System("Mllama cross layer, 1 of 4 tiles", lambda: mllama(1), dtypes=BOTH),
+    System(
+        "BLIP ITM text encoder, 1 image x 32 texts (4 of 12 layers)",
+        _blip_itm,
+        "texts share one projection of the image",
+        checked=4,
+        keep=lambda o: [o.last_hidden_state[:, 0]],
+    ),
+    System(
+        "CLIP text tower (ViT-B/32), batch 16, captions padded to 77",
+        lambda: _clip_text(True),
+        "all layers run on tokens that count",
+        BOTH,
+        checked=4,
+    ),
+    System(
+        "Whisper large-v3 decoder, cached token (4 of 32 layers)",
+        lambda: whisper(True),
+        "bound by reading weights and cache",
+    ),
+    System("Whisper large-v3 cross-attention module, cached token, batch 4", whisper_cross, keep=lambda o: [o]),
+    System(
+        "IDEFICS-1 9B per token, 5 images (4 of 32 layers)",
+        idefics,
+        "image keys and values kept over steps",
+        keep=lambda o: [o],
+        lean=True,
+    ),
     System("nn.MultiheadAttention, 32 queries on 64..1024", _mha, dtypes=BOTH, train=True),
     System("nn.TransformerDecoderLayer, 32 on 64..1024", _decoder_layer),
     System("TorchMultimodal-style fusion block", _fusion_block),
-    System("CLIP text tower (ViT-B/32), batch 16, text 5..77 uniformly", lambda: _clip_text(False),
-           "all layers run on tokens that count", checked=4),
-    System("CLIP ViT-B/32 whole, batch 4", _clip, "the image tower has no padding to drop",
-           keep=lambda o: [o.logits_per_image]),
-    System("SigLIP base whole, batch 2", _siglip, "no padding: texts are padded on purpose, images are whole",
-           keep=lambda o: [o.logits_per_image]),
-    System("Whisper large-v3 decoder, uncached token (4 of 32 layers)", lambda: _whisper(False),
-           "bound by projecting the audio; nothing to drop"),
+    System(
+        "CLIP text tower (ViT-B/32), batch 16, text 5..77 uniformly",
+        lambda: _clip_text(False),
+        "all layers run on tokens that count",
+        checked=4,
+    ),
+    System(
+        "CLIP ViT-B/32 whole, batch 4",
+        _clip,
+        "the image tower has no padding to drop",
+        keep=lambda o: [o.logits_per_image],
+    ),
+    System(
+        "SigLIP base whole, batch 2",
+        _siglip,
+        "no padding: texts are padded on purpose, images are whole",
+        keep=lambda o: [o.logits_per_image],
+    ),
+    System(
+        "Whisper large-v3 decoder, uncached token (4 of 32 layers)",
+        lambda: whisper(False),
+        "bound by projecting the audio; nothing to drop",
+    ),
     System("T5 base, text 5..77 (4 of 12 layers)", _t5, "bound by its backbone"),
     System("LXMERT base, text 5..20 and 36 regions", _lxmert, "bound by its backbone"),
     System("DETR decoder, 100 queries on 400..850", _detr, "a whole DETR is bound by its backbone"),
     System("TableTransformer decoder, 100 queries on 400..850", _table_transformer),
-    System("Mask2Former decoder layer, 100 queries on 64 x 64", _mask2former,
-           "a whole Mask2Former is bound by its backbone"),
+    System(
+        "Mask2Former decoder layer, 100 queries on 64 x 64",
+        _mask2former,
+        "a whole Mask2Former is bound by its backbone",
+    ),
     System("Perceiver, 256 latents on 512..2048 (4 of 26 self-attentions)", _perceiver, "bound by its backbone"),
     System("Idefics2 resampler, image 64..1024 (1 of 3 layers)", _idefics2),
     System("FLAVA text encoder, text 5..77 (4 of 12 layers)", _flava, "bound by its backbone"),
-    System("ALBEF-style fusion BERT, text 5..35, image 64..577 (3 of 6 layers)", _albef,
-           "features are projected before the hook"),
-    System("GroundingDINO fusion layer, 9000..13294 pixels, text 5..32", _grounding_dino,
-           keep=lambda o: [o[0][0], o[1][0]]),
-    System("LLaVA 1.5 prefill (1 of 24 + 1 of 32 layers)", _llava, "bound by its backbone",
-           keep=lambda o: [o.logits[:, -1]]),
-]  # fmt: skip
+    System(
+        "ALBEF-style fusion BERT, text 5..35, image 64..577 (3 of 6 layers)",
+        _albef,
+        "features are projected before the hook",
+    ),
+    System(
+        "GroundingDINO fusion layer, 9000..13294 pixels, text 5..32", _grounding_dino, keep=lambda o: [o[0][0], o[1][0]]
+    ),
+    System(
+        "LLaVA 1.5 prefill (1 of 24 + 1 of 32 layers)",
+        _llava,
+        "bound by its backbone",
+        keep=lambda o: [o.logits[:, -1]],
+    ),
+]

@@ -37,8 +37,14 @@ def _last(out: Any) -> list[Tensor]:
 
 
 TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 99}
-VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
-          "image_size": 32, "patch_size": 8}  # fmt: skip
+VISION = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def qformer() -> Any:
@@ -147,9 +153,15 @@ class MllamaLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = hf.models.mllama.configuration_mllama.MllamaTextConfig(
-            hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=96,
-            vocab_size=99, cross_attention_layers=[1], pad_token_id=0,
-        )  # fmt: skip
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_hidden_layers=2,
+            intermediate_size=96,
+            vocab_size=99,
+            cross_attention_layers=[1],
+            pad_token_id=0,
+        )
         self.model = hf.models.mllama.modeling_mllama.MllamaTextModel(config)
         with torch.no_grad():
             layer = self.model.layers[1]
@@ -189,13 +201,30 @@ def mllama_imageless_rows() -> Any:
 
 def idefics(resampler: bool = True) -> Any:
     config = hf.IdeficsConfig(
-        **TEXT, cross_layer_interval=1, use_resampler=resampler, alpha_initializer="ones",
-        additional_vocab_size=0, pad_token_id=0, tie_word_embeddings=False, qk_layer_norms=True,
-        vision_config={"embed_dim": 48, "image_size": 32, "patch_size": 8, "num_hidden_layers": 1,
-                       "num_attention_heads": 4, "intermediate_size": 64},
-        perceiver_config={"resampler_n_latents": 5, "resampler_depth": 1, "resampler_n_heads": 4,
-                          "resampler_head_dim": 12, "use_resampler": resampler},
-    )  # fmt: skip
+        **TEXT,
+        cross_layer_interval=1,
+        use_resampler=resampler,
+        alpha_initializer="ones",
+        additional_vocab_size=0,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        qk_layer_norms=True,
+        vision_config={
+            "embed_dim": 48,
+            "image_size": 32,
+            "patch_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+        },
+        perceiver_config={
+            "resampler_n_latents": 5,
+            "resampler_depth": 1,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 12,
+            "use_resampler": resampler,
+        },
+    )
     model = hf.IdeficsForVisionText2Text(config)
     images = torch.randn(2, 3, 3, 32, 32)
     seen = torch.zeros(2, 7, 3, dtype=torch.long)
@@ -216,9 +245,14 @@ def idefics(resampler: bool = True) -> Any:
 
 def idefics2_resampler() -> Any:
     config = hf.models.idefics2.configuration_idefics2.Idefics2PerceiverConfig(
-        hidden_size=64, resampler_n_latents=6, resampler_depth=2, resampler_n_heads=4, resampler_head_dim=16,
-        num_key_value_heads=2, rms_norm_eps=1e-5,
-    )  # fmt: skip
+        hidden_size=64,
+        resampler_n_latents=6,
+        resampler_depth=2,
+        resampler_n_heads=4,
+        resampler_head_dim=16,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+    )
     model = hf.models.idefics2.modeling_idefics2.Idefics2PerceiverResampler(config)
     context, mask = torch.randn(3, 30, 64), lengths_mask([30, 4, 19], 30)
     inputs = {"context": context, "attention_mask": mask}
@@ -227,10 +261,22 @@ def idefics2_resampler() -> Any:
 
 def whisper() -> Any:
     config = hf.WhisperConfig(
-        vocab_size=99, d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, num_mel_bins=8,
-        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_source_positions=40,
-        max_target_positions=30, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
-    )  # fmt: skip
+        vocab_size=99,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        num_mel_bins=8,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        max_source_positions=40,
+        max_target_positions=30,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
     model = hf.WhisperForConditionalGeneration(config)
     inputs = {"input_features": torch.randn(3, 8, 80), "decoder_input_ids": torch.randint(3, 90, (3, 7))}
     return model, inputs, inputs
@@ -246,52 +292,16 @@ def t5() -> Any:
     return model, inputs, {**inputs, "input_ids": torch.where(mask.bool(), ids, 2)}
 
 
-def lxmert() -> Any:
-    config = hf.LxmertConfig(
-        vocab_size=99, hidden_size=64, num_attention_heads=4, intermediate_size=96, l_layers=1, x_layers=2, r_layers=1,
-        visual_feat_dim=32,
-    )  # fmt: skip
-    model = hf.LxmertModel(config)
-    mask, seen = lengths_mask([9, 4, 6], 9), lengths_mask([11, 3, 7], 11)
-    ids, features = torch.randint(3, 90, (3, 9)), torch.randn(3, 11, 32)
-    inputs = {"input_ids": ids, "attention_mask": mask, "visual_feats": features, "visual_pos": torch.rand(3, 11, 4),
-              "visual_attention_mask": seen}  # fmt: skip
-    other = {**inputs, "input_ids": torch.where(mask.bool(), ids, 2), "visual_feats": spoil(features, seen, 30.0)}
-    return model, inputs, other
-
-
-class Fusion(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        config = hf.GroundingDinoConfig(
-            backbone_config=hf.SwinConfig(embed_dim=12, depths=[1], num_heads=[2], out_features=["stage1"]),
-            d_model=32, encoder_attention_heads=8, encoder_ffn_dim=256,
-        )  # fmt: skip
-        self.layer = hf.models.grounding_dino.modeling_grounding_dino.GroundingDinoFusionLayer(config)
-        with torch.no_grad():
-            for p in self.layer.parameters():
-                p.copy_(torch.randn_like(p) * 0.3)
-
-    def forward(self, **inputs: Any) -> list[Tensor]:
-        (vision, _), (text, _) = self.layer(**inputs)
-        seen, there = ~inputs["attention_mask_vision"], ~inputs["attention_mask_text"]
-        return [vision * seen[..., None], text * there[..., None]]
-
-
-def grounding_dino() -> Any:
-    seen, there = lengths_mask([50, 20, 33], 50), lengths_mask([7, 3, 5], 7)
-    vision, text = torch.randn(3, 50, 32), torch.randn(3, 7, 32)
-    inputs = {"vision_features": vision, "text_features": text, "attention_mask_vision": ~seen.bool(),
-              "attention_mask_text": ~there.bool()}  # fmt: skip
-    other = {**inputs, "vision_features": spoil(vision, seen, 30.0), "text_features": spoil(text, there, 30.0)}
-    return Fusion(), inputs, other
-
-
 def perceiver() -> Any:
     config = hf.PerceiverConfig(
-        num_latents=6, d_latents=32, d_model=24, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=2,
+        num_latents=6,
+        d_latents=32,
+        d_model=24,
+        num_blocks=1,
+        num_self_attends_per_block=1,
+        num_self_attention_heads=2,
         num_cross_attention_heads=2,
-    )  # fmt: skip
+    )
     model = hf.PerceiverModel(config)
     mask, tokens = lengths_mask([25, 4, 14], 25), torch.randn(3, 25, 24)
     inputs = {"inputs": tokens, "attention_mask": mask}
@@ -301,8 +311,12 @@ def perceiver() -> Any:
 def vilt() -> Any:
     model = hf.ViltModel(hf.ViltConfig(**TEXT, image_size=32, patch_size=8, max_position_embeddings=20))
     mask, ids = lengths_mask([9, 4, 6], 9), torch.randint(3, 90, (3, 9))
-    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(3, 3, 32, 32),
-              "token_type_ids": torch.zeros_like(ids)}  # fmt: skip
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.randn(3, 3, 32, 32),
+        "token_type_ids": torch.zeros_like(ids),
+    }
     return model, inputs, {**inputs, "input_ids": torch.where(mask.bool(), ids, 2)}
 
 
@@ -320,8 +334,13 @@ def bert() -> Any:
     model = hf.BertModel(config)
     mask, seen = lengths_mask([9, 4, 6], 9), lengths_mask([11, 3, 7], 11)
     ids, features = torch.randint(3, 90, (3, 9)), torch.randn(3, 11, 64)
-    inputs = {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": features,
-              "encoder_attention_mask": seen, "use_cache": False}  # fmt: skip
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "encoder_hidden_states": features,
+        "encoder_attention_mask": seen,
+        "use_cache": False,
+    }
     other = {
         **inputs,
         "input_ids": torch.where(mask.bool(), ids, 2),
@@ -333,9 +352,11 @@ def bert() -> Any:
 def llava() -> Any:
     text = {**TEXT, "num_key_value_heads": 2, "model_type": "llama"}
     config = hf.LlavaConfig(
-        text_config=text, vision_config={**VISION, "model_type": "clip_vision_model"}, image_token_index=98,
+        text_config=text,
+        vision_config={**VISION, "model_type": "clip_vision_model"},
+        image_token_index=98,
         vision_feature_layer=-1,
-    )  # fmt: skip
+    )
     model = hf.LlavaForConditionalGeneration(config)
     ids = torch.randint(3, 90, (2, 24))
     ids[:, 2:18] = 98
@@ -388,8 +409,12 @@ ENTRIES = [
     Entry("instructblipvideo-qformer", instructblipvideo, _queries, ("QFormerEncoder", "QFormerAttention")),
     Entry("clip", clip, lambda o: [o.logits_per_image, o.text_embeds, o.image_embeds], ("ClipText", "ClipEncoder")),
     Entry("clip-text-masked", clip_text_masked, _texts([20, 5, 10]), ("ClipText",)),
-    Entry("siglip", siglip, lambda o: [o.logits_per_image, o.text_embeds, o.image_embeds],
-          ("AttentionHook", "SiglipPoolingHead", "MultiheadAttention")),
+    Entry(
+        "siglip",
+        siglip,
+        lambda o: [o.logits_per_image, o.text_embeds, o.image_embeds],
+        ("AttentionHook", "SiglipPoolingHead", "MultiheadAttention"),
+    ),
     Entry("blip-itm", blip_itm, _texts([9, 4, 6, 2]), ("BlipTextEncoder", "BlipTextAttention")),
     Entry("blip-masked-features", blip_masked_features, _texts([9, 4, 6, 2]), ("BlipTextAttention",)),
     Entry("blip-two-images", blip_two_images, _texts([9, 4, 6, 2]), ("BlipTextEncoder", "BlipTextAttention")),
@@ -399,8 +424,6 @@ ENTRIES = [
     Entry("idefics2-resampler", idefics2_resampler, lambda o: [o], ("Idefics2Resampler",)),
     Entry("whisper", whisper, lambda o: [o.logits], ("AttentionHook",)),
     Entry("t5", t5, lambda o: [o.logits], ("AttentionHook",)),
-    Entry("lxmert", lxmert, lambda o: [o.pooled_output], ("LxmertAttention",)),
-    Entry("grounding-dino-fusion", grounding_dino, lambda o: o, ("Fusion",)),
     Entry("perceiver", perceiver, _last, ("PerceiverAttention",)),
     Entry("vilt", vilt, lambda o: [o.pooler_output], ("SelfAttention",)),
     Entry("flava-text", flava, lambda o: [o.pooler_output], ("SelfAttention",)),
@@ -408,4 +431,4 @@ ENTRIES = [
     Entry("llava", llava, lambda o: [torch.cat([o.logits[0, :24], o.logits[1, :20]])], ("AttentionHook",)),
     Entry("torch-decoder", torch_decoder, lambda o: [o], ("MultiheadAttention", "TransformerEncoderLayer")),
     Entry("torch-decoder-additive", lambda: torch_decoder(True), lambda o: [o], ("MultiheadAttention",)),
-]  # fmt: skip
+]

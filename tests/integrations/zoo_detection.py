@@ -13,7 +13,7 @@ from doubles import (
     MultiHeadSelfAttention,
     MultimodalLayer,
 )
-from torch import nn
+from torch import Tensor, nn
 from zoo import Entry, lengths_mask, spoil
 
 from fastxattn.integrations import register_adapter
@@ -21,6 +21,64 @@ from fastxattn.integrations import register_adapter
 for _double in (MultiHeadAttentionWithCache, MultiHeadSelfAttention):
     register_adapter(_double, f"fastxattn.integrations.torchmultimodal:{_double.__name__}")
 register_adapter(MaskedCrossAttention, "fastxattn.integrations.flamingo:MaskedCrossAttention")
+
+
+def lxmert() -> Any:
+    config = hf.LxmertConfig(
+        vocab_size=99,
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=96,
+        l_layers=1,
+        x_layers=2,
+        r_layers=1,
+        visual_feat_dim=32,
+    )
+    model = hf.LxmertModel(config)
+    mask, seen = lengths_mask([9, 4, 6], 9), lengths_mask([11, 3, 7], 11)
+    ids, features = torch.randint(3, 90, (3, 9)), torch.randn(3, 11, 32)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "visual_feats": features,
+        "visual_pos": torch.rand(3, 11, 4),
+        "visual_attention_mask": seen,
+    }
+    other = {**inputs, "input_ids": torch.where(mask.bool(), ids, 2), "visual_feats": spoil(features, seen, 30.0)}
+    return model, inputs, other
+
+
+class Fusion(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        config = hf.GroundingDinoConfig(
+            backbone_config=hf.SwinConfig(embed_dim=12, depths=[1], num_heads=[2], out_features=["stage1"]),
+            d_model=32,
+            encoder_attention_heads=8,
+            encoder_ffn_dim=256,
+        )
+        self.layer = hf.models.grounding_dino.modeling_grounding_dino.GroundingDinoFusionLayer(config)
+        with torch.no_grad():
+            for p in self.layer.parameters():
+                p.copy_(torch.randn_like(p) * 0.3)
+
+    def forward(self, **inputs: Any) -> list[Tensor]:
+        (vision, _), (text, _) = self.layer(**inputs)
+        seen, there = ~inputs["attention_mask_vision"], ~inputs["attention_mask_text"]
+        return [vision * seen[..., None], text * there[..., None]]
+
+
+def grounding_dino() -> Any:
+    seen, there = lengths_mask([50, 20, 33], 50), lengths_mask([7, 3, 5], 7)
+    vision, text = torch.randn(3, 50, 32), torch.randn(3, 7, 32)
+    inputs = {
+        "vision_features": vision,
+        "text_features": text,
+        "attention_mask_vision": ~seen.bool(),
+        "attention_mask_text": ~there.bool(),
+    }
+    other = {**inputs, "vision_features": spoil(vision, seen, 30.0), "text_features": spoil(text, there, 30.0)}
+    return Fusion(), inputs, other
 
 
 def table_transformer() -> Any:
@@ -104,6 +162,8 @@ def _real_text(out: Any) -> list[Any]:
 
 
 ENTRIES = [
+    Entry("lxmert", lxmert, lambda o: [o.pooled_output], ("LxmertAttention",)),
+    Entry("grounding-dino-fusion", grounding_dino, lambda o: o, ("Fusion",)),
     Entry("table-transformer", table_transformer, lambda o: [o.last_hidden_state], ("TableTransformerAttention",)),
     Entry(
         "mask2former", mask2former, lambda o: [o], ("Mask2FormerLayer", "Mask2FormerAttention", "MultiheadAttention")
