@@ -2,14 +2,17 @@
 VENV   ?= .venv
 PYTHON ?= python3
 PY     := $(VENV)/bin/python
+# Another torch than the pinned one, for example `make test TORCH=2.10.0`.
+TORCH  ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-interpreted lint native cuda docs pages bench bench-full bench-regression report soak gpu
+.PHONY: help demo test test-full test-interpreted lint native cuda docs pages bench bench-full bench-regression report soak gpu
 .PHONY: wheels check-wheels check-version clean
 help:
 	@echo "make demo         the main job on real input: BLIP-2's Q-Former, eager against fastxattn (build/demo/)"
-	@echo "make test         lint, types, the documentation site and every test, Triton kernels in their interpreter too"
-	@echo "make test-interpreted  of these, the Triton kernels alone"
+	@echo "make test         lint, types, the documentation site, every operation on every backend that needs no GPU"
+	@echo "make test-full    the tests beyond: sanitizers, simulated CUDA kernels, random problems, whole models"
+	@echo "make test-interpreted  of make test, the Triton kernels alone"
 	@echo "make native       the CPU kernels; only what changed is compiled"
 	@echo "make cuda         the CUDA kernels, where nvcc is (fastxattn/_lib/libfastxattn_cuda.so)"
 	@echo "make docs         the documentation site (site/); make pages runs the examples that have a page"
@@ -25,11 +28,13 @@ help:
 $(VENV)/.demo: requirements/build.txt requirements/demo.txt pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -r requirements/demo.txt
+	$(if $(TORCH),$(PY) -m pip install -q torch==$(TORCH))
 	FASTXATTN_BUILD_NATIVE=0 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo requirements/test.txt
 	$(PY) -m pip install -q -r requirements/test.txt
+	$(if $(TORCH),$(PY) -m pip install -q torch==$(TORCH))
 	@touch $@
 
 native: $(VENV)/.demo
@@ -49,9 +54,14 @@ REGRESSION := benchmarks/test_regression.py
 # Triton decides at import whether its interpreter runs, so those tests have a process of their own.
 INTERPRETED := $(foreach name,attention_triton importance co_attention contrastive_gpu late_interaction_gpu pruning_gpu \
 	retrieval_triton,tests/test_$(name).py)
+NOT_INTERPRETED := $(addprefix --ignore=,$(INTERPRETED))
 test: lint native
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(INTERPRETED)) tests $(REGRESSION)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not full" -n 2 --dist loadfile $(NOT_INTERPRETED) tests $(REGRESSION)
 	$(MAKE) test-interpreted
+
+# What tests/conftest.py marks as full: the rest of the gate, .ci/run.
+test-full: $(VENV)/.test native
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m full -n 2 --dist loadfile $(NOT_INTERPRETED) tests
 
 test-interpreted: $(VENV)/.test native
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(INTERPRETED)
@@ -66,7 +76,7 @@ docs: $(VENV)/.test
 pages: $(VENV)/.test native
 	$(PY) -m benchmarks.pages
 
-# Every room and as many whole models as ten minutes have time for; what was left out is said.
+# Every operation, and as many whole models as ten minutes allow; what is left out is listed.
 bench: $(VENV)/.test native
 	$(PY) -m fastxattn bench --minutes 9.5
 	$(PY) -m benchmarks.tables

@@ -93,7 +93,7 @@ def test_a_browser_shows_it(results: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     from PIL import Image

@@ -41,7 +41,7 @@ def write_page(results: Path, out: Path) -> Page:
 
     Raises:
         FileNotFoundError: ``results`` is not a folder.
-        ImportError: matplotlib is missing (``pip install 'fastxattn[bench]'``).
+        ImportError: matplotlib is missing (``pip install 'fastxattn[demo]'``).
     """
     if not results.is_dir():
         raise FileNotFoundError(f"results must be a folder of CSVs; there is none at {results}")
