@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "fastxattn"
-# Lower rooms first: a module imports its own layer or one below, never one above.
+# Lower layers first: a module imports its own layer or one below, never one above.
 LAYERS = (
     ("fastxattn.runtime",),
     ("fastxattn.ops", "fastxattn.packed", "fastxattn.ranges"),
@@ -135,7 +135,7 @@ def test_every_room_has_the_same_file_names(room):
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("ops/*/reference.py")), ids=module_name)
 def test_references_import_torch_only(path):
-    """A reference may use its own room's readable helpers, and no backend or other project."""
+    """A reference may use its own package's readable helpers, and no backend or other project."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []

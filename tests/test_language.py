@@ -35,7 +35,7 @@ PATTERN = re.compile(rf"\b(?:{'|'.join(WORDS)})\b".replace(" ", r"\s+"), re.IGNO
 BIDIRECTIONAL = re.compile(r"(?<![\w/.])bidirectional(?![\w/.])", re.IGNORECASE)
 """In this field the word means "not causal"."""
 
-ALLOWED = {"fastxattn": 55, "benchmarks": 0, "tests": 13, "examples": 0, "csrc": 73}
+ALLOWED = {"fastxattn": 55, "benchmarks": 0, "tests": 5, "examples": 0, "csrc": 21}
 """Matches in comments and strings of a folder's sources. Lower a number when some are removed; never raise it."""
 
 
@@ -50,7 +50,7 @@ def written(path: Path) -> str:
     """Comments and strings of a Python file; comments of any other."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
-        return "\n".join(a or b for a, b in re.findall(r"//(.*)$|/\*(.*?)\*/", text, re.MULTILINE | re.DOTALL))
+        return "\n".join(a or b for a, b in re.findall(r"//([^\n]*)|/\*(.*?)\*/", text, re.DOTALL))
     kinds = {"COMMENT", "STRING", "FSTRING_MIDDLE"}
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return "\n".join(t.string for t in tokens if tokenize.tok_name[t.type] in kinds)

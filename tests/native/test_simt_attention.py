@@ -104,7 +104,7 @@ def test_keys_are_cut_where_queries_are_few(simt: Simt, dtype: torch.dtype) -> N
 
 
 def test_which_keys_are_cut(simt: Simt, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without room for chunks nothing is: the rows whose bits change are those of few rows and many keys."""
+    """Without memory for chunks no keys are cut: the rows whose bits change are those of few rows and many keys."""
     problem = dataclasses.replace(contract.NEIGHBOURS, head_dim=32, value_dim=32).problem(torch.float32)
     cut = contract.results(runs_on(simt), problem, backward=False)
     monkeypatch.setattr(kernels_cuda, "CUT_LENGTH", 10**6)

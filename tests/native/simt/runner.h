@@ -116,7 +116,7 @@ struct WarpGroup {
 
 struct Mbarrier {
   uint32_t offset = 0;
-  int arrivals = 0, pending = 0;  // wanted in each phase; lacking in this one
+  int arrivals = 0, pending = 0;  // expected in each phase; still missing in this one
   int64_t bytes = 0;              // announced and not there yet
   uint32_t phase = 0;
   int initialiser = 0;
