@@ -109,30 +109,6 @@ def test_nothing_below_imports_anything_above(path):
             assert theirs <= mine, f"{module_name(path)} imports {name}, which is above it"
 
 
-ROOM = {"__init__", "api", "checks", "problem", "schema", "autograd", "reference", "cpu", "triton", "onnx"}
-WITHOUT = {
-    "attention": {"schema", "autograd", "cpu"},  # operator.py and backends.py
-    "co_attention": {"onnx"},  # a file holds the two attentions that it is made of
-    "absorbed_attention": {"triton"},  # on a GPU the projections are made, for attention
-    "contrastive": {"onnx"},  # a loss is for training
-    # Operations without common options: a backend looks at one tensor. Those with a gradient are in rows.py.
-    "pruning": {"problem", "autograd"},
-}
-
-
-FLOORS = {"__init__", "api", "backends", "checks", "onnx", "operator", "problem", "reference"}
-MOVED = ("contrastive", "late_interaction", "retrieval")
-
-
-@pytest.mark.parametrize("room", sorted(p.parent for p in PACKAGE.glob("ops/*/__init__.py")), ids=lambda p: p.name)
-def test_every_room_has_the_same_file_names(room):
-    found = {path.stem for path in room.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    if room.name in MOVED:
-        assert found >= FLOORS - WITHOUT.get(room.name, set())
-        return
-    assert ROOM - found == WITHOUT.get(room.name, set())
-
-
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("ops/*/reference.py")), ids=module_name)
 def test_references_import_torch_only(path):
     """A reference may use its own package's readable helpers, and no backend or other project."""
