@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastxattn import visualize
 from fastxattn.ops.pruning import Budget, Selection, received_scores
-from fastxattn.ops.pruning.strategies import NEEDS_ATTENTION, STRATEGIES, TAKES_COLUMNS
+from fastxattn.ops.pruning.strategies import STRATEGIES, find_strategy
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,12 +33,11 @@ class Patches:
 
     def select(self, strategy: str, keep: float) -> Selection:
         """Apply ``strategy`` with a budget of a share ``keep`` of the patches."""
-        total = self.tokens.shape[0]
-        needs: dict[str, Any] = {"attention": self.attention} if strategy in NEEDS_ATTENTION else {}
-        if strategy in TAKES_COLUMNS:
-            needs["columns"] = self.grid[1]
-        offsets = torch.tensor([0, total], dtype=torch.int32)
-        return STRATEGIES[strategy](self.tokens, offsets, Budget.count(max(1, round(keep * total))), **needs)
+        chosen, total = find_strategy(strategy), self.tokens.shape[0]
+        known = {"attention": self.attention, "columns": self.grid[1]}
+        needs: dict[str, Any] = {name: known[name] for name in chosen.needs if name in known}
+        budget, offsets = Budget.count(max(1, round(keep * total))), torch.tensor([0, total], dtype=torch.int32)
+        return chosen(self.tokens, offsets, budget, protected=None, max_seqlen=total, **needs)
 
 
 def read_photo(path: str | Path) -> Image:
