@@ -4,27 +4,15 @@ from __future__ import annotations
 
 from fastxattn.integrations.swap import register_adapter
 
-# Families whose attention goes through transformers' interface, with tests of their own.
-HOOKED = [
-    "blip_2",
-    "instructblip",
-    "instructblipvideo",
-    "clip",
-    "siglip",
-    "llava",
-    "llama",
-    "opt",
-    "idefics",
-    "idefics2",
-    "idefics3",
-    "mllama",
-    "whisper",
-    "t5",
-    "detr",
-    "bert",
-    "bridgetower",
-]
+# Families whose attention goes through transformers' interface, each with a test.
+HOOKED = """
+    altclip aria bart bert blip_2 bridgetower chinese_clip clap clip clipseg conditional_detr detr florence2 gemma
+    gemma2 gemma3 git idefics idefics2 idefics3 instructblip instructblipvideo internvl kosmos2 llama llava metaclip_2
+    mistral mllama moonshine mt5 opt owlvit paligemma pix2struct qwen2 qwen2_5_vl qwen2_vl qwen3 qwen3_vl qwen3_vl_moe
+    sam2 siglip siglip2 smolvlm t5 voxtral whisper x_clip
+""".split()  # noqa: SIM905
 
+_MM = "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDino"
 _VIDEO = "instructblipvideo.modeling_instructblipvideo.InstructBlipVideo"
 
 # Class of transformers.models -> adapter in fastxattn.integrations.transformers.
@@ -53,8 +41,23 @@ CLASSES = {
     "table_transformer.modeling_table_transformer.TableTransformerAttention": "detr_like:TableTransformerAttention",
     "mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer": "detr_like:Mask2FormerLayer",
     "mask2former.modeling_mask2former.Mask2FormerAttention": "detr_like:Mask2FormerAttention",
-    "grounding_dino.modeling_grounding_dino.GroundingDinoEncoder": "grounding_dino:FusionMaps",
+    "siglip2.modeling_siglip2.Siglip2MultiheadAttentionPoolingHead": "siglip2:Siglip2PoolingHead",
+    "qwen2_vl.modeling_qwen2_vl.VisionAttention": "vision_varlen:VisionAttention",
+    "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention": "vision_varlen:VisionAttention",
+    "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionAttention": "vision_varlen:VisionAttention",
+    "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionAttention": "vision_varlen:VisionAttention",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoEncoder": "capturing:MapsArgument",
     "grounding_dino.modeling_grounding_dino.GroundingDinoBiMultiHeadAttention": "grounding_dino:Fusion",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoDecoder": "capturing:MapsArgument",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoMultiheadAttention": "grounding_dino:MultiheadAttention",
+    f"{_MM}Encoder": "capturing:MapsArgument",
+    f"{_MM}Decoder": "capturing:MapsArgument",
+    f"{_MM}BiMultiHeadAttention": "grounding_dino:Fusion",
+    f"{_MM}MultiheadAttention": "grounding_dino:MultiheadAttention",
+    "pix2struct.modeling_pix2struct.Pix2StructVisionEncoder": "capturing:MapsArgument",
+    "bridgetower.modeling_bridgetower.BridgeTowerBertCrossLayer": "bridgetower:CrossLayer",
+    "bridgetower.modeling_bridgetower.BridgeTowerCrossAttention": "bridgetower:CrossAttention",
+    "groupvit.modeling_groupvit.GroupViTAttention": "bert_like:GroupViTAttention",
 }
 
 _HERE = "fastxattn.integrations"

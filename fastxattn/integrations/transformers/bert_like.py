@@ -1,4 +1,4 @@
-"""Attention of LXMERT, FLAVA and ViLT: BERT's, written out in each class."""
+"""Attention of LXMERT, FLAVA, ViLT and GroupViT, written out in each class."""
 
 from __future__ import annotations
 
@@ -59,3 +59,33 @@ class SelfAttention(Adapter):
         if out is None:
             return super().forward(hidden_states, attention_mask, output_attentions)  # type: ignore
         return (out,)
+
+
+class GroupViTAttention(Adapter):
+    """For ``GroupViTAttention``, self- and cross-."""
+
+    does: ClassVar[str] = "attention without the attention map"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the original's."""
+        me: Any = self
+        out = None
+        if not wants_maps(self, me.config, kwargs):
+            out = read(
+                me.q_proj(hidden_states),
+                hidden_states if encoder_hidden_states is None else encoder_hidden_states,
+                attention_mask,
+                projections(me.k_proj, me.v_proj),
+                heads=me.num_heads,
+                scale=me.scale,
+                dropout_p=me.dropout if me.training else 0.0,
+            )
+        if out is None:
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, **kwargs)  # type: ignore
+        return me.out_proj(out), None

@@ -18,7 +18,10 @@ from fastxattn.packed import PackedTokens
 class ClipModel(AttentionHook):
     """For ``CLIPModel``, which uses nothing of its text tower but the pooled end token."""
 
-    does: ClassVar[str] = "tells the text tower that only the end token is read"
+    changes: ClassVar[tuple[str, ...]] = ("text_model_output.last_hidden_state",)
+
+    does: ClassVar[str] = "text states after the end token become 0 and are not computed"
+    exact: ClassVar[bool] = False
 
     def get_text_features(
         self,

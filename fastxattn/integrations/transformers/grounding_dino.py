@@ -14,40 +14,21 @@ subtractions of maxima only guard float16 against overflow; the softmax is the s
 
 from __future__ import annotations
 
-import contextvars
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastxattn.integrations.core import plain_linear, worth
+from fastxattn.integrations.core import plain_linear, projections, read, worth
 from fastxattn.integrations.swap import Adapter
+from fastxattn.integrations.transformers.capturing import drops_maps, wants_maps
 from fastxattn.nn.projected import KeyValueWeights, attend_features
 from fastxattn.ops.attention import cross_attention
 from fastxattn.packed import PackedTokens
 
-_maps_wanted: contextvars.ContextVar[bool] = contextvars.ContextVar("fusion_maps", default=False)
-
-
-class FusionMaps(Adapter):
-    """For ``GroundingDinoEncoder``, which does not tell its fusion layers whether attention maps are requested."""
-
-    does: ClassVar[str] = "tells fusion layers whether attention maps are requested"
-
-    def forward(self, *args: Any, output_attentions: bool | None = None, **kwargs: Any) -> Any:
-        """As the original's."""
-        wanted = self.config.output_attentions if output_attentions is None else output_attentions  # type: ignore[attr-defined]
-        if torch.compiler.is_compiling():
-            return super().forward(*args, output_attentions=output_attentions, **kwargs)  # type: ignore[misc]
-        token = _maps_wanted.set(bool(wanted))
-        try:
-            return super().forward(*args, output_attentions=output_attentions, **kwargs)  # type: ignore[misc]
-        finally:
-            _maps_wanted.reset(token)
-
 
 class Fusion(Adapter):
-    """For ``GroundingDinoBiMultiHeadAttention``."""
+    """For ``*GroundingDinoBiMultiHeadAttention``, of GroundingDINO and MM-GroundingDINO."""
 
     does: ClassVar[str] = "both directions without the map; image projections folded into the text tokens"
 
@@ -65,7 +46,7 @@ class Fusion(Adapter):
         texts, width = text_features.shape[1], vision_features.shape[2]
         folds = texts * me.num_heads < me.embed_dim and width <= 256 and plain_linear(*linears) and dropout == 0.0
         small = not worth(vision_features[:, None], text_features[:, None])
-        if small or not folds or _maps_wanted.get() or torch.is_autocast_enabled(vision_features.device.type):
+        if small or not folds or wants_maps(self) or torch.is_autocast_enabled(vision_features.device.type):
             return super().forward(vision_features, text_features, vision_attention_mask, text_attention_mask)  # type: ignore
         heads = (me.num_heads, me.head_dim)
         text_key = me.text_proj(text_features).unflatten(-1, heads)  # (B, T, H, E)
@@ -95,3 +76,36 @@ class Fusion(Adapter):
         )
         text = attend_features(layout.values, layout, packed, weights, scale=me.scale)
         return (image, None), (me.out_text_proj(text.view(*text_features.shape[:2], -1)), None)
+
+
+class MultiheadAttention(Adapter):
+    """For ``*GroundingDinoMultiheadAttention``: text, queries, and queries on text."""
+
+    does: ClassVar[str] = "attention over valid tokens, without the attention map"
+
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[Tensor | None, ...]:
+        """As the original's; layers ask for maps always, so they are made where the encoder or decoder is asked."""
+        me: Any = self
+        out = None
+        asked = wants_maps(self) or (output_attentions and not drops_maps(self))
+        if not asked and queries.shape[0] == keys.shape[0]:
+            out = read(
+                me.query(queries),
+                keys,
+                attention_mask,
+                projections(me.key, me.value),
+                heads=me.num_attention_heads,
+                scale=me.attention_head_size**-0.5,
+                dropout_p=me.dropout.p if me.training else 0.0,
+                values=None if keys is values else values,
+            )
+        if out is None:
+            return super().forward(queries, keys, values, attention_mask, output_attentions)  # type: ignore
+        return (me.out_proj(out), None) if output_attentions else (me.out_proj(out),)

@@ -35,6 +35,9 @@ class QFormerEncoder(Adapter):
         """As the original's."""
         config: Any = self.config  # type: ignore[attr-defined]
         features = encoder_hidden_states
+        if encoder_attention_mask is not None and 0 < query_length < encoder_attention_mask.shape[2]:
+            # The mask has a row for each text token too, but only the learned queries read the features.
+            encoder_attention_mask = encoder_attention_mask[:, :, :query_length]
         if (
             features is not None
             and config._attn_implementation == IMPLEMENTATION
