@@ -124,7 +124,7 @@ def train(make: Callable[[], nn.Module], fast: bool, steps: int, batch: int = 32
     torch.manual_seed(0)
     model = make().train()
     if fast:
-        print(fastxattn.accelerate(model))
+        print(fastxattn.accelerate(model, exact=False))  # CLIP's text is read at its end token only
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-4)
     generator, losses, seconds = torch.Generator().manual_seed(1), [], []
     memory = saved_bytes(lambda: model(scenes(batch, torch.Generator().manual_seed(2))))
