@@ -319,7 +319,7 @@ def test_the_native_fast_path_does_not_go_around_the_swap(monkeypatch: pytest.Mo
 
 def test_clip_text_is_cut_inside_clip_only() -> None:
     model, inputs, _ = clip()
-    accelerate(model.eval())
+    accelerate(model.eval(), exact=False)
     rows: list[int] = []
     model.text_model.encoder.layers[0].mlp.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))
     with torch.no_grad():

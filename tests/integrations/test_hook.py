@@ -242,18 +242,18 @@ def test_small_problems_go_to_torch_with_the_same_meaning(monkeypatch: pytest.Mo
 def test_one_query_goes_where_keys_are_read_faster(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     calls: list[str] = []
     run = attention.attend_padded
-    monkeypatch.setattr(attention, "attend_padded", lambda *a, **k: calls.append("fastxattn") or run(*a, **k))
+    monkeypatch.setattr(attention, "attend_padded", lambda *a, **k: calls.append("kernel") or run(*a, **k))
     monkeypatch.setattr(core.native, "active_cpu_isa", lambda: isa)
     q, k, v = qkv(lq=1)
     seen = lengths_mask([9, 3], 9).bool()[:, None, None]
     agree(attend(q, k, v, None), plain(q, k, v))
-    assert calls == (["fastxattn"] if isa == "avx512" else [])
+    assert calls == (["kernel"] if isa == "avx512" else [])
     calls.clear()
     agree(attend(q, k, v, seen), plain(q, k, v, seen))  # half of these keys need not be read
-    assert calls == ["fastxattn"]
+    assert calls == ["kernel"]
     q, k, v = qkv(lq=1, kv=2)
     agree(attend(q, k, v, None), plain(q, k, v))  # several heads read the same keys
-    assert calls == ["fastxattn", "fastxattn"]
+    assert calls == ["kernel", "kernel"]
 
 
 SIGLIP2 = {**{k: v for k, v in VISION.items() if k != "image_size"}, "num_patches": 16}
@@ -324,7 +324,7 @@ def test_the_memo_forgets_dead_masks() -> None:
 
 
 def test_torch_takes_a_dense_bias_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers as the fastxattn kernel's, and zeros with finite gradients where a row sees nothing."""
+    """The same numbers as the kernel's, and zeros with finite gradients where a row sees nothing."""
     q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
     mask = torch.zeros(2, 1, 5, 7)
     mask[0, 0, :, 4:], mask[1, 0, 2] = -torch.inf, -torch.inf

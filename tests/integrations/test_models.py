@@ -65,7 +65,7 @@ def within(entry: Entry, model: nn.Module, inputs: dict[str, Any]) -> tuple[bool
 @both
 def test_same_numbers_as_the_original(entry: Entry) -> None:
     model, inputs, _ = build(entry)
-    report: Report = accelerate(model)
+    report: Report = accelerate(model, exact=entry.exact)
     swapped = {swap.adapter.rpartition(".")[2] for swap in report.swapped}
     assert set(entry.swaps) <= swapped, str(report)
     ok, text = within(entry, model, inputs)
@@ -75,7 +75,7 @@ def test_same_numbers_as_the_original(entry: Entry) -> None:
 @both
 def test_padding_changes_nothing(entry: Entry) -> None:
     model, inputs, garbage = build(entry)
-    accelerate(model)
+    accelerate(model, exact=entry.exact)
     with torch.no_grad():
         for a, b in zip(run(entry, model, inputs), run(entry, model, garbage), strict=True):
             assert torch.equal(a, b)
@@ -107,7 +107,7 @@ def blind_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("blind_kernels")
 def test_a_kernel_that_ignores_masks_is_noticed(entry: Entry) -> None:
     model, inputs, _ = build(entry)
-    accelerate(model)
+    accelerate(model, exact=entry.exact)
     assert not within(entry, model, inputs)[0]
 
 
@@ -125,7 +125,7 @@ def test_gradients(entry: Entry) -> None:
 
     eager = gradients(model, inputs)
     reference = gradients(copy.deepcopy(model).double(), wide(inputs))
-    accelerate(model)
+    accelerate(model, exact=entry.exact)
     ours = gradients(model, inputs)
     for name, exact in reference.items():
         scale = exact.abs().max().item()
@@ -140,17 +140,17 @@ def test_round_trip(entry: Entry) -> None:
     keys, text, kinds = list(model.state_dict()), repr(model), [type(m) for m in model.modules()]
     with torch.no_grad():
         before = run(entry, model, inputs)
-        first = accelerate(model)
+        first = accelerate(model, exact=entry.exact)
         swapped = run(entry, model, inputs)
         assert list(model.state_dict()) == keys
         assert repr(model) == text
-        assert not accelerate(model)  # swapped twice: nothing left to do
+        assert not accelerate(model, exact=entry.exact)  # swapped twice: nothing left to do
         assert len(status(model).swapped) == len(first.swapped)
         assert restore(model) == len(first.swapped)
         assert [type(m) for m in model.modules()] == kinds
         for a, b in zip(before, run(entry, model, inputs), strict=True):
             assert torch.equal(a, b)
-        again = accelerate(model)
+        again = accelerate(model, exact=entry.exact)
         assert [s.name for s in again.swapped] == [s.name for s in first.swapped]
         for a, b in zip(swapped, run(entry, model, inputs), strict=True):
             assert torch.equal(a, b)
