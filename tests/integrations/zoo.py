@@ -409,8 +409,13 @@ ENTRIES = [
     Entry("instructblip-qformer", instructblip, _queries, ("QFormerEncoder", "QFormerAttention", "AttentionHook")),
     Entry("instructblipvideo-qformer", instructblipvideo, _queries, ("QFormerEncoder", "QFormerAttention")),
     Entry("clip", clip, lambda o: [o.logits_per_image, o.text_embeds, o.image_embeds], ("ClipText", "ClipEncoder")),
-    Entry("clip-cut", clip, lambda o: [o.logits_per_image, o.text_embeds, o.image_embeds],
-          ("ClipModel", "ClipText", "ClipEncoder"), exact=False),
+    Entry(
+        "clip-cut",
+        clip,
+        lambda o: [o.logits_per_image, o.text_embeds, o.image_embeds],
+        ("ClipModel", "ClipText", "ClipEncoder"),
+        exact=False,
+    ),
     Entry("clip-text-masked", clip_text_masked, _texts([20, 5, 10]), ("ClipText",)),
     Entry(
         "siglip",
