@@ -1,9 +1,9 @@
-"""Compiles csrc/, one compiler call per file: ``python build_native.py [--tests | --cuda] [--sanitize] [--out DIR]``.
+"""Compiles csrc/ into shared libraries: ``python build_native.py [--tests | --cuda] [--sanitize] [--out DIR]``.
 
-A file's instruction set is read off its name (``*_avx512bf16.cpp`` gets the AVX-512-BF16 flags), files are
-compiled in parallel, and objects are kept in build/ with their dependency files, so that a second build only
-compiles what changed. New kernels need no entry here: every csrc/<op>/*.cpp is found by name.
-FASTXATTN_BUILD_ISAS=avx2 builds that instruction set and the generic one alone: quicker while working on a kernel.
+Every csrc/<op>/<op>_cpu.inl is compiled once per instruction set of csrc/core/cpu/isas.def, every *.cpp once. Files
+are found by name and compiled in parallel; objects are kept in build/ with their dependency files, so that a second
+build only compiles what changed. FASTXATTN_BUILD_ISAS=avx2 builds that instruction set and the generic one alone,
+which is quicker while working on a kernel.
 
 ``--cuda``, or FASTXATTN_BUILD_CUDA=1 in an installation, builds the CUDA kernels (csrc/<op>/*.cu) with the nvcc in
 $NVCC or on PATH; torch may be a CPU build. FASTXATTN_CUDA_ARCHS names the architectures, all of CUDA_ARCHS by default,
@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,14 +32,6 @@ CSRC = ROOT / "csrc"
 TORCH_TARGET = "0x020a000000000000ULL"  # libtorch stable ABI of torch 2.10
 CUDA_ARCHS = ("80", "86", "89", "90a", "100")
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-X86_FLAGS = {
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512bf16": [*AVX512, "-mavx512bf16"],
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-}
 # No -ffast-math: NaN and infinity carry meaning here. Contraction gives fused multiply-adds.
 COMMON = [
     "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
@@ -54,12 +47,35 @@ class NativeBuildError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Isa:
+    """A row of csrc/core/cpu/isas.def."""
+
+    name: str
+    machine: str
+    flags: tuple[str, ...]
+    macros: tuple[str, ...]
+
+
+def _read_isas() -> dict[str, Isa]:
+    table: dict[str, Isa] = {}
+    rows = re.findall(r'^FXA_ROW\((\w+), (\w+), (\w+), "(.*?)"', (CSRC / "core/cpu/isas.def").read_text(), re.MULTILINE)
+    for name, machine, base, flags in rows:
+        below = table.get(base, Isa("", "", (), ()))
+        macros = (*below.macros, f"-DFXA_ISA_{name.upper()}=1")
+        table[name] = Isa(name, machine, (*below.flags, *flags.split()), macros)
+    return table
+
+
+ISAS = _read_isas()
+
+
+@dataclass(frozen=True)
 class Toolchain:
     """The compiler and the flags that follow from the machine."""
 
     cxx: list[str]
     machine: str
-    isas: tuple[str, ...]
+    isas: tuple[str, ...]  # slowest first, generic included
 
     @staticmethod
     def find() -> Toolchain:
@@ -68,51 +84,45 @@ class Toolchain:
         if not cxx[0] or shutil.which(cxx[0]) is None:
             raise NativeBuildError("no C++ compiler found (looked for $CXX, g++, clang++)")
         machine = platform.machine().lower()
-        if machine in ("x86_64", "amd64"):
-            isas = tuple(name for name, flags in X86_FLAGS.items() if _accepts(cxx, flags))
-        elif machine in ("aarch64", "arm64"):
-            isas = ("neon",)
-        else:
-            isas = ()
-        if chosen := os.environ.get("FASTXATTN_BUILD_ISAS"):
-            isas = tuple(isa for isa in isas if isa in chosen.split(","))
-        return Toolchain(cxx, machine, isas)
-
-    def have_macros(self) -> list[str]:
-        """Defines that tell isa.h which kernels exist."""
-        return [f"-DFXA_HAVE_{isa.upper()}=1" for isa in self.isas]
+        machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+        chosen = os.environ.get("FASTXATTN_BUILD_ISAS", "").replace(",", " ").split() or ISAS
+        isas = (i for i in ISAS.values() if i.machine == "any" or (i.machine == machine and i.name in chosen))
+        return Toolchain(cxx, machine, tuple(i.name for i in isas if not i.flags or _accepts(cxx, i.flags)))
 
 
-def _accepts(cxx: list[str], flags: list[str]) -> bool:
+def _accepts(cxx: list[str], flags: tuple[str, ...]) -> bool:
     probe = [*cxx, "-std=c++20", *flags, "-x", "c++", "-", "-fsyntax-only"]
     return subprocess.run(probe, input=b"int main(){}", capture_output=True, check=False).returncode == 0
 
 
-def _isa_of(source: Path) -> str | None:
-    last = source.stem.rsplit("_", 1)[-1]
-    return last if last in ("generic", "neon", *X86_FLAGS) else None
+@dataclass(frozen=True)
+class Unit:
+    """A call of the compiler: a file with its own flags; a kernel body also with its instruction set."""
 
+    source: Path
+    flags: tuple[str, ...] = ()
+    isa: str = ""
 
-def _compile(tool: Toolchain, source: Path, objects: Path, extra: list[str]) -> Path | None:
-    """Compile one file if it or anything it includes changed; None when its instruction set is not for here."""
-    isa = _isa_of(source)
-    flags = [*COMMON, *tool.have_macros(), *extra, f"-I{CSRC}"]
-    if isa is not None:
-        if isa != "generic" and isa not in tool.isas:
-            return None
-        flags += [*X86_FLAGS.get(isa, []), f"-DFXA_ISA={isa}", f"-DFXA_ISA_{isa.upper()}=1"]
-    key = hashlib.sha256(" ".join([*tool.cxx, *flags]).encode()).hexdigest()[:12]
-    obj = objects / f"{source.relative_to(ROOT).as_posix().replace('/', '__')}.{key}.o"
-    deps = obj.with_suffix(".d")
-    if _fresh(obj, deps):
+    def compile(self, tool: Toolchain, objects: Path) -> Path:
+        """The object, compiled if the file, anything it includes or a flag changed."""
+        flags = [*COMMON, *self.flags, f"-I{CSRC}"]
+        if self.isa:
+            flags += [*ISAS[self.isa].flags, f"-DFXA_ISA={self.isa}", *ISAS[self.isa].macros]
+        else:
+            flags.append("-DFXA_ISAS(X,...)=" + " ".join(f"X({isa},__VA_ARGS__)" for isa in tool.isas))
+        key = hashlib.sha256(" ".join([*tool.cxx, *flags]).encode()).hexdigest()[:12]
+        name = self.source.relative_to(ROOT).as_posix().replace("/", "__")
+        obj = objects / ".".join(part for part in (name, self.isa, key, "o") if part)
+        deps = obj.with_suffix(".d")
+        if _fresh(obj, deps):
+            return obj
+        output = ["-MMD", "-MF", str(deps), "-o", str(obj), "-c", "-x", "c++", str(self.source)]
+        done = subprocess.run([*tool.cxx, *flags, *output], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise NativeBuildError(f"compiling {self.source.relative_to(ROOT)} failed:\n{done.stderr[-6000:]}")
+        if done.stderr.strip():
+            print(done.stderr, file=sys.stderr)
         return obj
-    command = [*tool.cxx, *flags, "-MMD", "-MF", str(deps), "-c", str(source), "-o", str(obj)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise NativeBuildError(f"compiling {source.relative_to(ROOT)} failed:\n{done.stderr[-6000:]}")
-    if done.stderr.strip():
-        print(done.stderr, file=sys.stderr)
-    return obj
 
 
 def _fresh(obj: Path, deps: Path) -> bool:
@@ -123,34 +133,31 @@ def _fresh(obj: Path, deps: Path) -> bool:
     return all(Path(name).exists() and Path(name).stat().st_mtime <= built for name in names)
 
 
-def _library(
-    tool: Toolchain, sources: list[tuple[Path, list[str]]], target: Path, objects: Path, link: list[str],
-    ready: list[Path] | None = None,
-) -> None:  # fmt: skip
-    """Compile ``sources``, each with its own extra flags, and link them with the objects that are ``ready``."""
+def link(tool: Toolchain, units: list[Unit], target: Path, objects: Path, flags: list[str], ready: list[Path]) -> None:
+    """Compile ``units`` into ``objects`` and link them, and the objects that are ``ready``, into ``target``."""
     objects.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
     with ThreadPoolExecutor(jobs) as pool:
-        compiled = list(pool.map(lambda s: _compile(tool, s[0], objects, s[1]), sources))
-    objs = [str(o) for o in (*compiled, *(ready or ())) if o is not None]
-    if target.exists() and all(Path(o).stat().st_mtime <= target.stat().st_mtime for o in objs):
+        objs = [*pool.map(lambda unit: unit.compile(tool, objects), units), *ready]
+    if target.exists() and all(o.stat().st_mtime <= target.stat().st_mtime for o in objs):
         return
     # Link beside the target and move it over, so that a process using the old library keeps its file.
     fresh = target.with_suffix(".tmp")
-    done = subprocess.run(
-        [*tool.cxx, "-shared", *objs, "-o", str(fresh), *link], capture_output=True, text=True, check=False
-    )
+    command = [*tool.cxx, "-shared", *map(str, objs), "-o", str(fresh), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise NativeBuildError(f"linking {target.name} failed:\n{done.stderr[-4000:]}")
     fresh.replace(target)
-    print(f"fastxattn: built {target.name} ({', '.join(('generic', *tool.isas))})")
+    print(f"fastxattn: built {target.name} ({', '.join(tool.isas)})")
 
 
-def _kernel_sources() -> list[Path]:
-    """Torch-free kernels: everything under csrc/<op>/ and csrc/core/cpu that is not a binding."""
-    found = (p for p in CSRC.glob("**/*.cpp") if CSRC / "bindings" not in p.parents)
-    return sorted(p for p in found if not p.stem.endswith("_torch"))
+def kernel_units(tool: Toolchain, flags: tuple[str, ...] = ()) -> list[Unit]:
+    """The torch-free kernels: everything under csrc/<op>/ and csrc/core/cpu that is not a binding."""
+    plain = sorted(p for p in CSRC.glob("**/*.cpp") if p.parent.name != "bindings" and not p.stem.endswith("_torch"))
+    bodies = sorted(CSRC.glob("**/*_cpu.inl"))
+    units = [Unit(p, flags, isa) for p in bodies for isa in reversed(tool.isas)]
+    return units + [Unit(p, flags) for p in plain]
 
 
 def _torch_flags() -> tuple[list[str], list[str]]:
@@ -165,17 +172,20 @@ def _torch_flags() -> tuple[list[str], list[str]]:
     return [*include, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"], [f"-L{base}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
-def _torch_sources(cuda: bool) -> list[Path]:
-    return sorted(s for s in CSRC.glob("**/*_torch.cpp") if s.stem.endswith("_cuda_torch") == cuda)
+def _torch_units(cuda: bool, flags: list[str]) -> list[Unit]:
+    sources = sorted(s for s in CSRC.glob("**/*_torch.cpp") if s.stem.endswith("_cuda_torch") == cuda)
+    if cuda:
+        flags = [*flags, f'-DFXA_CUDA_ARCHS="{" ".join(cuda_archs())}"']
+    return [Unit(source, tuple(flags)) for source in sources]
 
 
 def build_cpu(target: Path, tool: Toolchain, sanitize: bool = False) -> Path:
     """libfastxattn_cpu.so: kernels plus their torch registrations."""
-    flags, link = _torch_flags()
+    flags, libraries = _torch_flags()
     more, objects = (SANITIZE, "build/obj-asan") if sanitize else ([], "build/obj-cpu")
     # Kernels get no torch flags, so that their objects are the ones that the other libraries link too.
-    sources = [*((s, more) for s in _kernel_sources()), *((s, flags + more) for s in _torch_sources(cuda=False))]
-    _library(tool, sources, target / "libfastxattn_cpu.so", ROOT / objects, link + SANITIZE_LINK * sanitize)
+    units = [*kernel_units(tool, tuple(more)), *_torch_units(False, flags + more)]
+    link(tool, units, target / "libfastxattn_cpu.so", ROOT / objects, libraries + SANITIZE_LINK * sanitize, [])
     return target / "libfastxattn_cpu.so"
 
 
@@ -248,12 +258,11 @@ def cuda_runtime(nvcc: str) -> list[str]:
 def build_cuda(target: Path, tool: Toolchain) -> None:
     """libfastxattn_cuda.so: the CUDA kernels as a fat binary, and their torch registrations. Needs no GPU."""
     nvcc = find_nvcc()
-    flags, link = _torch_flags()
+    flags, libraries = _torch_flags()
     objects = ROOT / "build/obj-cuda"
     compiled = compile_kernels(nvcc, sorted(CSRC.glob("*/*.cu")), objects)
-    known = f'-DFXA_CUDA_ARCHS="{" ".join(cuda_archs())}"'
-    sources = [(s, [*flags, known] if s.stem == "library_cuda_torch" else flags) for s in _torch_sources(cuda=True)]
-    _library(tool, sources, target / "libfastxattn_cuda.so", objects, [*cuda_runtime(nvcc), *link], compiled)
+    libraries = [*cuda_runtime(nvcc), *libraries]
+    link(tool, _torch_units(True, flags), target / "libfastxattn_cuda.so", objects, libraries, compiled)
 
 
 def build_test_module(target: Path, tool: Toolchain, sanitize: bool) -> Path:
@@ -262,19 +271,23 @@ def build_test_module(target: Path, tool: Toolchain, sanitize: bool) -> Path:
         import pybind11
     except ImportError as error:
         raise NativeBuildError("the test module needs pybind11") from error
-    include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
-    more, objects = (SANITIZE, "build/obj-asan") if sanitize else ([], "build/obj-cpu")
+    include = (f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}")
+    more, objects = (tuple(SANITIZE), "build/obj-asan") if sanitize else ((), "build/obj-cpu")
     name = f"_fastxattn_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     bindings = sorted((CSRC / "bindings").glob("test_module*.cpp"))
-    sources = [*((s, more) for s in _kernel_sources()), *((s, include + more) for s in bindings)]
-    _library(tool, sources, target / name, ROOT / objects, SANITIZE_LINK * sanitize)
+    units = [*kernel_units(tool, more), *(Unit(s, (*include, *more)) for s in bindings)]
+    link(tool, units, target / name, ROOT / objects, SANITIZE_LINK * sanitize, [])
     return target / name
 
 
+def ort_units(tool: Toolchain) -> list[Unit]:
+    """The kernels and their ONNX Runtime operators, which need neither torch nor the runtime."""
+    return [*kernel_units(tool), *(Unit(s) for s in sorted((CSRC / "bindings").glob("ort_*.cpp")))]
+
+
 def build_ort(target: Path, tool: Toolchain) -> None:
-    """libfastxattn_ort.so: the same kernels as ONNX Runtime operators; needs neither torch nor the runtime."""
-    sources = [*_kernel_sources(), *sorted((CSRC / "bindings").glob("ort_*.cpp"))]
-    _library(tool, [(s, []) for s in sources], target / "libfastxattn_ort.so", ROOT / "build/obj-cpu", ["-pthread"])
+    """libfastxattn_ort.so: the same kernels as ONNX Runtime operators."""
+    link(tool, ort_units(tool), target / "libfastxattn_ort.so", ROOT / "build/obj-cpu", ["-pthread"], [])
 
 
 def build_all(target: Path) -> None:

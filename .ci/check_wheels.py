@@ -49,7 +49,7 @@ def contents(dist: Path) -> tuple[Path, Path]:
         raise SystemExit(f"{wheel.name}: also installs {', '.join(sorted(foreign))}")
     with tarfile.open(sdist) as packed:
         inside = {n.partition("/")[2] for n in packed.getnames()}
-    wanted = {"build_native.py", "setup.py", "LICENSE", "csrc/core/cpu/isa.h", "csrc/attention/attention_forward.inl"}
+    wanted = {"build_native.py", "setup.py", "LICENSE", "csrc/core/cpu/isas.def", "csrc/attention/attention_forward.inl"}
     if missing := wanted - inside:
         raise SystemExit(f"{sdist.name}: lacks {', '.join(sorted(missing))}")
     if built := [n for n in inside if n.endswith((".so", ".o", ".pyc"))]:

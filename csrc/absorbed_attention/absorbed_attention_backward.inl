@@ -5,7 +5,7 @@
 //   grad_query += dS context      grad_context += dS^T query + P^T grad_out      grad_key_bias += sum dS / scale
 #pragma once
 
-#include "absorbed_attention/absorbed_attention_cpu.inl"
+#include "absorbed_attention/absorbed_attention_tile.inl"
 
 namespace fastxattn::FXA_ISA {
 

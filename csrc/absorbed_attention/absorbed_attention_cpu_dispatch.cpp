@@ -5,35 +5,23 @@
 #include "absorbed_attention/absorbed_attention.h"
 #include "core/cpu/isa.h"
 
-#define FXA_FORWARD_PANEL (const AbsorbedAttentionParams&, const ContextPanel&, uint32_t*, float*)
-#define FXA_MERGE_PARTS (const AbsorbedAttentionParams&, const ContextPanel&, float*, int64_t)
-#define FXA_ROW_DELTAS (const AbsorbedAttentionParams&, const AbsorbedAttentionGrads&, int64_t, int64_t, float*)
-#define FXA_BACKWARD_PANEL                                                                                  \
-  (const AbsorbedAttentionParams&, const AbsorbedAttentionGrads&, const ContextPanel&, int64_t, const float*, \
-   const ContextSpan&, float*, uint32_t*)
-#define FXA_BACKWARD_KEYS                                                                                         \
-  (const AbsorbedAttentionParams&, const AbsorbedAttentionGrads&, const ContextPanel*, const ContextSpan*, int64_t, \
-   int64_t, int64_t, int64_t, int64_t, uint32_t*)
-#define FXA_STORE_GRAD_QUERY \
-  (const AbsorbedAttentionParams&, const AbsorbedAttentionGrads&, int64_t, int64_t, const float*)
-FXA_DECLARE(void, context_forward_panel, FXA_FORWARD_PANEL)
-FXA_DECLARE(void, context_merge_parts, FXA_MERGE_PARTS)
-FXA_DECLARE(void, context_row_deltas, FXA_ROW_DELTAS)
-FXA_DECLARE(void, context_backward_panel, FXA_BACKWARD_PANEL)
-FXA_DECLARE(void, context_backward_keys, FXA_BACKWARD_KEYS)
-FXA_DECLARE(void, context_store_grad_query, FXA_STORE_GRAD_QUERY)
-
 namespace fastxattn {
-namespace {
 
-#define FXA_SELECTOR(name, args) \
-  auto select_##name() -> void(*) args { FXA_SELECT(active_isa(), name) }
-FXA_SELECTOR(context_forward_panel, FXA_FORWARD_PANEL)
-FXA_SELECTOR(context_merge_parts, FXA_MERGE_PARTS)
-FXA_SELECTOR(context_row_deltas, FXA_ROW_DELTAS)
-FXA_SELECTOR(context_backward_panel, FXA_BACKWARD_PANEL)
-FXA_SELECTOR(context_backward_keys, FXA_BACKWARD_KEYS)
-FXA_SELECTOR(context_store_grad_query, FXA_STORE_GRAD_QUERY)
+using Params = AbsorbedAttentionParams;
+using Grads = AbsorbedAttentionGrads;
+
+FXA_KERNEL(void, context_forward_panel, (const Params&, const ContextPanel&, uint32_t*, float*))
+FXA_KERNEL(void, context_merge_parts, (const Params&, const ContextPanel&, float*, int64_t))
+FXA_KERNEL(void, context_row_deltas, (const Params&, const Grads&, int64_t, int64_t, float*))
+FXA_KERNEL(void, context_backward_panel,
+           (const Params&, const Grads&, const ContextPanel&, int64_t, const float*, const ContextSpan&, float*,
+            uint32_t*))
+FXA_KERNEL(void, context_backward_keys,
+           (const Params&, const Grads&, const ContextPanel*, const ContextSpan*, int64_t, int64_t, int64_t, int64_t,
+            int64_t, uint32_t*))
+FXA_KERNEL(void, context_store_grad_query, (const Params&, const Grads&, int64_t, int64_t, const float*))
+
+namespace {
 
 constexpr int64_t kEnoughTasks = 16;  // below this many panels, keys are split too; a bound on useful splits
 
@@ -49,7 +37,7 @@ struct Memory {
 int64_t aligned(int64_t words) { return (words + 15) / 16 * 16; }
 
 // Every sequence's panels, in order; `first` gets where each sequence's begin. Depends on the problem alone.
-std::vector<ContextPanel> panels_of(const AbsorbedAttentionParams& p, std::vector<int64_t>& first) {
+std::vector<ContextPanel> panels_of(const Params& p, std::vector<int64_t>& first) {
   std::vector<ContextPanel> panels;
   for (int64_t b = 0; b < p.batch; ++b) {
     first.push_back(static_cast<int64_t>(panels.size()));
@@ -63,7 +51,7 @@ std::vector<ContextPanel> panels_of(const AbsorbedAttentionParams& p, std::vecto
   return panels;
 }
 
-void clear_unused_rows(const AbsorbedAttentionParams& p) {
+void clear_unused_rows(const Params& p) {
   const int64_t used = p.cu_seqlens_q[p.batch];
   const int64_t row_bytes = p.heads * p.width * dtype_size(p.dtype);
   zero_bytes(p.out, (p.rows_q - used) * row_bytes, used * row_bytes);
@@ -76,7 +64,7 @@ void clear_unused_rows(const AbsorbedAttentionParams& p) {
 
 }  // namespace
 
-void absorbed_attention_forward(const AbsorbedAttentionParams& p, const Parallel& parallel) {
+void absorbed_attention_forward(const Params& p, const Parallel& parallel) {
   clear_unused_rows(p);
   std::vector<int64_t> first;
   std::vector<ContextPanel> panels = panels_of(p, first);
@@ -112,21 +100,20 @@ void absorbed_attention_forward(const AbsorbedAttentionParams& p, const Parallel
   const Memory scratch(words * 4 * workers), partial(part_words * 4 * parts);
   auto* scratch_words = reinterpret_cast<uint32_t*>(scratch.at);
   auto* partials = reinterpret_cast<float*>(partial.at);
-  const auto run = select_context_forward_panel();
+  const auto run = context_forward_panel_for(active_isa());
   for_each_task(parallel, task_count, [&](int64_t t, int64_t worker) {
     const Task& task = tasks[static_cast<size_t>(t)];
     run(p, task.panel, scratch_words + worker * words, task.part < 0 ? nullptr : partials + task.part * part_words);
   });
   if (parts == 0) return;
-  const auto merge = select_context_merge_parts();
+  const auto merge = context_merge_parts_for(active_isa());
   for_each_task(parallel, count, [&](int64_t n, int64_t) {
     const int64_t part = first_part[static_cast<size_t>(n)];
     if (part >= 0) merge(p, panels[static_cast<size_t>(n)], partials + part * part_words, part_words);
   });
 }
 
-void absorbed_attention_backward(const AbsorbedAttentionParams& p, const AbsorbedAttentionGrads& g,
-                                const Parallel& parallel) {
+void absorbed_attention_backward(const Params& p, const Grads& g, const Parallel& parallel) {
   std::vector<int64_t> first;
   const std::vector<ContextPanel> panels = panels_of(p, first);
   const int64_t count = static_cast<int64_t>(panels.size());
@@ -144,7 +131,7 @@ void absorbed_attention_backward(const AbsorbedAttentionParams& p, const Absorbe
   const Memory scratch(words * 4 * parallel.workers), delta_memory(used_rows * 4);
   auto* scratch_words = reinterpret_cast<uint32_t*>(scratch.at);
   auto* delta = reinterpret_cast<float*>(delta_memory.at);
-  const auto deltas = select_context_row_deltas();
+  const auto deltas = context_row_deltas_for(active_isa());
   for_each_task(parallel, count, [&](int64_t n, int64_t) {
     const ContextPanel& panel = panels[static_cast<size_t>(n)];
     deltas(p, g, panel.row, panel.rows, delta);
@@ -171,8 +158,8 @@ void absorbed_attention_backward(const AbsorbedAttentionParams& p, const Absorbe
     const int64_t keys = p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b];
     longest = keys > longest ? keys : longest;
   }
-  const auto run_panel = select_context_backward_panel();
-  const auto run_keys = select_context_backward_keys();
+  const auto run_panel = context_backward_panel_for(active_isa());
+  const auto run_keys = context_backward_keys_for(active_isa());
   std::vector<int64_t> active;
   std::vector<Block> blocks;
   for (int64_t from = 0; from == 0 || from < longest; from += kContextSpan) {
@@ -202,7 +189,7 @@ void absorbed_attention_backward(const AbsorbedAttentionParams& p, const Absorbe
     });
   }
   if (g.grad_query != nullptr && !in_place) {
-    const auto finish = select_context_store_grad_query();
+    const auto finish = context_store_grad_query_for(active_isa());
     for_each_task(parallel, count, [&](int64_t n, int64_t) {
       const ContextPanel& panel = panels[static_cast<size_t>(n)];
       finish(p, g, panel.row, panel.rows, sums + panel.row * padded);

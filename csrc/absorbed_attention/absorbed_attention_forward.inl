@@ -1,7 +1,7 @@
 // Forward: one task walks its keys in blocks with the online softmax; split panels are merged in a fixed order.
 #pragma once
 
-#include "absorbed_attention/absorbed_attention_cpu.inl"
+#include "absorbed_attention/absorbed_attention_tile.inl"
 
 namespace fastxattn::FXA_ISA {
 

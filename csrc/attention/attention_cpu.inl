@@ -1,4 +1,4 @@
-// The kernels of one instruction set; attention_cpu_<isa>.cpp includes this and nothing else.
+// The kernels, compiled once per instruction set.
 #include "attention/attention_bias.inl"
 #include "attention/attention_few_backward.inl"
 

@@ -4,49 +4,24 @@
 #include "attention/attention_merge.h"
 #include "attention/attention_plan.h"
 
-FXA_DECLARE(size_t, attention_forward_scratch, (const fastxattn::AttentionParams&))
-FXA_DECLARE(void, attention_forward_item,
-            (const fastxattn::AttentionParams&, const fastxattn::ForwardItem&, float* workspace, void* scratch))
-FXA_DECLARE(void, attention_merge,
-            (const fastxattn::AttentionParams&, const fastxattn::ForwardMerge&, const float* workspace))
-FXA_DECLARE(size_t, attention_backward_scratch, (const fastxattn::AttentionParams&, const fastxattn::BackwardItem*))
-FXA_DECLARE(void, attention_sum_item,
-            (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BackwardItem&,
-             float* workspace, void* scratch))
-FXA_DECLARE(void, attention_backward_item,
-            (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BackwardItem&,
-             float* workspace, void* scratch))
-FXA_DECLARE(void, attention_bias_item,
-            (const fastxattn::AttentionParams&, const fastxattn::AttentionGradients&, const fastxattn::BiasItem&,
-             const int64_t* delta, const float* workspace, float* sums, void* scratch))
-
 namespace fastxattn {
+
+FXA_KERNEL(size_t, attention_forward_scratch, (const AttentionParams&))
+FXA_KERNEL(void, attention_forward_item, (const AttentionParams&, const ForwardItem&, float* workspace, void* scratch))
+FXA_KERNEL(void, attention_merge, (const AttentionParams&, const ForwardMerge&, const float* workspace))
+FXA_KERNEL(size_t, attention_backward_scratch, (const AttentionParams&, const BackwardItem*))
+FXA_KERNEL(void, attention_sum_item,
+           (const AttentionParams&, const AttentionGradients&, const BackwardItem&, float* workspace, void* scratch))
+FXA_KERNEL(void, attention_backward_item,
+           (const AttentionParams&, const AttentionGradients&, const BackwardItem&, float* workspace, void* scratch))
+FXA_KERNEL(void, attention_bias_item,
+           (const AttentionParams&, const AttentionGradients&, const BiasItem&, const int64_t* delta,
+            const float* workspace, float* sums, void* scratch))
+
 namespace {
 
-auto select_forward_scratch(Isa isa) -> size_t (*)(const AttentionParams&) {
-  FXA_SELECT(isa, attention_forward_scratch)
-}
-auto select_forward_item(Isa isa) -> void (*)(const AttentionParams&, const ForwardItem&, float*, void*) {
-  FXA_SELECT(isa, attention_forward_item)
-}
-auto select_merge(Isa isa) -> void (*)(const AttentionParams&, const ForwardMerge&, const float*) {
-  FXA_SELECT(isa, attention_merge)
-}
-
-using ScratchSize = size_t (*)(const AttentionParams&, const BackwardItem*);
-using ItemKernel = void (*)(const AttentionParams&, const AttentionGradients&, const BackwardItem&, float*, void*);
-using BiasKernel = void (*)(const AttentionParams&, const AttentionGradients&, const BiasItem&, const int64_t*,
-                            const float*, float*, void*);
-
-auto select_backward_scratch(Isa isa) -> ScratchSize { FXA_SELECT(isa, attention_backward_scratch) }
-auto select_sum_item(Isa isa) -> ItemKernel { FXA_SELECT(isa, attention_sum_item) }
-auto select_backward_item(Isa isa) -> ItemKernel { FXA_SELECT(isa, attention_backward_item) }
-auto select_bias_item(Isa isa) -> BiasKernel{FXA_SELECT(isa, attention_bias_item)}
-
 // Uninitialised floats: every one is written before it is read.
-std::unique_ptr<float[]> floats(int64_t n) {
-  return std::unique_ptr<float[]>(n > 0 ? new float[n] : nullptr);
-}
+std::unique_ptr<float[]> floats(int64_t n) { return std::unique_ptr<float[]>(n > 0 ? new float[n] : nullptr); }
 
 }  // namespace
 
@@ -56,8 +31,8 @@ void attention_forward(const AttentionParams& p, const AttentionContent& content
     for (int64_t i = 0; i < p.rows_q * p.heads; ++i) write_lse(p, 0, i, -__builtin_inf());
   }
   const ForwardPlan plan = plan_forward(p);
-  const auto run_item = select_forward_item(isa);
-  const size_t bytes = select_forward_scratch(isa)(p);
+  const auto run_item = attention_forward_item_for(isa);
+  const size_t bytes = attention_forward_scratch_for(isa)(p);
   const auto workspace = floats(plan.workspace);
   for_each_task(parallel, static_cast<int64_t>(plan.tasks.size()), [&](int64_t task, int64_t) {
     void* scratch = thread_scratch(bytes);
@@ -65,7 +40,7 @@ void attention_forward(const AttentionParams& p, const AttentionContent& content
       run_item(p, plan.items[i], workspace.get(), scratch);
     }
   });
-  const auto merge = select_merge(isa);
+  const auto merge = attention_merge_for(isa);
   for_each_task(parallel, static_cast<int64_t>(plan.merges.size()),
                 [&](int64_t i, int64_t) { merge(p, plan.merges[i], workspace.get()); });
 }
@@ -82,8 +57,8 @@ void attention_backward(const AttentionParams& p, const AttentionGradients& g, c
   clear(g.grad_value, p.rows_k * p.kv_heads * p.value_dim, !content.every_key_row || plan.keys_left_out);
 
   const auto workspace = floats(plan.workspace);
-  const auto bytes = select_backward_scratch(isa);
-  const auto run_items = [&](ItemKernel run_item, bool all) {
+  const auto bytes = attention_backward_scratch_for(isa);
+  const auto run_items = [&](auto run_item, bool all) {
     for_each_task(parallel, static_cast<int64_t>(plan.tasks.size()), [&](int64_t task, int64_t) {
       for (int64_t i = plan.tasks[task].begin; i < plan.tasks[task].end; ++i) {
         const BackwardItem& item = plan.items[i];
@@ -92,11 +67,11 @@ void attention_backward(const AttentionParams& p, const AttentionGradients& g, c
     });
   };
   if (!plan.deltas.empty()) {
-    run_items(select_sum_item(isa), false);
+    run_items(attention_sum_item_for(isa), false);
     merge_deltas(plan, workspace.get());
   }
   if (g.grad_query || g.grad_key || g.grad_value || g.grad_key_bias) {
-    run_items(select_backward_item(isa), true);
+    run_items(attention_backward_item_for(isa), true);
     merge_backward(p, g, content, plan, workspace.get(), parallel);
   }
   if (g.grad_bias != nullptr) {
@@ -106,7 +81,7 @@ void attention_backward(const AttentionParams& p, const AttentionGradients& g, c
     float* sums = wide ? wide.get() : static_cast<float*>(g.grad_bias);
     zero_bytes(sums, n * 4);
     const std::vector<BiasItem> items = plan_bias(p);
-    const auto run_item = select_bias_item(isa);
+    const auto run_item = attention_bias_item_for(isa);
     const size_t most = bytes(p, nullptr);
     for_each_task(parallel, static_cast<int64_t>(items.size()), [&](int64_t i, int64_t) {
       run_item(p, g, items[i], plan.delta.data(), workspace.get(), sums, thread_scratch(most));

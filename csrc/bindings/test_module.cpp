@@ -145,19 +145,11 @@ py::tuple attention_grad(const py::array& grad_out, const py::array& out, const 
   return py::make_tuple(dq, dk, dv, dkb, dbias);
 }
 
-py::list isas() {
-  py::list names;
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (isa_available(static_cast<Isa>(i))) names.append(isa_name(static_cast<Isa>(i)));
-  }
-  return names;
-}
-
 }  // namespace
 }  // namespace fastxattn
 
 PYBIND11_MODULE(_fastxattn_native, m) {
-  m.def("isas", &fastxattn::isas);
+  m.def("isas", [] { return py::str(fastxattn::available_isas()).attr("split")(); });
   m.def("attention", &fastxattn::attention);
   m.def("attention_backward", &fastxattn::attention_grad);
 }

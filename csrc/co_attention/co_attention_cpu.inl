@@ -1,4 +1,4 @@
-// The kernels of one instruction set; co_attention_cpu_<isa>.cpp includes this and nothing else.
+// The kernels, compiled once per instruction set.
 #include "co_attention/co_attention_backward.inl"
 #include "co_attention/co_attention_forward.inl"
 

@@ -4,39 +4,20 @@
 #include "attention/attention_plan.h"
 #include "co_attention/co_attention.h"
 
-FXA_DECLARE(size_t, co_attention_scratch,
-            (const fastxattn::CoAttentionParams&, const fastxattn::CoAttentionItem&, bool))
-FXA_DECLARE(void, co_attention_forward_item,
-            (const fastxattn::CoAttentionParams&, const fastxattn::CoAttentionItem&, float*, void*))
-FXA_DECLARE(void, co_attention_forward_merge,
-            (const fastxattn::CoAttentionParams&, const fastxattn::CoAttentionMerge&, float*))
-FXA_DECLARE(void, co_attention_backward_item,
-            (const fastxattn::CoAttentionParams&, const fastxattn::CoAttentionItem&, bool, float*, void*))
-FXA_DECLARE(void, co_attention_backward_merge,
-            (const fastxattn::CoAttentionParams&, const fastxattn::CoAttentionMerge&, bool, float*))
-FXA_DECLARE(void, co_attention_center, (const fastxattn::CoAttentionParams&, int, int64_t, int64_t))
-
 namespace fastxattn {
-namespace {
 
 using Params = CoAttentionParams;
 using Item = CoAttentionItem;
 using Merge = CoAttentionMerge;
 
-auto select_scratch(Isa isa) -> size_t (*)(const Params&, const Item&, bool) { FXA_SELECT(isa, co_attention_scratch) }
-auto select_forward(Isa isa) -> void (*)(const Params&, const Item&, float*, void*) {
-  FXA_SELECT(isa, co_attention_forward_item)
-}
-auto select_forward_merge(Isa isa) -> void (*)(const Params&, const Merge&, float*) {
-  FXA_SELECT(isa, co_attention_forward_merge)
-}
-auto select_backward(Isa isa) -> void (*)(const Params&, const Item&, bool, float*, void*) {
-  FXA_SELECT(isa, co_attention_backward_item)
-}
-auto select_backward_merge(Isa isa) -> void (*)(const Params&, const Merge&, bool, float*) {
-  FXA_SELECT(isa, co_attention_backward_merge)
-}
-auto select_center(Isa isa) -> void (*)(const Params&, int, int64_t, int64_t) { FXA_SELECT(isa, co_attention_center) }
+FXA_KERNEL(size_t, co_attention_scratch, (const Params&, const Item&, bool))
+FXA_KERNEL(void, co_attention_forward_item, (const Params&, const Item&, float*, void*))
+FXA_KERNEL(void, co_attention_forward_merge, (const Params&, const Merge&, float*))
+FXA_KERNEL(void, co_attention_backward_item, (const Params&, const Item&, bool, float*, void*))
+FXA_KERNEL(void, co_attention_backward_merge, (const Params&, const Merge&, bool, float*))
+FXA_KERNEL(void, co_attention_center, (const Params&, int, int64_t, int64_t))
+
+namespace {
 
 struct Plan {
   std::vector<Item> items;  // falling cost
@@ -109,14 +90,14 @@ void co_attention_forward(const Params& p, const Parallel& parallel, Isa isa) {
     zero_bytes(s.out, n * dtype_size(p.dtype));
     std::fill_n(s.lse, s.rows * p.heads, -__builtin_inff());
   }
-  const auto run = select_forward(isa);
-  const auto bytes = select_scratch(isa);
+  const auto run = co_attention_forward_item_for(isa);
+  const auto bytes = co_attention_scratch_for(isa);
   const auto workspace = floats(plan.workspace);
   for_each_task(parallel, static_cast<int64_t>(plan.items.size()), [&](int64_t i, int64_t) {
     const Item& item = plan.items[static_cast<size_t>(i)];
     run(p, item, workspace.get(), thread_scratch(bytes(p, item, false)));
   });
-  const auto merge = select_forward_merge(isa);
+  const auto merge = co_attention_forward_merge_for(isa);
   for_each_task(parallel, static_cast<int64_t>(plan.merges.size()),
                 [&](int64_t i, int64_t) { merge(p, plan.merges[static_cast<size_t>(i)], workspace.get()); });
 }
@@ -124,7 +105,7 @@ void co_attention_forward(const Params& p, const Parallel& parallel, Isa isa) {
 void co_attention_backward(const Params& given, const Parallel& parallel, Isa isa) {
   Params p = given;
   const Plan plan = make_plan(p, true);
-  const auto center = select_center(isa);
+  const auto center = co_attention_center_for(isa);
   std::unique_ptr<float[]> statistics[2];
   constexpr int64_t kRows = 256;
   for (int side = 0; side < 2; ++side) {
@@ -141,9 +122,9 @@ void co_attention_backward(const Params& given, const Parallel& parallel, Isa is
     clear(s.grad_value, s.value_dim);
     if (s.grad_bias != nullptr) std::fill_n(s.grad_bias, p.heads * s.rows, 0.0f);
   }
-  const auto run = select_backward(isa);
-  const auto bytes = select_scratch(isa);
-  const auto merge = select_backward_merge(isa);
+  const auto run = co_attention_backward_item_for(isa);
+  const auto bytes = co_attention_scratch_for(isa);
+  const auto merge = co_attention_backward_merge_for(isa);
   const auto workspace = floats(plan.workspace);
   // In 16 bits delta from the rounded out is near enough but for softmaxes over a few tokens.
   const auto wanted = [&](const Item& item, bool sums_only) {

@@ -7,12 +7,13 @@
 #include "core/cpu/isa.h"
 #include "core/cpu/parallel.h"
 
-FXA_DECLARE(void, contrastive_stats_block, (const ContrastiveParams&, int64_t, int64_t, char*))
-FXA_DECLARE(void, contrastive_backward_block, (const ContrastiveParams&, int64_t, int64_t, char*))
-FXA_DECLARE(void, sigmoid_block, (const ContrastiveParams&, int64_t, int64_t, char*))
-FXA_DECLARE(void, contrastive_positive_block, (const ContrastiveParams&, const int32_t*, int64_t, float*, char*))
-
 namespace fastxattn {
+
+FXA_KERNEL(void, contrastive_stats_block, (const ContrastiveParams&, int64_t, int64_t, char*))
+FXA_KERNEL(void, contrastive_backward_block, (const ContrastiveParams&, int64_t, int64_t, char*))
+FXA_KERNEL(void, sigmoid_block, (const ContrastiveParams&, int64_t, int64_t, char*))
+FXA_KERNEL(void, contrastive_positive_block, (const ContrastiveParams&, const int32_t*, int64_t, float*, char*))
+
 namespace {
 
 using BlockFunction = void (*)(const ContrastiveParams&, int64_t, int64_t, char*);
@@ -33,13 +34,6 @@ void run_blocks(const ContrastiveParams& p, char* scratch, const Parallel& paral
     });
   }
 }
-
-BlockFunction pick_stats(){FXA_SELECT(active_isa(), contrastive_stats_block)} BlockFunction
-    pick_backward(){FXA_SELECT(active_isa(), contrastive_backward_block)} BlockFunction pick_sigmoid() {
-  FXA_SELECT(active_isa(), sigmoid_block)
-}
-using PositiveFunction = void (*)(const ContrastiveParams&, const int32_t*, int64_t, float*, char*);
-PositiveFunction pick_positive() { FXA_SELECT(active_isa(), contrastive_positive_block) }
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -93,17 +87,17 @@ void contrastive_forward(const ContrastiveParams& p, float* row_stats, float* co
                          const Parallel& parallel) {
   start(p.a);
   start(p.b);
-  run_blocks(p, scratch, parallel, pick_stats());
+  run_blocks(p, scratch, parallel, contrastive_stats_block_for(active_isa()));
   finish(p.a, row_stats);
   finish(p.b, col_stats);
 }
 
 void contrastive_backward(const ContrastiveParams& p, char* scratch, const Parallel& parallel) {
-  run_blocks(p, scratch, parallel, pick_backward());
+  run_blocks(p, scratch, parallel, contrastive_backward_block_for(active_isa()));
 }
 
 void sigmoid_forward(const ContrastiveParams& p, char* scratch, const Parallel& parallel) {
-  run_blocks(p, scratch, parallel, pick_sigmoid());
+  run_blocks(p, scratch, parallel, sigmoid_block_for(active_isa()));
 }
 
 void positive_logits(const ContrastiveParams& p, const int32_t* target, float* exact, const Parallel& parallel) {
@@ -127,7 +121,7 @@ void positive_logits(const ContrastiveParams& p, const int32_t* target, float* e
 
 void positive_logits_as_blocked(const ContrastiveParams& p, const int32_t* target, float* out, char* scratch,
                                 const Parallel& parallel) {
-  const PositiveFunction function = pick_positive();
+  const auto function = contrastive_positive_block_for(active_isa());
   const int64_t bytes = contrastive_scratch(p);
   for_each_task(parallel, (p.a.count + 63) / 64,
                 [&](int64_t task, int64_t worker) { function(p, target, task, out, scratch + worker * bytes); });

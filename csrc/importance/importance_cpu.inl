@@ -1,4 +1,4 @@
-// The kernels of one instruction set; importance_cpu_<isa>.cpp includes this and nothing else.
+// The kernels, compiled once per instruction set.
 #include "importance/importance_few.inl"
 #include "importance/importance_tiled.inl"
 

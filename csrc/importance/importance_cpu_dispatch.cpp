@@ -4,11 +4,11 @@
 #include "attention/attention_plan.h"
 #include "importance/importance.h"
 
-FXA_DECLARE(size_t, importance_scratch, (const fastxattn::AttentionParams&, int64_t))
-FXA_DECLARE(void, importance_of_keys,
-            (const fastxattn::ImportanceParams&, const fastxattn::ImportanceItem&, int64_t, void*))
-
 namespace fastxattn {
+
+FXA_KERNEL(size_t, importance_scratch, (const AttentionParams&, int64_t))
+FXA_KERNEL(void, importance_of_keys, (const ImportanceParams&, const ImportanceItem&, int64_t, void*))
+
 namespace {
 
 constexpr int64_t kPanelBytes = 128 << 10;  // packed keys of one item: they stay in the second-level cache
@@ -17,13 +17,7 @@ constexpr int64_t kFewRows = 4;             // up to so many query rows, streami
 constexpr int64_t kStreamedKeys = 256;      // keys of a streamed item
 constexpr double kItemWork = 4 << 20;       // multiply-adds of an item of several heads
 
-auto select_scratch(Isa isa) -> size_t (*)(const AttentionParams&, int64_t) { FXA_SELECT(isa, importance_scratch) }
-auto select_item(Isa isa)
-    -> void (*)(const ImportanceParams&, const ImportanceItem&, int64_t, void*){FXA_SELECT(isa, importance_of_keys)}
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts by each sequence and the head counts only, as attention's plan does.
 std::vector<ImportanceItem> plan(const AttentionParams& p, int64_t most_keys) {
@@ -55,8 +49,8 @@ void key_importance(const ImportanceParams& params, const Parallel& parallel, Is
   zero_bytes(params.score, p.heads * p.slots_k * 4);
   const int64_t most_keys = kPanelBytes / (p.head_dim * 4) / 48 * 48 + 48;
   const std::vector<ImportanceItem> items = plan(p, most_keys);
-  const size_t bytes = select_scratch(isa)(p, most_keys);
-  const auto run = select_item(isa);
+  const size_t bytes = importance_scratch_for(isa)(p, most_keys);
+  const auto run = importance_of_keys_for(isa);
   for_each_task(parallel, static_cast<int64_t>(items.size()), [&](int64_t task, int64_t) {
     run(params, items[static_cast<size_t>(task)], most_keys, thread_scratch(bytes));
   });

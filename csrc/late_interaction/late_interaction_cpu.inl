@@ -1,6 +1,4 @@
 // Best matches of one group of sets against another, and the sparse gradient along them.
-#pragma once
-
 #include <type_traits>
 
 #include "core/cpu/panels.h"

@@ -5,19 +5,10 @@
 #include "core/cpu/parallel.h"
 #include "late_interaction/late_interaction.h"
 
-FXA_DECLARE(void, late_interaction_block, (const LateInteractionParams&, int64_t, int64_t, char*))
-FXA_DECLARE(void, late_interaction_gradient, (const LateInteractionParams&, bool, int64_t, int64_t))
-
 namespace fastxattn {
-namespace {
 
-using BlockFunction = void (*)(const LateInteractionParams&, int64_t, int64_t, char*);
-using GradientFunction = void (*)(const LateInteractionParams&, bool, int64_t, int64_t);
-BlockFunction pick_block(){FXA_SELECT(active_isa(), late_interaction_block)} GradientFunction pick_gradient() {
-  FXA_SELECT(active_isa(), late_interaction_gradient)
-}
-
-}  // namespace
+FXA_KERNEL(void, late_interaction_block, (const LateInteractionParams&, int64_t, int64_t, char*))
+FXA_KERNEL(void, late_interaction_gradient, (const LateInteractionParams&, bool, int64_t, int64_t))
 
 int64_t late_interaction_scratch(const LateInteractionParams& p) {
   const int64_t depth = (p.d + 31) / 32 * 32;
@@ -26,7 +17,7 @@ int64_t late_interaction_scratch(const LateInteractionParams& p) {
 }
 
 void late_interaction_forward(const LateInteractionParams& p, char* scratch, const Parallel& parallel) {
-  const BlockFunction block = pick_block();
+  const auto block = late_interaction_block_for(active_isa());
   const int64_t bytes = late_interaction_scratch(p);
   for_each_task(parallel, p.a.groups * p.b.groups, [&](int64_t task, int64_t worker) {
     block(p, task / p.b.groups, task % p.b.groups, scratch + worker * bytes);
@@ -34,7 +25,7 @@ void late_interaction_forward(const LateInteractionParams& p, char* scratch, con
 }
 
 void late_interaction_backward(const LateInteractionParams& p, const Parallel& parallel) {
-  const GradientFunction gradient = pick_gradient();
+  const auto gradient = late_interaction_gradient_for(active_isa());
   for (const bool is_a : {true, false}) {
     const TokenSets& side = is_a ? p.a : p.b;
     if (side.grad_data == nullptr) continue;

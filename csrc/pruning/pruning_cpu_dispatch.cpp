@@ -5,33 +5,22 @@
 #include "core/cpu/isa.h"
 #include "pruning/pruning.h"
 
-using namespace fastxattn;
-using namespace fastxattn::pruning;
+namespace fastxattn {
 
-FXA_DECLARE(void, pruning_select, (const SelectParams&, int64_t, uint32_t*, uint8_t*))
-FXA_DECLARE(void, pruning_quantile, (const QuantileParams&, int64_t, uint32_t*, uint8_t*))
-FXA_DECLARE(void, pruning_gather, (const GatherParams&, int64_t, int64_t))
-FXA_DECLARE(void, pruning_merge, (const MergeParams&, const int32_t*, const int32_t*, int64_t, int64_t))
-FXA_DECLARE(void, pruning_pack, (const void*, DType, const int32_t*, int64_t, int64_t, float*, uint8_t*))
-FXA_DECLARE(void, pruning_match,
-            (const MatchParams&, int64_t, int64_t, int64_t, int64_t, const float*, const uint8_t*, float*, float*))
-FXA_DECLARE(void, pruning_gram, (const GreedyScratch&, int64_t, int64_t, int64_t, int64_t))
-FXA_DECLARE(void, pruning_greedy, (const GreedyParams&, int64_t, const GreedyScratch&, float*))
+using namespace pruning;
 
-namespace fastxattn::pruning {
+FXA_KERNEL(void, pruning_select, (const SelectParams&, int64_t, uint32_t*, uint8_t*))
+FXA_KERNEL(void, pruning_quantile, (const QuantileParams&, int64_t, uint32_t*, uint8_t*))
+FXA_KERNEL(void, pruning_gather, (const GatherParams&, int64_t, int64_t))
+FXA_KERNEL(void, pruning_merge, (const MergeParams&, const int32_t*, const int32_t*, int64_t, int64_t))
+FXA_KERNEL(void, pruning_pack, (const void*, DType, const int32_t*, int64_t, int64_t, float*, uint8_t*))
+FXA_KERNEL(void, pruning_match,
+           (const MatchParams&, int64_t, int64_t, int64_t, int64_t, const float*, const uint8_t*, float*, float*))
+FXA_KERNEL(void, pruning_gram, (const GreedyScratch&, int64_t, int64_t, int64_t, int64_t))
+FXA_KERNEL(void, pruning_greedy, (const GreedyParams&, int64_t, const GreedyScratch&, float*))
+
+namespace pruning {
 namespace {
-
-#define FXA_PICK(name) \
-  decltype(&::fastxattn::generic::name) pick_##name() { FXA_SELECT(active_isa(), name) }
-FXA_PICK(pruning_select)
-FXA_PICK(pruning_quantile)
-FXA_PICK(pruning_gather)
-FXA_PICK(pruning_merge)
-FXA_PICK(pruning_pack)
-FXA_PICK(pruning_match)
-FXA_PICK(pruning_gram)
-FXA_PICK(pruning_greedy)
-#undef FXA_PICK
 
 template <class T>
 std::unique_ptr<T[]> scratch(int64_t n) {
@@ -52,7 +41,7 @@ constexpr int64_t kWholeSequences = 4;
 }  // namespace
 
 void select(const SelectParams& p, int64_t batch, const Parallel& parallel) {
-  const auto kernel = pick_pruning_select();
+  const auto kernel = pruning_select_for(active_isa());
   const int64_t n = longest(p.cu, batch);
   const auto keys = scratch<uint32_t>(n * parallel.workers);
   const auto state = scratch<uint8_t>(n * parallel.workers);
@@ -61,7 +50,7 @@ void select(const SelectParams& p, int64_t batch, const Parallel& parallel) {
 }
 
 void quantile(const QuantileParams& p, const Parallel& parallel) {
-  const auto kernel = pick_pruning_quantile();
+  const auto kernel = pruning_quantile_for(active_isa());
   const int64_t n = longest(p.cu, p.batch);
   const auto keys = scratch<uint32_t>(n * parallel.workers);
   const auto state = scratch<uint8_t>(n * parallel.workers);
@@ -70,7 +59,7 @@ void quantile(const QuantileParams& p, const Parallel& parallel) {
 }
 
 void gather(const GatherParams& p, const Parallel& parallel) {
-  const auto kernel = pick_pruning_gather();
+  const auto kernel = pruning_gather_for(active_isa());
   for_each_task(parallel, (p.rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int64_t) {
     const int64_t begin = task * kRowsPerTask, end = begin + kRowsPerTask;
     kernel(p, begin, end < p.rows ? end : p.rows);
@@ -78,7 +67,7 @@ void gather(const GatherParams& p, const Parallel& parallel) {
 }
 
 void merge(const MergeParams& p, const Parallel& parallel) {
-  const auto kernel = pick_pruning_merge();
+  const auto kernel = pruning_merge_for(active_isa());
   std::vector<int32_t> first(static_cast<size_t>(p.rows), -1);
   const auto next = scratch<int32_t>(p.total);
   for (int64_t i = p.total - 1; i >= 0; --i) {
@@ -94,8 +83,8 @@ void merge(const MergeParams& p, const Parallel& parallel) {
 }
 
 void match(const MatchParams& p, const Parallel& parallel) {
-  const auto pack = pick_pruning_pack();
-  const auto kernel = pick_pruning_match();
+  const auto pack = pruning_pack_for(active_isa());
+  const auto kernel = pruning_match_for(active_isa());
   const int64_t panel = kPanel * p.channels;
   const int64_t most = panels(longest(p.cu_b, p.batch));
   const bool whole = p.batch >= kWholeSequences;
@@ -131,9 +120,9 @@ void match(const MatchParams& p, const Parallel& parallel) {
 }
 
 void greedy(const GreedyParams& p, const Parallel& parallel) {
-  const auto pack = pick_pruning_pack();
-  const auto gram = pick_pruning_gram();
-  const auto search = pick_pruning_greedy();
+  const auto pack = pruning_pack_for(active_isa());
+  const auto gram = pruning_gram_for(active_isa());
+  const auto search = pruning_greedy_for(active_isa());
   const int64_t longest_n = longest(p.cu, p.batch);
   const int64_t padded = panels(longest_n) * kPanel;
   int64_t picks = 0;
@@ -187,4 +176,5 @@ void greedy(const GreedyParams& p, const Parallel& parallel) {
   }
 }
 
-}  // namespace fastxattn::pruning
+}  // namespace pruning
+}  // namespace fastxattn

@@ -2,8 +2,6 @@
 //
 // Queries lie along the lanes, packed once a task; corpus rows are broadcast from where they are, so a float32
 // corpus is read exactly once and never copied. A row reaches the heaps only if it beats a query's k-th best.
-#pragma once
-
 #include "core/cpu/panels.h"
 #include "retrieval/retrieval.h"
 

@@ -6,13 +6,11 @@
 #include "core/cpu/parallel.h"
 #include "retrieval/retrieval.h"
 
-FXA_DECLARE(void, retrieval_chunk, (const RetrievalParams&, int64_t, int64_t, float*, int64_t*, char*))
-
 namespace fastxattn {
-namespace {
 
-using ChunkFunction = void (*)(const RetrievalParams&, int64_t, int64_t, float*, int64_t*, char*);
-ChunkFunction pick() { FXA_SELECT(active_isa(), retrieval_chunk) }
+FXA_KERNEL(void, retrieval_chunk, (const RetrievalParams&, int64_t, int64_t, float*, int64_t*, char*))
+
+namespace {
 
 // NaN ranks above everything, as in torch.topk.
 bool above(float x, float y) { return x > y || (x != x && y == y); }
@@ -42,7 +40,7 @@ int64_t retrieval_scratch(const RetrievalParams& p) {
 
 void topk_similarity(RetrievalParams p, char* scratch, const Parallel& parallel) {
   const int64_t chunks = (p.rows + kCorpusChunk - 1) / kCorpusChunk, blocks = (p.q + kQueryBlock - 1) / kQueryBlock;
-  const ChunkFunction chunk = pick();
+  const auto chunk = retrieval_chunk_for(active_isa());
   // A chunk cannot fill a longer list: memory follows from the data, whatever k is.
   p.kept = std::min({p.k, p.rows, kCorpusChunk});
   const int64_t list = kQueryBlock * p.kept, bytes = retrieval_scratch(p);

@@ -45,7 +45,7 @@ def torch_streams(query: Tensor, key: Tensor) -> bool:
     if query.device.type != "cpu" or query.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
     one = query.shape[2] == 1 and query.shape[1] == key.shape[1]
-    return one and native.active_cpu_isa() in ("generic", "avx2", "neon")
+    return one and native.narrow_cpu_vectors()
 
 
 def torch_takes_bias(query: Tensor, visible: Visible) -> bool:

@@ -2,7 +2,7 @@
 
 ========================  =====================================================================
 FASTXATTN_BACKEND         what ``backend="auto"`` means: auto (default), reference, cpu, triton, cuda, flash
-FASTXATTN_CPU_ISA         forces the CPU kernels' instruction set: generic, avx2, avx512, avx512bf16, amx, neon
+FASTXATTN_CPU_ISA         forces the CPU kernels' instruction set, one of those that ``fastxattn env`` lists
 FASTXATTN_TUNING          the file of measured tile sizes, ``~/.cache/fastxattn/tuning.json`` by default
 FASTXATTN_VALIDATE        1: check the contents of offsets and indices on GPUs too (synchronises)
 ========================  =====================================================================

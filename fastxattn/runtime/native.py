@@ -21,7 +21,6 @@ before_cpu: list[Callable[[], None]] = []
 """Called before the CPU library registers its kernels."""
 after_cuda: list[Callable[[], None]] = []
 """Called when the CUDA library has defined its operators."""
-CPU_ISAS = ("generic", "neon", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def cpu_library() -> Loaded:
     library = loaded.library
     if library is None:
         return loaded
-    library.fastxattn_cpu_isa.restype = ctypes.c_char_p
+    library.fastxattn_cpu_isa.restype = library.fastxattn_cpu_isas.restype = ctypes.c_char_p
     library.fastxattn_force_cpu_isa.argtypes = [ctypes.c_char_p]
     library.fastxattn_peak_gflops.restype = ctypes.c_double
     if env.forced_cpu_isa and not library.fastxattn_force_cpu_isa(env.forced_cpu_isa.encode()):
@@ -85,7 +84,7 @@ def _load(path: Path, what: str, remedy: str) -> Loaded:
 
 
 def _available(library: ctypes.CDLL) -> tuple[str, ...]:
-    return tuple(name for i, name in enumerate(CPU_ISAS) if library.fastxattn_cpu_isa_available(i))
+    return tuple(library.fastxattn_cpu_isas().decode().split())
 
 
 def available_cpu_isas() -> tuple[str, ...]:
@@ -98,6 +97,12 @@ def active_cpu_isa() -> str | None:
     """The instruction set the CPU kernels run on, or None without the library."""
     library = cpu_library().library
     return None if library is None else library.fastxattn_cpu_isa().decode()
+
+
+def narrow_cpu_vectors() -> bool:
+    """Whether the CPU kernels run on vectors of fewer than 16 floats; False without the library."""
+    isa = active_cpu_isa()
+    return isa is not None and not isa.startswith("avx512")
 
 
 def force_cpu_isa(name: str) -> None:

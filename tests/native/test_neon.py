@@ -13,27 +13,15 @@ import build_native
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 DRIVER = Path(__file__).parent / "neon_driver.cpp"
-OTHER_MACHINES = ("_avx2", "_avx512", "_avx512bf16", "_amx", "_torch")
-
-
-def sources() -> list[Path]:
-    """Every torch-free kernel file that an ARM build has."""
-    found = build_native.CSRC.glob("**/*.cpp")
-    return sorted(f for f in found if f.parent.name != "bindings" and not f.stem.endswith(OTHER_MACHINES))
 
 
 @pytest.mark.skipif(not shutil.which(COMPILER) or not shutil.which(EMULATOR), reason=f"needs {COMPILER}, {EMULATOR}")
 def test_neon_agrees_with_generic(tmp_path: Path) -> None:
-    flags = [*build_native.COMMON, "-O1", "-Werror", "-DFXA_HAVE_NEON=1", f"-I{build_native.CSRC}"]
-    objects = []
-    for source in [*sources(), DRIVER]:
-        isa = source.stem.rpartition("_")[2]
-        own = [f"-DFXA_ISA={isa}", f"-DFXA_ISA_{isa.upper()}=1"] if isa in ("neon", "generic") else []
-        objects.append(str(tmp_path / f"{source.parent.name}_{source.stem}.o"))
-        launcher = ["ccache"] if shutil.which("ccache") else []
-        command = [*launcher, COMPILER, *flags, *own, "-c", str(source), "-o", objects[-1]]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+    launcher = ["ccache"] if shutil.which("ccache") else []
+    tool = build_native.Toolchain([*launcher, COMPILER], "aarch64", ("generic", "neon"))
+    flags = ("-O1", "-Werror")
+    units = [*build_native.kernel_units(tool, flags), build_native.Unit(DRIVER, flags)]
+    objects = [str(unit.compile(tool, tmp_path)) for unit in units]
     assert len(objects) > 20, "the kernels are not where this test looks for them"
     program = tmp_path / "driver"
     subprocess.run([COMPILER, "-static", *objects, "-o", str(program)], check=True)

@@ -6,6 +6,7 @@ It holds what libfastxattn_ort.so holds, and attention for ONNX Runtime's CUDA p
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -19,10 +20,9 @@ def main(target: Path) -> None:
     tool, nvcc, objects = native.Toolchain.find(), native.find_nvcc(), ROOT / "build/obj-ort-cuda"
     kernels = [*sorted(native.CSRC.glob("attention/*_sm80_*.cu")), native.CSRC / "bindings/cuda/ort_cuda.cu"]
     compiled = native.compile_kernels(nvcc, kernels, objects)
-    sources = [*native._kernel_sources(), *sorted((native.CSRC / "bindings").glob("ort_*.cpp"))]
-    define = ["-DFXA_ORT_CUDA=1"]
-    extra = [(source, define if source.stem == "ort_library" else []) for source in sources]
-    native._library(tool, extra, target / "libfastxattn_ort_cuda.so", objects, native.cuda_runtime(nvcc), compiled)
+    define = ("-DFXA_ORT_CUDA=1",)
+    units = [replace(u, flags=define) if u.source.stem == "ort_library" else u for u in native.ort_units(tool)]
+    native.link(tool, units, target / "libfastxattn_ort_cuda.so", objects, native.cuda_runtime(nvcc), compiled)
 
 
 if __name__ == "__main__":

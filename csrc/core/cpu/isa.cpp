@@ -3,84 +3,49 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include <iterator>
 
 namespace fastxattn {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"generic", "neon", "avx2", "avx512", "avx512bf16", "amx"};
+#define FXA_ROW(name, machine, base, flags, condition) #name,
+constexpr const char* kNames[] = {
+#include "core/cpu/isas.def"
+};
+#undef FXA_ROW
+constexpr int kCount = std::size(kNames);
 
 bool compiled(Isa isa) {
   switch (isa) {
-    case Isa::generic: return true;
-#if defined(FXA_HAVE_NEON)
-    case Isa::neon: return true;
-#endif
-#if defined(FXA_HAVE_AVX2)
-    case Isa::avx2: return true;
-#endif
-#if defined(FXA_HAVE_AVX512)
-    case Isa::avx512: return true;
-#endif
-#if defined(FXA_HAVE_AVX512BF16)
-    case Isa::avx512bf16: return true;
-#endif
-#if defined(FXA_HAVE_AMX)
-    case Isa::amx: return true;
-#endif
+#define FXA_CASE(name, ...) \
+  case Isa::name: return true;
+    FXA_ISAS(FXA_CASE)
     default: return false;
   }
 }
 
 #if defined(__x86_64__)
-// AMX tiles are off until a Linux process asks for them (arch_prctl ARCH_REQ_XCOMP_PERM, feature 18).
-bool amx_permitted() {
-#if defined(__linux__)
-  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#define FXA_CPU(feature) (__builtin_cpu_supports(feature) != 0)
 #else
-  return false;
-#endif
-}
-
-bool amx_bf16_in_cpuid() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
-}
+#define FXA_CPU(feature) false
 #endif
 
 bool supported(Isa isa) {
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   switch (isa) {
-    case Isa::generic: return true;
-    case Isa::avx2: return avx2;
-    case Isa::avx512: return avx512;
-    case Isa::avx512bf16: return bf16;
-    case Isa::amx: return bf16 && amx_bf16_in_cpuid() && amx_permitted();
-    default: return false;
+#define FXA_ROW(name, machine, base, flags, condition) \
+  case Isa::name: return (Isa::base == Isa::generic || supported(Isa::base)) && (condition);
+#include "core/cpu/isas.def"
+#undef FXA_ROW
   }
-#elif defined(__aarch64__)
-  return isa == Isa::generic || isa == Isa::neon;
-#else
-  return isa == Isa::generic;
-#endif
+  return false;
 }
 
-Isa best() {
-  for (int i = kIsaCount - 1; i > 0; --i) {
-    if (isa_available(static_cast<Isa>(i))) return static_cast<Isa>(i);
-  }
-  return Isa::generic;
+bool available(int isa) { return compiled(static_cast<Isa>(isa)) && supported(static_cast<Isa>(isa)); }
+
+int best() {
+  int isa = kCount - 1;
+  while (isa > 0 && !available(isa)) --isa;
+  return isa;
 }
 
 std::atomic<int> g_active{-1};
@@ -89,16 +54,22 @@ std::atomic<int> g_active{-1};
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-bool isa_available(Isa isa) { return compiled(isa) && supported(isa); }
+std::string available_isas() {
+  std::string names = kNames[0];
+  for (int isa = 1; isa < kCount; ++isa) {
+    if (available(isa)) names += std::string(" ") + kNames[isa];
+  }
+  return names;
+}
 
 bool force_isa(const char* name) {
   if (name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0) {
-    g_active.store(static_cast<int>(best()));
+    g_active.store(best());
     return true;
   }
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (std::strcmp(name, kNames[i]) == 0 && isa_available(static_cast<Isa>(i))) {
-      g_active.store(i);
+  for (int isa = 0; isa < kCount; ++isa) {
+    if (std::strcmp(name, kNames[isa]) == 0 && available(isa)) {
+      g_active.store(isa);
       return true;
     }
   }

@@ -1,23 +1,27 @@
-// Which instruction sets this library was compiled for, and which one runs.
+// The instruction sets of isas.def: which of them this library was compiled for, and which one runs.
 //
-// Every kernel body is an .inl file included by one small .cpp per instruction set; setup.py reads the
-// suffix of that .cpp (`_generic`, `_neon`, `_avx2`, `_avx512`, `_avx512bf16`, `_amx`), adds the compiler
-// flags, and defines FXA_ISA (the namespace) and FXA_ISA_<NAME>. Everything in an .inl lives in
-// `namespace fastxattn::FXA_ISA` so that the linker can never pick an AVX-512 copy of an inline function
-// for the generic path.
+// A kernel body is an .inl file whose code lives in `namespace fastxattn::FXA_ISA`. The build compiles each
+// csrc/<op>/<op>_cpu.inl once per instruction set, with that set's flags, FXA_ISA (the namespace) and FXA_ISA_<NAME> of
+// it and of its bases. The namespaces keep the linker from picking an AVX-512 copy of an inline function for another
+// set. Other files get FXA_ISAS, the sets that kernels exist for.
 #pragma once
+
+#include <string>
 
 namespace fastxattn {
 
-enum class Isa : int { generic = 0, neon = 1, avx2 = 2, avx512 = 3, avx512bf16 = 4, amx = 5 };
-
-inline constexpr int kIsaCount = 6;
+#define FXA_ROW(name, machine, base, flags, condition) name,
+enum class Isa : int {
+#include "core/cpu/isas.def"
+};
+#undef FXA_ROW
 
 // The name used by FASTXATTN_CPU_ISA and by `fastxattn env`.
 const char* isa_name(Isa isa);
 
-// Compiled in and supported by this processor and operating system.
-bool isa_available(Isa isa);
+// The names of those compiled in and supported by this processor and operating system, slowest first, separated by
+// spaces.
+std::string available_isas();
 
 // The instruction set kernels run on: the forced one, else the best available.
 Isa active_isa();
@@ -27,52 +31,23 @@ bool force_isa(const char* name);
 
 }  // namespace fastxattn
 
-// Picks `fastxattn::<isa>::function` for the active instruction set. A kernel need not be compiled for
-// every set: list the ones it has, best last, in FXA_SELECT_* below; `amx` falls back to avx512bf16.
-#if defined(FXA_HAVE_AVX2)
-#define FXA_CASE_AVX2(fn) \
-  case ::fastxattn::Isa::avx2: return &::fastxattn::avx2::fn;
-#else
-#define FXA_CASE_AVX2(fn)
-#endif
-#if defined(FXA_HAVE_AVX512)
-#define FXA_CASE_AVX512(fn) \
-  case ::fastxattn::Isa::avx512: return &::fastxattn::avx512::fn;
-#else
-#define FXA_CASE_AVX512(fn)
-#endif
-#if defined(FXA_HAVE_AVX512BF16)
-#define FXA_CASE_AVX512BF16(fn) \
-  case ::fastxattn::Isa::amx:   \
-  case ::fastxattn::Isa::avx512bf16: return &::fastxattn::avx512bf16::fn;
-#else
-#define FXA_CASE_AVX512BF16(fn)
-#endif
-#if defined(FXA_HAVE_NEON)
-#define FXA_CASE_NEON(fn) \
-  case ::fastxattn::Isa::neon: return &::fastxattn::neon::fn;
-#else
-#define FXA_CASE_NEON(fn)
+#if !defined(FXA_ISAS)
+#define FXA_ISAS(X, ...) X(generic, __VA_ARGS__)
 #endif
 
-// Declares `fn` once per compiled instruction set: FXA_DECLARE(void, attention_forward, (const Params&)).
-#define FXA_DECLARE_IN(isa, ret, fn, args) \
-  namespace fastxattn::isa {               \
-  ret fn args;                             \
+// Declares a kernel in the namespace of every instruction set, and `<name>_for(isa)`, a pointer to that set's. For use
+// in namespace fastxattn: FXA_KERNEL(void, attention_merge, (const AttentionParams&, const ForwardMerge&, float*))
+#define FXA_KERNEL(result, name, parameters)                \
+  FXA_ISAS(FXA_DECLARE_KERNEL, result, name, parameters)    \
+  static auto name##_for(Isa isa) -> result(*) parameters { \
+    switch (isa) {                                          \
+      FXA_ISAS(FXA_CASE_KERNEL, name)                       \
+      default: return &generic::name;                       \
+    }                                                       \
   }
-#define FXA_DECLARE(ret, fn, args)       \
-  FXA_DECLARE_IN(generic, ret, fn, args) \
-  FXA_DECLARE_IN(neon, ret, fn, args)    \
-  FXA_DECLARE_IN(avx2, ret, fn, args)    \
-  FXA_DECLARE_IN(avx512, ret, fn, args)  \
-  FXA_DECLARE_IN(avx512bf16, ret, fn, args)
-
-// Body of a function returning the kernel pointer for `isa`.
-#define FXA_SELECT(isa, fn)                    \
-  switch (isa) {                               \
-    FXA_CASE_NEON(fn)                          \
-    FXA_CASE_AVX2(fn)                          \
-    FXA_CASE_AVX512(fn)                        \
-    FXA_CASE_AVX512BF16(fn)                    \
-    default: return &::fastxattn::generic::fn; \
+#define FXA_DECLARE_KERNEL(isa, result, name, parameters) \
+  namespace isa {                                         \
+  result name parameters;                                 \
   }
+#define FXA_CASE_KERNEL(isa, name) \
+  case Isa::isa: return &isa::name;

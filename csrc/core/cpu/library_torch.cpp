@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <string>
 
 #include "core/cpu/isa.h"
 
@@ -13,22 +14,20 @@ FXA_EXPORT const char* fastxattn_cpu_isa() { return fastxattn::isa_name(fastxatt
 // Forces an instruction set ("auto" lifts it); 0 when it is unknown, not compiled in, or not supported here.
 FXA_EXPORT int fastxattn_force_cpu_isa(const char* name) { return fastxattn::force_isa(name) ? 1 : 0; }
 
-// Whether the named instruction set could be forced.
-FXA_EXPORT int fastxattn_cpu_isa_available(int isa) {
-  return isa >= 0 && isa < fastxattn::kIsaCount && fastxattn::isa_available(static_cast<fastxattn::Isa>(isa)) ? 1 : 0;
+// Those that could be forced, slowest first, separated by spaces.
+FXA_EXPORT const char* fastxattn_cpu_isas() {
+  static const std::string names = fastxattn::available_isas();
+  return names.c_str();
 }
 
-FXA_DECLARE(double, peak_products, (bool bf16, int64_t repeats, float* scratch))
-
-namespace {
-using PeakProducts = double (*)(bool, int64_t, float*);
-PeakProducts peak_products_for(fastxattn::Isa isa) { FXA_SELECT(isa, peak_products) }
-}  // namespace
+namespace fastxattn {
+FXA_KERNEL(double, peak_products, (bool bf16, int64_t repeats, float* scratch))
+}  // namespace fastxattn
 
 // Single-thread GFLOP/s of the matrix-product micro-kernel on cached data: the best of some 30 ms of trying.
 FXA_EXPORT double fastxattn_peak_gflops(int bf16) {
   alignas(64) static thread_local float scratch[3 * 48 * 64];
-  const auto run = peak_products_for(fastxattn::active_isa());
+  const auto run = fastxattn::peak_products_for(fastxattn::active_isa());
   double best = 0;
   for (int attempt = 0; attempt < 30; ++attempt) {
     const auto start = std::chrono::steady_clock::now();

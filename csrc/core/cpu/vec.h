@@ -9,7 +9,7 @@
 
 #include "core/scalar.h"
 
-#if defined(FXA_ISA_AVX2) || defined(FXA_ISA_AVX512) || defined(FXA_ISA_AVX512BF16)
+#if defined(FXA_ISA_AVX2)
 // GCC 12's own headers start some intrinsics from a variable they name undefined (GCC bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -21,7 +21,7 @@
 #pragma GCC diagnostic pop
 #endif
 #endif
-#if defined(FXA_ISA_AVX512) || defined(FXA_ISA_AVX512BF16)
+#if defined(FXA_ISA_AVX512)
 #define FXA_VEC512 1
 #endif
 

@@ -98,7 +98,7 @@ def choose(
         obstacle = f"absorbed attention has no compiled kernel for {dtype} on {device}"
     elif not torch.compiler.is_compiling():  # a tracer cannot load a library
         obstacle = native.cpu_library().reason
-        if native.active_cpu_isa() in ("generic", "avx2", "neon"):
+        if native.narrow_cpu_vectors():
             rates = _RATES_256
     gemm, attention, context, small = rates.get((device, dtype), (1.0, 1.0, 1.0, 1.0))
     inner, per_sequence = heads * head_dim, rows_q / max(batch, 1)

@@ -82,11 +82,12 @@ def build() -> Path:
     if "avx2" in tool.isas:
         flags += ["-mavx2", "-mfma"]  # for the emulated matrix products
     # The time goes into the runner; the kernels themselves are large, and -O1 halves their compilation.
-    sources = [(s, [*flags, "-O1" if s.stem.startswith("bind_") else "-O2"]) for s in sorted(HERE.glob("*.cpp"))]
+    levels = {source: "-O1" if source.stem.startswith("bind_") else "-O2" for source in sorted(HERE.glob("*.cpp"))}
+    units = [build_native.Unit(source, (*flags, level)) for source, level in levels.items()]
     target = out / "libfastxattn_simt.so"
     with (out / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        build_native._library(tool, sources, target, out / "obj", [])
+        build_native.link(tool, units, target, out / "obj", [], [])
     return target
 
 

@@ -4,7 +4,7 @@
 // statistics of their own, so that a converged batch, whose negatives weigh 1e-8 beside its positive, loses nothing.
 #pragma once
 
-#include "contrastive/block_cpu.inl"
+#include "contrastive/contrastive_block.inl"
 
 namespace fastxattn::FXA_ISA {
 

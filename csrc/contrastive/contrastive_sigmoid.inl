@@ -1,7 +1,7 @@
 // The sigmoid loss of one block: each pair is a yes-or-no question of its own, so loss and gradients take one pass.
 #pragma once
 
-#include "contrastive/block_cpu.inl"
+#include "contrastive/contrastive_block.inl"
 
 namespace fastxattn::FXA_ISA {
 

@@ -1,2 +1,0 @@
-#include "absorbed_attention/absorbed_attention_backward.inl"
-#include "absorbed_attention/absorbed_attention_forward.inl"

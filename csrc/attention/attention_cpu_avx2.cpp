@@ -1,1 +1,0 @@
-#include "attention/attention_cpu.inl"

@@ -1,1 +1,0 @@
-#include "co_attention/co_attention_cpu.inl"

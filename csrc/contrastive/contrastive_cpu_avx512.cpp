@@ -1,2 +1,0 @@
-#include "contrastive/sigmoid_cpu.inl"
-#include "contrastive/stats_cpu.inl"

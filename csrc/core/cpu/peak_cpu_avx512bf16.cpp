@@ -1,1 +1,0 @@
-#include "core/cpu/peak_cpu.inl"

@@ -1,1 +1,0 @@
-#include "importance/importance_cpu.inl"

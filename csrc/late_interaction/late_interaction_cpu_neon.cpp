@@ -1,1 +1,0 @@
-#include "late_interaction/late_interaction_cpu.inl"

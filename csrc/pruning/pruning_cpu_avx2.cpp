@@ -1,2 +1,0 @@
-#include "pruning/match_cpu.inl"
-#include "pruning/select_cpu.inl"

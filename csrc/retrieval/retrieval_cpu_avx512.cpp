@@ -1,1 +1,0 @@
-#include "retrieval/retrieval_cpu.inl"
