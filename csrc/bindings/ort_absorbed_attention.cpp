@@ -1,12 +1,12 @@
 // fastxattn::AbsorbedAttention for ONNX Runtime: few queries over raw features, one tensor as key and value.
-#include "bindings/ort_op.h"
 #include "absorbed_attention/absorbed_attention.h"
+#include "bindings/ort_op.h"
 
 namespace fastxattn::ort {
 namespace {
 
 void compute(Call& call) {
-  const Tensor query = call.input(0), context = call.input(1), cu_q = call.input(2), cu_k = call.input(3);
+  const View query = call.input(0), context = call.input(1), cu_q = call.input(2), cu_k = call.input(3);
   query.expect({-1, -1, -1}, "(rows_q, heads, width)");
   context.expect({-1, query.size[2]}, "(rows_k, width), the width of query");
   AbsorbedAttentionParams p{};
@@ -18,11 +18,11 @@ void compute(Call& call) {
   require(check_offsets(cu_k, p.rows_k) == p.batch, "cu_seqlens_q and cu_seqlens_k must have the same length");
   p.cu_seqlens_q = cu_q.as<int32_t>();
   p.cu_seqlens_k = cu_k.as<int32_t>();
-  if (const Tensor range = call.input(4)) {
+  if (const View range = call.input(4)) {
     range.expect({p.rows_q, 2}, "(rows_q, 2)");
     p.kv_range = range.as<int32_t>();
   }
-  if (const Tensor key_bias = call.input(5)) {
+  if (const View key_bias = call.input(5)) {
     key_bias.expect({p.rows_k}, "(rows_k,)");
     p.key_bias = key_bias.as<float>();
   }

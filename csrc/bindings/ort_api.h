@@ -24,7 +24,7 @@ struct OpDomain;
 struct ShapeInferContext;
 
 enum class ErrorCode : int { fail = 1, invalid_argument = 2, runtime_exception = 6, not_implemented = 9 };
-enum class ElementType : int { undefined = 0, f32 = 1, u8 = 2, i32 = 6, i64 = 7, boolean = 9, f16 = 10, bf16 = 16 };
+enum class RuntimeType : int { undefined = 0, f32 = 1, u8 = 2, i32 = 6, i64 = 7, boolean = 9, f16 = 10, bf16 = 16 };
 enum class Presence : int { required = 0, optional = 1, variadic = 2 };
 
 // The table. Every member is one entry of it, called by its place.
@@ -43,8 +43,8 @@ struct Api {
   }
   Status* is_tensor(const Value* value, int* out) const { return entry<Status*(const Value*, int*)>(50)(value, out); }
   Status* tensor_data(Value* value, void** out) const { return entry<Status*(Value*, void**)>(51)(value, out); }
-  Status* shape_element_type(const ShapeInfo* info, ElementType* out) const {
-    return entry<Status*(const ShapeInfo*, ElementType*)>(60)(info, out);
+  Status* shape_element_type(const ShapeInfo* info, RuntimeType* out) const {
+    return entry<Status*(const ShapeInfo*, RuntimeType*)>(60)(info, out);
   }
   Status* shape_rank(const ShapeInfo* info, size_t* out) const {
     return entry<Status*(const ShapeInfo*, size_t*)>(61)(info, out);
@@ -90,8 +90,8 @@ struct Api {
         context, call, total, batches, data);
   }
   // Version 24: borrows the shape instead of copying it.
-  Status* shape_reference(const Value* value, ElementType* type, const int64_t** sizes, size_t* rank) const {
-    return entry<Status*(const Value*, ElementType*, const int64_t**, size_t*)>(414)(value, type, sizes, rank);
+  Status* shape_reference(const Value* value, RuntimeType* type, const int64_t** sizes, size_t* rank) const {
+    return entry<Status*(const Value*, RuntimeType*, const int64_t**, size_t*)>(414)(value, type, sizes, rank);
   }
 
  private:
@@ -112,9 +112,9 @@ struct CustomOp {
   void* (*create_kernel)(const CustomOp*, const Api*, const KernelInfo*);
   const char* (*name)(const CustomOp*);
   const char* (*execution_provider)(const CustomOp*);  // null: CPU
-  ElementType (*input_type)(const CustomOp*, size_t);
+  RuntimeType (*input_type)(const CustomOp*, size_t);
   size_t (*input_count)(const CustomOp*);
-  ElementType (*output_type)(const CustomOp*, size_t);
+  RuntimeType (*output_type)(const CustomOp*, size_t);
   size_t (*output_count)(const CustomOp*);
   void (*compute)(void*, KernelContext*);
   void (*destroy)(void*);

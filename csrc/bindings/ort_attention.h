@@ -1,7 +1,7 @@
 // What the CPU and the CUDA operator of attention share.
 #pragma once
 
-#include "attention/attention.h"
+#include "attention/attention_arguments.h"
 #include "bindings/ort_op.h"
 
 namespace fastxattn::ort {

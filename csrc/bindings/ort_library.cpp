@@ -19,15 +19,15 @@ struct Entry : CustomOp {
 
 const Entry& entry_of(const CustomOp* op) { return *static_cast<const Entry*>(op); }
 
-ElementType element_type(Kind kind, DType dtype) {
+RuntimeType runtime_type(Kind kind, DType dtype) {
   switch (kind) {
-    case Kind::f32: return ElementType::f32;
-    case Kind::i32: return ElementType::i32;
-    case Kind::i64: return ElementType::i64;
-    case Kind::boolean: return ElementType::boolean;
+    case Kind::f32: return RuntimeType::f32;
+    case Kind::i32: return RuntimeType::i32;
+    case Kind::i64: return RuntimeType::i64;
+    case Kind::boolean: return RuntimeType::boolean;
     default: break;
   }
-  return dtype == DType::f32 ? ElementType::f32 : dtype == DType::f16 ? ElementType::f16 : ElementType::bf16;
+  return dtype == DType::f32 ? RuntimeType::f32 : dtype == DType::f16 ? RuntimeType::f16 : RuntimeType::bf16;
 }
 
 template <class T>
@@ -46,10 +46,10 @@ bool is_absent(const Node& node, const KernelInfo* info, size_t index) {
   Status* status = node.api->constant_input(info, index, &constant, &value);
   if (status != nullptr) node.api->release_status(status);
   if (status != nullptr || !constant || value == nullptr) return false;
-  Tensor tensor;
-  tensor.name = node.spec->inputs[index].name;
-  describe(node, value, tensor);
-  return tensor.empty();
+  View view;
+  view.name = node.spec->inputs[index].name;
+  describe(node, value, view);
+  return view.empty();
 }
 
 // Nothing may be thrown through the runtime's frames: every failure becomes a status.
@@ -61,7 +61,7 @@ Status* guarded(const Api* api, const Spec& spec, F&& body) {
   try {
     body();
     return nullptr;
-  } catch (const BadInput& error) {
+  } catch (const BadArgument& error) {
     return status(ErrorCode::invalid_argument, error.what());
   } catch (const std::bad_alloc&) {
     return status(ErrorCode::runtime_exception, "out of memory for temporary results");
@@ -107,11 +107,11 @@ Entry make_entry(const Spec& spec, DType dtype, bool shape_references) {
   e.name = [](const CustomOp* op) { return entry_of(op).spec->name; };
   e.execution_provider = [](const CustomOp* op) { return entry_of(op).spec->provider; };
   e.input_type = [](const CustomOp* op, size_t i) {
-    return element_type(entry_of(op).spec->inputs[i].kind, entry_of(op).dtype);
+    return runtime_type(entry_of(op).spec->inputs[i].kind, entry_of(op).dtype);
   };
   e.input_count = [](const CustomOp* op) { return entry_of(op).spec->inputs.size(); };
   e.output_type = [](const CustomOp* op, size_t i) {
-    return element_type(entry_of(op).spec->outputs[i].kind, entry_of(op).dtype);
+    return runtime_type(entry_of(op).spec->outputs[i].kind, entry_of(op).dtype);
   };
   e.output_count = [](const CustomOp* op) { return entry_of(op).spec->outputs.size(); };
   e.destroy = [](void* kernel) { delete static_cast<Node*>(kernel); };

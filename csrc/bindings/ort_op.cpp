@@ -10,67 +10,69 @@ void check(const Api* api, Status* status) {
   throw std::runtime_error("a call into ONNX Runtime failed");
 }
 
-std::ostream& operator<<(std::ostream& out, const Tensor& tensor) {
-  out << "(";
-  for (int i = 0; i < tensor.rank; ++i) out << (i ? ", " : "") << tensor.size[i];
-  return out << ")";
-}
-
-void Tensor::expect(std::initializer_list<int64_t> expected, const char* meaning) const {
-  bool same = static_cast<size_t>(rank) == expected.size();
-  int i = 0;
-  for (const int64_t want : expected) {
-    if (!same) break;
-    same = want < 0 || size[i] == want;
-    ++i;
-  }
-  require(same, name, " must have shape ", meaning, "; got ", *this);
-}
-
-void describe(const Node& node, const Value* value, Tensor& tensor) {
+void describe(const Node& node, const Value* value, View& view) {
   const Api* api = node.api;
   size_t rank = 0;
+  RuntimeType type;  // the runtime has compared it with the operator's description
   if (node.shape_references) {
     const int64_t* sizes = nullptr;  // the call refuses what is not a tensor
-    check(api, api->shape_reference(value, &tensor.type, &sizes, &rank));
-    if (rank <= kMaxRank) {
-      for (size_t i = 0; i < rank; ++i) tensor.size[i] = sizes[i];
+    check(api, api->shape_reference(value, &type, &sizes, &rank));
+    if (rank <= View::kMaxRank) {
+      for (size_t i = 0; i < rank; ++i) view.size[i] = sizes[i];
     }
   } else {
     int dense = 0;
     check(api, api->is_tensor(value, &dense));
-    require(dense, tensor.name, " must be a tensor");
+    require(dense, view.name, " must be a tensor");
     ShapeInfo* info = nullptr;
     check(api, api->tensor_shape(value, &info));
-    Status* status = api->shape_element_type(info, &tensor.type);
+    Status* status = api->shape_element_type(info, &type);
     if (status == nullptr) status = api->shape_rank(info, &rank);
-    if (status == nullptr && rank <= kMaxRank) status = api->shape_sizes(info, tensor.size.data(), rank);
+    if (status == nullptr && rank <= View::kMaxRank) status = api->shape_sizes(info, view.size, rank);
     api->release_shape(info);
     check(api, status);
   }
-  require(rank <= kMaxRank, tensor.name, " has too many axes: ", rank);
-  tensor.rank = static_cast<int>(rank);
+  require(rank <= View::kMaxRank, view.name, " has too many axes: ", rank);
+  view.rank = static_cast<int>(rank);
+  view.set_contiguous();
 }
 
-Tensor Call::input(int index) const {
-  Tensor tensor;
+namespace {
+
+ElementType element_type(Kind kind, DType dtype) {
+  switch (kind) {
+    case Kind::f32: return ElementType::f32;
+    case Kind::i32: return ElementType::i32;
+    case Kind::i64: return ElementType::i64;
+    case Kind::boolean: return ElementType::boolean;
+    default: break;
+  }
+  return dtype == DType::f32 ? ElementType::f32 : dtype == DType::f16 ? ElementType::f16 : ElementType::bf16;
+}
+
+}  // namespace
+
+View Call::input(int index) const {
+  View view;
   const Argument& argument = node.spec->inputs[index];
-  tensor.name = argument.name;
-  if (node.absent >> index & 1) return tensor;
+  view.name = argument.name;
+  if (node.absent >> index & 1) return view;
   const Value* value = nullptr;
   if (static_cast<size_t>(index) < node.inputs) check(node.api, node.api->input(context, index, &value));
   if (value == nullptr) {
     require(!argument.required, argument.name, " is missing");
-    return tensor;
+    return view;
   }
-  describe(node, value, tensor);
-  if (!argument.required && tensor.empty()) return tensor;  // as if it were not there
+  describe(node, value, view);
+  if (!argument.required && view.empty()) return view;
+  view.type = element_type(argument.kind, node.dtype);
+  view.present = true;
   void* data = nullptr;
   check(node.api, node.api->tensor_data(const_cast<Value*>(value), &data));
-  // A required tensor that is empty may have no memory; it is present all the same.
+  // A required tensor that is empty may have no memory.
   static const int64_t kNothing[8] = {};
-  tensor.data = data != nullptr ? data : kNothing;
-  return tensor;
+  view.data = data != nullptr ? data : kNothing;
+  return view;
 }
 
 void* Call::output(int index, std::initializer_list<int64_t> sizes) const {
@@ -88,7 +90,7 @@ void* Call::output(int index, std::initializer_list<int64_t> sizes) const {
   return data;
 }
 
-int64_t check_offsets(const Tensor& offsets, int64_t rows) {
+int64_t check_offsets(const View& offsets, int64_t rows) {
   offsets.expect({-1}, "(batch + 1,)");
   const int64_t batch = offsets.size[0] - 1;
   require(batch >= 0, offsets.name, " must have at least 1 entry");

@@ -6,7 +6,7 @@ namespace fastxattn::ort {
 namespace {
 
 void compute(Call& call) {
-  const Tensor scores = call.input(0), cu = call.input(1), counts = call.input(2), room = call.input(3);
+  const View scores = call.input(0), cu = call.input(1), counts = call.input(2), room = call.input(3);
   scores.expect({-1}, "(total,)");
   const int64_t total = scores.size[0], batch = check_offsets(cu, total);
   counts.expect({batch}, "(batch,)");
@@ -16,7 +16,7 @@ void compute(Call& call) {
   pruning::SelectParams p{};
   p.scores = scores.as<float>();
   p.cu = cu.as<int32_t>();
-  if (const Tensor protect = call.input(4)) {
+  if (const View protect = call.input(4)) {
     protect.expect({total}, "(total,)");
     p.protected_tokens = protect.as<uint8_t>();
   }

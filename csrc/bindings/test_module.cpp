@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "attention/attention.h"
+#include "attention/attention_arguments.h"
 #include "attention/attention_check.h"
 
 namespace py = pybind11;
@@ -32,65 +32,58 @@ Isa isa_of(const std::string& name) {
   return active_isa();
 }
 
-DType dtype_of(const std::string& name) {
-  if (name == "float32") return DType::f32;
-  if (name == "bfloat16") return DType::bf16;
-  if (name == "float16") return DType::f16;
+ElementType type_of(const std::string& name) {
+  if (name == "float32") return ElementType::f32;
+  if (name == "bfloat16") return ElementType::bf16;
+  if (name == "float16") return ElementType::f16;
   throw py::value_error("unknown dtype: " + name);
-}
-
-// An optional keyword's array of T; the caller's array is used as it is, so it must have the right type.
-template <class T>
-const T* optional(const py::dict& options, const char* name) {
-  if (!options.contains(name)) return nullptr;
-  return static_cast<const T*>(py::array_t<T, py::array::c_style>::ensure(options[name]).data());
 }
 
 int64_t elements_per(const py::array& a, int axis) { return a.strides(axis) / a.itemsize(); }
 
+View view_of(const py::array& a, const char* name, ElementType type) {
+  View view;
+  view.name = name;
+  view.data = a.data();
+  view.present = true;
+  view.type = type;
+  view.rank = static_cast<int>(a.ndim());
+  require(view.rank <= View::kMaxRank, name, " has too many axes: ", view.rank);
+  for (int i = 0; i < view.rank; ++i) view.size[i] = a.shape(i), view.stride[i] = elements_per(a, i);
+  return view;
+}
+
+// An optional keyword's array of T, which is used as it is.
+template <class T>
+View optional_view(const py::dict& options, const char* name, ElementType type) {
+  if (!options.contains(name)) return {};
+  const auto array = py::cast<py::array>(options[name]);
+  require(py::isinstance<py::array_t<T>>(array), name, " must be ", type);
+  return view_of(array, name, type);
+}
+
 AttentionParams params(const py::array& query, const py::array& key, const py::array& value, const py::dict& options,
                        AttentionContent& content) {
-  AttentionParams p;
-  p.dtype = dtype_of(py::cast<std::string>(options["dtype"]));
-  p.query = query.data(), p.key = key.data(), p.value = value.data();
-  p.query_row = elements_per(query, 0), p.query_head = elements_per(query, 1);
-  p.key_row = elements_per(key, 0), p.key_head = elements_per(key, 1);
-  p.value_row = elements_per(value, 0), p.value_head = elements_per(value, 1);
-  p.rows_q = query.shape(0), p.heads = query.shape(1), p.head_dim = query.shape(2);
-  p.rows_k = key.shape(0), p.kv_heads = key.shape(1), p.value_dim = value.shape(2);
-  p.cu_q = optional<int32_t>(options, "cu_seqlens_q");
-  p.cu_k = optional<int32_t>(options, "cu_seqlens_k");
-  p.batch = py::cast<py::array>(options["cu_seqlens_q"]).shape(0) - 1;
-  p.used_q = optional<int32_t>(options, "seqused_q");
-  p.used_k = optional<int32_t>(options, "seqused_k");
-  p.index_q = optional<int32_t>(options, "query_index");
-  p.index_k = optional<int32_t>(options, "key_index");
-  p.slots_q = p.index_q ? py::cast<py::array>(options["query_index"]).shape(0) : p.rows_q;
-  p.slots_k = p.index_k ? py::cast<py::array>(options["key_index"]).shape(0) : p.rows_k;
-  p.kv_range = optional<int32_t>(options, "kv_range");
-  p.key_bias = optional<float>(options, "key_bias");
-  if (p.key_bias != nullptr) {
-    const auto a = py::cast<py::array>(options["key_bias"]);
-    p.key_bias_row = elements_per(a, 0);
-    p.key_bias_head = a.ndim() == 2 ? elements_per(a, 1) : 0;
-  }
-  p.bias = optional<float>(options, "bias");
-  if (p.bias != nullptr) {
-    const auto a = py::cast<py::array>(options["bias"]);
-    for (int i = 0; i < 4; ++i) {
-      p.bias_size[i] = a.shape(i);
-      p.bias_stride[i] = a.shape(i) == 1 ? 0 : elements_per(a, i);
-    }
-  }
-  auto number = [&](const char* name, float otherwise) {
-    return options.contains(name) ? py::cast<float>(options[name]) : otherwise;
-  };
-  p.scale = number("scale", 1.0f);
-  p.softcap = number("softcap", 0.0f);
-  p.dropout_p = number("dropout_p", 0.0f);
-  if (options.contains("seed")) p.seed = py::cast<uint64_t>(options["seed"]);
-  const std::string fault = check_attention_content(p, content);
-  if (!fault.empty()) throw py::value_error(fault);
+  const ElementType type = type_of(py::cast<std::string>(options["dtype"]));
+  AttentionArguments a;
+  a.query = view_of(query, "query", type), a.key = view_of(key, "key", type), a.value = view_of(value, "value", type);
+  using i32 = int32_t;
+  using f32 = float;
+#define FXA_READ(presence, kind, name) a.name = optional_view<kind>(options, #name, ElementType::kind);
+  FXA_ATTENTION_SLOTS(FXA_READ)
+#undef FXA_READ
+  a.bias = optional_view<float>(options, "bias", ElementType::f32);
+#define FXA_READ(name, otherwise) \
+  if (options.contains(#name)) a.name = py::cast<double>(options[#name]);
+  FXA_ATTENTION_NUMBERS(FXA_READ)
+  FXA_READ(dropout_p, 0.0)
+#undef FXA_READ
+  const uint64_t seed = options.contains("seed") ? py::cast<uint64_t>(options["seed"]) : 0;
+  a.dropout_seed.data = &seed;
+  a.dropout_seed.present = true;
+  a.dropout_seed.type = ElementType::i64;
+  AttentionParams p = read_attention(a);
+  content = check_attention_content(p);  // the kernels clamp ranges
   return p;
 }
 
@@ -121,7 +114,7 @@ py::tuple attention_grad(const py::array& grad_out, const py::array& out, const 
   AttentionGradients g;
   g.grad_out = grad_out.data();
   g.grad_out_row = elements_per(grad_out, 0), g.grad_out_head = elements_per(grad_out, 1);
-  g.grad_lse = optional<float>(options, "grad_lse");
+  g.grad_lse = optional_view<float>(options, "grad_lse", ElementType::f32).as<float>();
   g.grad_lse_head = p.rows_q, g.grad_lse_row = 1;
   py::array dq = result(p.dtype, {p.rows_q, p.heads, p.head_dim});
   py::array dk = result(p.dtype, {p.rows_k, p.kv_heads, p.head_dim});

@@ -10,6 +10,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "core/arguments.h"
 #include "core/cpu/parallel.h"
 #include "core/scalar.h"
 
@@ -43,6 +44,63 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(false, "fastxattn: ", name, " must be float32, bfloat16 or float16 for the cpu backend");
   return DType::f32;
 }
+
+inline ElementType element_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return ElementType::f32;
+    case ScalarType::BFloat16: return ElementType::bf16;
+    case ScalarType::Half: return ElementType::f16;
+    case ScalarType::Double: return ElementType::f64;
+    case ScalarType::Int: return ElementType::i32;
+    case ScalarType::Long: return ElementType::i64;
+    case ScalarType::Bool: return ElementType::boolean;
+    default: return ElementType::other;
+  }
+}
+
+// A tensor that must be on the device of `query`.
+inline View view_of(const Tensor& t, const char* name, const Tensor& query) {
+  View view;
+  view.name = name;
+  view.present = true;
+  view.rank = static_cast<int>(t.dim());
+  require(t.is_cpu() == query.is_cpu() && (t.is_cpu() || t.get_device() == query.get_device()), name,
+          " must be on the device of query");
+  require(view.rank <= View::kMaxRank, name, " has too many axes: ", view.rank);
+  view.type = element_type(t.scalar_type());
+  for (int i = 0; i < view.rank; ++i) view.size[i] = t.size(i), view.stride[i] = t.stride(i);
+  view.data = t.const_data_ptr();
+  return view;
+}
+inline View view_of(const OptionalTensor& t, const char* name, const Tensor& query) {
+  if (t.has_value()) return view_of(*t, name, query);
+  View view;
+  view.name = name;
+  return view;
+}
+
+// Runs `read`; an argument that it refuses becomes torch's error, in the name of the operation.
+template <class F>
+auto reading(const char* operation, F&& read) {
+  try {
+    return read();
+  } catch (const BadArgument& error) {
+    STD_TORCH_CHECK(false, "fastxattn::", operation, ": ", error.what());
+  }
+}
+
+// Parameters of torch's functions, schemas and views from a list of arguments X(presence, kind, name) or, of numbers,
+// X(name, default): see attention/attention_arguments.h.
+#define FXA_TORCH_required Tensor
+#define FXA_TORCH_optional OptionalTensor
+#define FXA_PARAMETER(presence, kind, name) , FXA_TORCH_##presence name
+#define FXA_NUMBER_PARAMETER(name, otherwise) , double name
+#define FXA_SCHEMA_required ", Tensor "
+#define FXA_SCHEMA_optional ", Tensor? "
+#define FXA_SCHEMA(presence, kind, name) FXA_SCHEMA_##presence #name
+#define FXA_NUMBER_SCHEMA(name, otherwise) ", float " #name
+#define FXA_READ_VIEW(presence, kind, name) arguments.name = view_of(name, #name, query);
+#define FXA_READ_NUMBER(name, otherwise) arguments.name = name;
 
 // An uninitialised contiguous CPU tensor, without the dispatcher: half a microsecond less than new_empty, whose failure
 // does not say that memory ran out.

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "attention/attention.h"
-#include "attention/attention_check.h"
 
 namespace fastxattn {
 

@@ -38,12 +38,16 @@ def _normal(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 def _slots(random: np.random.Generator, lengths_q: np.ndarray, lengths_k: np.ndarray) -> Feeds:
     rows_q, rows_k = int(lengths_q.sum()), int(lengths_k.sum())
+    query_index, keys = random.permutation(rows_q), np.repeat(lengths_k, lengths_q)
+    # A range lies within the sequence of its row, with the index and without.
+    most = keys.copy()
+    most[query_index] = np.minimum(most[query_index], keys)
     return {
         "seqused_q": lengths_q.astype(np.int32),
         "seqused_k": lengths_k.astype(np.int32),
-        "query_index": random.permutation(rows_q).astype(np.int32),
+        "query_index": query_index.astype(np.int32),
         "key_index": random.permutation(rows_k).astype(np.int32),
-        "kv_range": random.integers(-3, 7, (rows_q, 2)).astype(np.int32),
+        "kv_range": np.sort(random.integers(0, most[:, None] + 1, (rows_q, 2))).astype(np.int32),
     }
 
 

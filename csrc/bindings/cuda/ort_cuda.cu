@@ -1,7 +1,6 @@
 // fastxattn::Attention for ONNX Runtime's CUDA provider, on the stream of the run. It compiles; it has not run.
 #include <cuda_runtime_api.h>
 
-#include "attention/attention_cuda.h"
 #include "bindings/ort_attention.h"
 
 namespace fastxattn::ort {
@@ -40,33 +39,16 @@ bool is_aligned(const void* data, int64_t width) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && width % 16 == 0;
 }
 
-AttentionKernelParams kernel_params(const AttentionParams& a) {
-  require(a.bias == nullptr, "bias has no CUDA kernel; run this node on the CPU provider");
-  require(a.slots_q <= INT32_MAX && a.slots_k <= INT32_MAX && a.batch <= INT32_MAX, "more slots than int32 can name");
-  AttentionKernelParams p;
-  p.query = a.query, p.key = a.key, p.value = a.value;
-  p.query_row = a.query_row, p.query_head = a.query_head;
-  p.key_row = a.key_row, p.key_head = a.key_head;
-  p.value_row = a.value_row, p.value_head = a.value_head;
-  p.rows_q = static_cast<int32_t>(a.rows_q), p.rows_k = static_cast<int32_t>(a.rows_k);
-  p.slots_q = static_cast<int32_t>(a.slots_q), p.slots_k = static_cast<int32_t>(a.slots_k);
-  p.batch = static_cast<int32_t>(a.batch);
-  p.kv_heads = static_cast<int32_t>(a.kv_heads), p.group = static_cast<int32_t>(a.group());
-  p.head_dim = static_cast<int32_t>(a.head_dim), p.value_dim = static_cast<int32_t>(a.value_dim);
+bool rows_are_aligned(const AttentionParams& a) {
   const int64_t size = dtype_size(a.dtype);
-  p.aligned = is_aligned(a.query, a.head_dim * size) && is_aligned(a.key, a.head_dim * size) &&
-              is_aligned(a.value, a.value_dim * size);
-  p.cu_q = a.cu_q, p.cu_k = a.cu_k, p.used_q = a.used_q, p.used_k = a.used_k;
-  p.index_q = a.index_q, p.index_k = a.index_k, p.kv_range = a.kv_range;
-  p.key_bias = a.key_bias, p.key_bias_row = a.key_bias_row, p.key_bias_head = a.key_bias_head;
-  p.scale = a.scale, p.softcap = a.softcap;
-  return p;
+  return is_aligned(a.query, a.head_dim * size) && is_aligned(a.key, a.head_dim * size) &&
+         is_aligned(a.value, a.value_dim * size);
 }
 
 void compute(Call& call) {
   // The device's offsets and indices are not read here, which would wait for it: the kernels clamp them to the data.
   const AttentionParams a = attention_problem(call);
-  AttentionKernelParams p = kernel_params(a);
+  AttentionKernelParams p = kernel_params(a, rows_are_aligned(a));
   void* handle = nullptr;
   check(call.node.api, call.node.api->gpu_stream(call.context, &handle));
   const auto stream = static_cast<cudaStream_t>(handle);
