@@ -25,14 +25,14 @@ from build_native import NativeBuildError, build_all  # noqa: E402  (the build's
 
 def build_libraries(target: Path) -> bool:
     """Build into ``target``; False, with a message, when this environment cannot."""
-    wanted = os.environ.get("FASTXATTN_BUILD_NATIVE", "auto")
-    if wanted == "0":
+    mode = os.environ.get("FASTXATTN_BUILD_NATIVE", "auto")
+    if mode == "0":
         print("fastxattn: native build skipped (FASTXATTN_BUILD_NATIVE=0)")
         return False
     try:
         build_all(target)
     except NativeBuildError as error:
-        if wanted == "1":
+        if mode == "1":
             raise SystemExit(f"fastxattn: the native build failed: {error}") from error
         print(
             f"\nfastxattn: WARNING: built WITHOUT the native CPU kernels: {error}\n"

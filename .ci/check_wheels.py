@@ -42,15 +42,15 @@ def contents(dist: Path) -> tuple[Path, Path]:
         raise SystemExit(f"{wheel.name}: must be a py3-none wheel of a platform")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    wanted = {f"fastxattn/{n}" for n in ("py.typed", "_lib/libfastxattn_cpu.so", "_lib/libfastxattn_ort.so")}
-    if missing := wanted - names:
+    expected = {f"fastxattn/{n}" for n in ("py.typed", "_lib/libfastxattn_cpu.so", "_lib/libfastxattn_ort.so")}
+    if missing := expected - names:
         raise SystemExit(f"{wheel.name}: lacks {', '.join(sorted(missing))}")
     if foreign := {n.split("/")[0] for n in names} - {"fastxattn", f"{wheel.stem.rsplit('-', 3)[0]}.dist-info"}:
         raise SystemExit(f"{wheel.name}: also installs {', '.join(sorted(foreign))}")
     with tarfile.open(sdist) as packed:
         inside = {n.partition("/")[2] for n in packed.getnames()}
-    wanted = {"build_native.py", "setup.py", "LICENSE", "csrc/core/cpu/isas.def", "csrc/attention/attention_forward.inl"}
-    if missing := wanted - inside:
+    expected = {"build_native.py", "setup.py", "LICENSE", "csrc/core/cpu/isas.def", "csrc/attention/attention_forward.inl"}
+    if missing := expected - inside:
         raise SystemExit(f"{sdist.name}: lacks {', '.join(sorted(missing))}")
     if built := [n for n in inside if n.endswith((".so", ".o", ".pyc"))]:
         raise SystemExit(f"{sdist.name}: carries what was built here: {', '.join(sorted(built))}")

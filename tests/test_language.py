@@ -35,7 +35,7 @@ PATTERN = re.compile(rf"\b(?:{'|'.join(WORDS)})\b".replace(" ", r"\s+"), re.IGNO
 BIDIRECTIONAL = re.compile(r"(?<![\w/.])bidirectional(?![\w/.])", re.IGNORECASE)
 """In this field the word means "not causal"."""
 
-ALLOWED = {"fastxattn": 55, "benchmarks": 0, "tests": 5, "examples": 0, "csrc": 21}
+ALLOWED = {"fastxattn": 55, "benchmarks": 0, "tests": 5, "examples": 0, "csrc": 0}
 """Matches in comments and strings of a folder's sources. Lower a number when some are removed; never raise it."""
 
 

@@ -10,16 +10,16 @@ namespace fastxattn {
 using Params = AbsorbedAttentionParams;
 using Grads = AbsorbedAttentionGrads;
 
-FXA_KERNEL(void, context_forward_panel, (const Params&, const ContextPanel&, uint32_t*, float*))
-FXA_KERNEL(void, context_merge_parts, (const Params&, const ContextPanel&, float*, int64_t))
-FXA_KERNEL(void, context_row_deltas, (const Params&, const Grads&, int64_t, int64_t, float*))
-FXA_KERNEL(void, context_backward_panel,
-           (const Params&, const Grads&, const ContextPanel&, int64_t, const float*, const ContextSpan&, float*,
-            uint32_t*))
-FXA_KERNEL(void, context_backward_keys,
-           (const Params&, const Grads&, const ContextPanel*, const ContextSpan*, int64_t, int64_t, int64_t, int64_t,
-            int64_t, uint32_t*))
-FXA_KERNEL(void, context_store_grad_query, (const Params&, const Grads&, int64_t, int64_t, const float*))
+FXA_CPU_KERNEL(void, context_forward_panel, (const Params&, const ContextPanel&, uint32_t*, float*))
+FXA_CPU_KERNEL(void, context_merge_parts, (const Params&, const ContextPanel&, float*, int64_t))
+FXA_CPU_KERNEL(void, context_row_deltas, (const Params&, const Grads&, int64_t, int64_t, float*))
+FXA_CPU_KERNEL(void, context_backward_panel,
+               (const Params&, const Grads&, const ContextPanel&, int64_t, const float*, const ContextSpan&, float*,
+                uint32_t*))
+FXA_CPU_KERNEL(void, context_backward_keys,
+               (const Params&, const Grads&, const ContextPanel*, const ContextSpan*, int64_t, int64_t, int64_t,
+                int64_t, int64_t, uint32_t*))
+FXA_CPU_KERNEL(void, context_store_grad_query, (const Params&, const Grads&, int64_t, int64_t, const float*))
 
 namespace {
 
@@ -79,11 +79,11 @@ void absorbed_attention_forward(const Params& p, const Parallel& parallel) {
   std::vector<Task> tasks;
   std::vector<int64_t> first_part(panels.size(), -1);
   int64_t parts = 0;
-  const int64_t wanted = count < kEnoughTasks ? (kEnoughTasks + count - 1) / count : 1;
+  const int64_t target = count < kEnoughTasks ? (kEnoughTasks + count - 1) / count : 1;
   for (int64_t n = 0; n < count; ++n) {
     ContextPanel& panel = panels[static_cast<size_t>(n)];
     const int64_t blocks = (panel.keys + kContextKeys - 1) / kContextKeys;
-    panel.parts = blocks < wanted ? (blocks < 1 ? 1 : blocks) : wanted;
+    panel.parts = blocks < target ? (blocks < 1 ? 1 : blocks) : target;
     if (panel.parts > 1) first_part[static_cast<size_t>(n)] = parts;
     for (int64_t i = 0; i < panel.parts; ++i) {
       ContextPanel piece = panel;

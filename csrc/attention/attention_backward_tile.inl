@@ -65,7 +65,7 @@ struct BackwardScratch {
     factor = arena.take<float>(kLaneBlock);
     scores = arena.take<float>(tiles * kTile);
     dscores = arena.take<float>(tiles * kTile);
-    slope = p.softcap > 0.0f ? arena.take<float>(tiles * kTile) : nullptr;
+    slope = is_capped(p) ? arena.take<float>(tiles * kTile) : nullptr;
     extra = p.key_bias || p.bias ? arena.take<float>(kTile) : nullptr;
     rows_weights = P == 1 ? reinterpret_cast<E*>(scores) : arena.take<E>(kTile / P);
     rows_dscores = P == 1 ? reinterpret_cast<E*>(dscores) : arena.take<E>(kTile / P);

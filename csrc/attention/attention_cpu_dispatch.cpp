@@ -6,17 +6,20 @@
 
 namespace fastxattn {
 
-FXA_KERNEL(size_t, attention_forward_scratch, (const AttentionParams&))
-FXA_KERNEL(void, attention_forward_item, (const AttentionParams&, const ForwardItem&, float* workspace, void* scratch))
-FXA_KERNEL(void, attention_merge, (const AttentionParams&, const ForwardMerge&, const float* workspace))
-FXA_KERNEL(size_t, attention_backward_scratch, (const AttentionParams&, const BackwardItem*))
-FXA_KERNEL(void, attention_sum_item,
-           (const AttentionParams&, const AttentionGradients&, const BackwardItem&, float* workspace, void* scratch))
-FXA_KERNEL(void, attention_backward_item,
-           (const AttentionParams&, const AttentionGradients&, const BackwardItem&, float* workspace, void* scratch))
-FXA_KERNEL(void, attention_bias_item,
-           (const AttentionParams&, const AttentionGradients&, const BiasItem&, const int64_t* delta,
-            const float* workspace, float* sums, void* scratch))
+FXA_CPU_KERNEL(size_t, attention_forward_scratch, (const AttentionParams&))
+FXA_CPU_KERNEL(void, attention_forward_item,
+               (const AttentionParams&, const ForwardItem&, float* workspace, void* scratch))
+FXA_CPU_KERNEL(void, attention_merge, (const AttentionParams&, const ForwardMerge&, const float* workspace))
+FXA_CPU_KERNEL(size_t, attention_backward_scratch, (const AttentionParams&, const BackwardItem*))
+FXA_CPU_KERNEL(void, attention_sum_item,
+               (const AttentionParams&, const AttentionGradients&, const BackwardItem&, float* workspace,
+                void* scratch))
+FXA_CPU_KERNEL(void, attention_backward_item,
+               (const AttentionParams&, const AttentionGradients&, const BackwardItem&, float* workspace,
+                void* scratch))
+FXA_CPU_KERNEL(void, attention_bias_item,
+               (const AttentionParams&, const AttentionGradients&, const BiasItem&, const int64_t* delta,
+                const float* workspace, float* sums, void* scratch))
 
 namespace {
 
@@ -49,8 +52,8 @@ void attention_backward(const AttentionParams& p, const AttentionGradients& g, c
                         const Parallel& parallel, Isa isa) {
   const BackwardPlan plan = plan_backward(p, g, content);
   const int64_t size = dtype_size(p.dtype);
-  auto clear = [&](void* data, int64_t n, bool wanted) {
-    if (wanted) zero_bytes(data, n * size);
+  auto clear = [&](void* data, int64_t n, bool needed) {
+    if (needed) zero_bytes(data, n * size);
   };
   clear(g.grad_query, p.rows_q * p.heads * p.head_dim, !content.every_query_row || plan.queries_left_out);
   clear(g.grad_key, p.rows_k * p.kv_heads * p.head_dim, !content.every_key_row || plan.keys_left_out);

@@ -8,7 +8,7 @@
 namespace fastxattn::attention {
 
 // Rows per block, keys per tile: two stages of keys and values beside the queries fit the 99 KiB of every device. A
-// tile of 16 rows has one warp to copy all keys, and hardly more room in shared memory.
+// tile of 16 rows has one warp to copy all keys, and hardly more shared memory.
 template <class T, int D>
 struct ForwardTile {
   static constexpr int kRows = 64;
@@ -28,7 +28,7 @@ struct ForwardWork {
   bool few;
 };
 
-// Blocks of 2 Rows threads: a warp for 16 rows. Rich: with kv_range, key_bias, softcap or a scale that is not positive.
+// Blocks of 2 Rows threads: a warp for 16 rows. Rich: is_rich of attention_select.cuh.
 template <class T, int D, int Rows, int Keys, bool Rich>
 FXA_KERNEL(2 * Rows, 1)
 attention_forward_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS ForwardWork work) {

@@ -72,9 +72,9 @@ ForwardPlan plan_forward(const AttentionParams& p) {
     const bool few = lanes <= kFewLanes;
     const int64_t chunks = ceil_div(lanes, kLaneChunk);
     const int64_t chunk = round_up(ceil_div(lanes, chunks), std::min(lanes, kLaneBlock));
-    const int64_t wanted = few ? kMaxSplits : kUnitsPerSequence / (chunks * p.kv_heads);
+    const int64_t target = few ? kMaxSplits : kUnitsPerSequence / (chunks * p.kv_heads);
     const int64_t splits =
-        std::max<int64_t>(1, std::min({wanted, s.keys / (few ? kFewSplitKeys : kSplitKeys), kMaxSplits}));
+        std::max<int64_t>(1, std::min({target, s.keys / (few ? kFewSplitKeys : kSplitKeys), kMaxSplits}));
     const int64_t keys = round_up(ceil_div(s.keys, splits), splits > 1 ? kKeyBlock : 1);
     const double head_cost = static_cast<double>(few ? kFewCost : round_up(std::min(chunk, lanes), 16)) * keys * depth;
     // Streaming wants whole rows of keys, all heads of them, as they lie in memory.
@@ -115,10 +115,10 @@ BackwardPlan plan_backward(const AttentionParams& p, const AttentionGradients& g
     }
     const bool few = lanes <= kFewLanes;
     const int64_t together = few ? std::min(p.kv_heads, kLaneBlock / lanes) : 1;
-    const int64_t wanted = ceil_div(kUnitsPerSequence, ceil_div(p.kv_heads, together));
-    const int64_t lane_chunks = std::max<int64_t>(1, std::min({kBackwardCuts, wanted, lanes / kCutSize}));
+    const int64_t target = ceil_div(kUnitsPerSequence, ceil_div(p.kv_heads, together));
+    const int64_t lane_chunks = std::max<int64_t>(1, std::min({kBackwardCuts, target, lanes / kCutSize}));
     const int64_t key_chunks =
-        std::max<int64_t>(1, std::min({kBackwardCuts, ceil_div(wanted, lane_chunks), s.keys / kCutSize}));
+        std::max<int64_t>(1, std::min({kBackwardCuts, ceil_div(target, lane_chunks), s.keys / kCutSize}));
     const int64_t lane_chunk = round_up(ceil_div(lanes, lane_chunks), lane_chunks > 1 ? kLaneBlock : 1);
     const int64_t key_chunk = round_up(ceil_div(s.keys, key_chunks), key_chunks > 1 ? kKeyBlock : 1);
 

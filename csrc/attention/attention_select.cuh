@@ -9,7 +9,7 @@ namespace fastxattn::attention {
 
 // What the plain kernels do not know.
 inline bool is_rich(const AttentionKernelParams& p) {
-  return p.kv_range != nullptr || p.key_bias != nullptr || p.softcap != 0.0f || !(p.scale > 0.0f);
+  return p.kv_range != nullptr || p.key_bias != nullptr || scales_scores(p);
 }
 inline int widest(const AttentionKernelParams& p) { return p.head_dim > p.value_dim ? p.head_dim : p.value_dim; }
 

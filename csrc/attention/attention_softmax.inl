@@ -100,9 +100,11 @@ static Lanes make_lanes(const AttentionParams& p, const Sequence& s, int64_t lan
   return lanes;
 }
 
+static inline bool is_capped(const AttentionParams& p) { return p.softcap > 0.0f; }
+
 // Whether scores go through adjust_scores whole, or stay raw with the scale folded into the exponent.
 static inline bool needs_transform(const AttentionParams& p) {
-  return p.softcap > 0.0f || p.key_bias != nullptr || p.bias != nullptr || !(p.scale > 0.0f);
+  return is_capped(p) || p.key_bias != nullptr || p.bias != nullptr || !(p.scale > 0.0f);
 }
 
 FXA_INLINE float bias_value(const AttentionParams& p, int64_t offset) {
@@ -139,7 +141,7 @@ static void adjust_scores(const AttentionParams& p, float* scores, int64_t keys,
     for (int64_t i = 0; i < lanes.width; i += W) {
       vf x = load(scores + j * ld + i);
       if (transform) {
-        if (p.softcap > 0.0f) {
+        if (is_capped(p)) {
           const vf t = tanh(x * uncap);
           if (slope != nullptr) store(slope + j * ld + i, splat(1.0f) - t * t);
           x = cap * t;

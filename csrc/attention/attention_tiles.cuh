@@ -2,7 +2,7 @@
 //
 // A forward or dQ tile is a block of rows of one sequence and one key/value head, a row being a (query, head of the
 // group) pair, query-major, so that keys are read once for the whole group. The list of tiles is never built: sequence
-// b owns the tile numbers from cu[b] * group / block + b on, which leaves room for ceil(length * group / block) of them
+// b owns the tile numbers from cu[b] * group / block + b on, enough for the ceil(length * group / block) of them
 // whatever the offsets are. The number of tiles follows from shapes alone, and a block finds its sequence by bisection.
 #pragma once
 
@@ -145,6 +145,9 @@ FXA_DEVICE float tanh_of(float x) {
   return (x < 0.0f ? -x : x) < 0.625f ? poly : far;
 }
 
+// Whether scores go through scale_scores whole, or stay raw with the scale folded into the exponent.
+inline bool scales_scores(const AttentionKernelParams& p) { return p.softcap != 0.0f || !(p.scale > 0.0f); }
+
 // Products to scores in units of T: scale and cap. `slope`, unless null, gets the cap's derivative.
 template <class T, int N>
 FXA_DEVICE void scale_scores(const AttentionKernelParams& p, float (&s)[N][4], float (*slope)[4]) {
@@ -164,7 +167,7 @@ FXA_DEVICE void scale_scores(const AttentionKernelParams& p, float (&s)[N][4], f
   }
 }
 
-// Where the biases of a key slot lie, or null for a slot that is not there.
+// Where the biases of a key slot lie, or null past the last slot.
 FXA_DEVICE const float* key_bias_row(const AttentionKernelParams& p, const Span& keys, int key) {
   if (key >= keys.count) return nullptr;
   return p.key_bias + find_row(p.index_k, keys.first + key, p.rows_k) * p.key_bias_row;

@@ -40,7 +40,7 @@ struct KeyMaps {
 };
 
 // Grid: (tile_count(slots_q, batch, group, Rows) * kv_heads). Leaves sequences of at most kFewRows and those whose keys
-// are cut to attention_fwd.cuh. Scaled: with softcap or a scale that is not positive.
+// are cut to attention_fwd.cuh. Scaled: scales_scores.
 template <class T, int D, int Rows, int Keys, bool Scaled>
 FXA_KERNEL((WgmmaTile<D, Rows, Keys>::kThreads), 1)
 attention_forward_wgmma_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS KeyMaps maps) {
@@ -233,7 +233,7 @@ void run_wgmma(const AttentionKernelParams& p, Launch launch) {
 
 template <class T, class Launch>
 void run_forward_wgmma(const AttentionKernelParams& p, Launch launch) {
-  const bool scaled = p.softcap != 0.0f || !(p.scale > 0.0f);
+  const bool scaled = scales_scores(p);
   if (p.head_dim <= 64 && p.value_dim <= 64) {
     scaled ? run_wgmma<T, 64, 128, 128, true>(p, launch) : run_wgmma<T, 64, 128, 128, false>(p, launch);
   } else {

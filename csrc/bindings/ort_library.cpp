@@ -162,7 +162,7 @@ extern "C" __attribute__((visibility("default"))) fastxattn::ort::Status* Regist
   const int major = std::atoi(version);
   const char* dot = std::strchr(version, '.');
   const int minor = dot != nullptr ? std::atoi(dot + 1) : 0;
-  const auto has = [&](uint32_t wanted) { return major > 1 || minor >= static_cast<int>(wanted); };
+  const auto has = [&](uint32_t needed) { return major > 1 || minor >= static_cast<int>(needed); };
   if (!has(kApiVersion)) {
     const std::string message =
         std::string("fastxattn's operators need ONNX Runtime 1.17 or newer; this is ") + version;

@@ -6,12 +6,12 @@ namespace fastxattn::ort {
 namespace {
 
 void compute(Call& call) {
-  const View scores = call.input(0), cu = call.input(1), counts = call.input(2), room = call.input(3);
+  const View scores = call.input(0), cu = call.input(1), counts = call.input(2), slots = call.input(3);
   scores.expect({-1}, "(total,)");
   const int64_t total = scores.size[0], batch = check_offsets(cu, total);
   counts.expect({batch}, "(batch,)");
-  require(room.rank <= 1 && (room.rank == 0 || room.size[0] == 1), "capacity must have one element; got ", room);
-  const int64_t capacity = *room.as<int64_t>();
+  require(slots.rank <= 1 && (slots.rank == 0 || slots.size[0] == 1), "capacity must have one element; got ", slots);
+  const int64_t capacity = *slots.as<int64_t>();
   require(capacity >= 0 && capacity <= INT32_MAX, "capacity must be in 0..2^31 - 1; got ", capacity);
   pruning::SelectParams p{};
   p.scores = scores.as<float>();
@@ -26,8 +26,8 @@ void compute(Call& call) {
   int64_t sum = 0;
   offsets[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t length = p.cu[b + 1] - p.cu[b], wanted = counts.as<int32_t>()[b];
-    sum += wanted < 0 ? 0 : wanted < length ? wanted : length;
+    const int64_t length = p.cu[b + 1] - p.cu[b], needed = counts.as<int32_t>()[b];
+    sum += needed < 0 ? 0 : needed < length ? needed : length;
     if (sum > capacity) sum = capacity;
     offsets[b + 1] = static_cast<int32_t>(sum);
   }

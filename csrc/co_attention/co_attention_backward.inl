@@ -71,7 +71,7 @@ struct CoAttentionBackward {
     }
     for (float** x : {&key_bias, &key_lse, &key_delta, &key_norm, &factor}) *x = arena.take<float>(kKeyBlock);
     for (float** x : {&scores, &down, &across, &down_grads, &across_grads}) *x = arena.take<float>(tile);
-    slope = p.softcap > 0.0f ? arena.take<float>(tile) : nullptr;
+    slope = ScoreUnits(p).capped ? arena.take<float>(tile) : nullptr;
     rows_a = P == 1 ? reinterpret_cast<E*>(down) : arena.take<E>(tile / P);
     rows_b = P == 1 ? reinterpret_cast<E*>(down_grads) : arena.take<E>(tile / P);
     pairs_a = P == 1 ? reinterpret_cast<E*>(across) : arena.take<E>(tile / P);
@@ -196,8 +196,8 @@ static void add_sums(int64_t at, int64_t ld, int64_t k, int64_t keys, const KeyG
 
 // Second pass: a tile's share of every gradient.
 template <class T>
-static void add_gradients(const CoAttentionParams& p, const CoAttentionItem& item, int64_t at, int64_t ld,
-                          int64_t k, int64_t keys, const KeyGradients& sums, const CoAttentionBackward<T>& s) {
+static void add_gradients(const CoAttentionParams& p, const CoAttentionItem& item, int64_t at, int64_t ld, int64_t k,
+                          int64_t keys, const KeyGradients& sums, const CoAttentionBackward<T>& s) {
   using E = Element<T>;
   constexpr int64_t P = Operand<T>::kPair;
   const int64_t lane_dim = p.side[item.lane_side].value_dim;
@@ -299,7 +299,7 @@ static void finish_key_gradients(const CoAttentionParams& p, const CoAttentionMe
 
 template <class T>
 static void co_attention_backward_item(const CoAttentionParams& p, const CoAttentionItem& item, bool sums_only,
-                                        float* workspace, Arena arena) {
+                                       float* workspace, Arena arena) {
   const CoAttentionBackward<T> s(p, item, arena);
   const int64_t count = item.lane_end - item.lane_begin;
   float* sums_at = item.partial < 0 ? s.key_sums : workspace + item.partial;

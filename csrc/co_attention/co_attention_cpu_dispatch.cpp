@@ -10,12 +10,12 @@ using Params = CoAttentionParams;
 using Item = CoAttentionItem;
 using Merge = CoAttentionMerge;
 
-FXA_KERNEL(size_t, co_attention_scratch, (const Params&, const Item&, bool))
-FXA_KERNEL(void, co_attention_forward_item, (const Params&, const Item&, float*, void*))
-FXA_KERNEL(void, co_attention_forward_merge, (const Params&, const Merge&, float*))
-FXA_KERNEL(void, co_attention_backward_item, (const Params&, const Item&, bool, float*, void*))
-FXA_KERNEL(void, co_attention_backward_merge, (const Params&, const Merge&, bool, float*))
-FXA_KERNEL(void, co_attention_center, (const Params&, int, int64_t, int64_t))
+FXA_CPU_KERNEL(size_t, co_attention_scratch, (const Params&, const Item&, bool))
+FXA_CPU_KERNEL(void, co_attention_forward_item, (const Params&, const Item&, float*, void*))
+FXA_CPU_KERNEL(void, co_attention_forward_merge, (const Params&, const Merge&, float*))
+FXA_CPU_KERNEL(void, co_attention_backward_item, (const Params&, const Item&, bool, float*, void*))
+FXA_CPU_KERNEL(void, co_attention_backward_merge, (const Params&, const Merge&, bool, float*))
+FXA_CPU_KERNEL(void, co_attention_center, (const Params&, int, int64_t, int64_t))
 
 namespace {
 
@@ -42,7 +42,7 @@ Plan make_plan(const Params& p, bool backward) {
     const int lane_side = length[0] >= length[1] ? 0 : 1;
     const int64_t lanes = length[lane_side], keys = length[1 - lane_side];
     const int64_t pieces = (lanes + kCoAttentionLanes - 1) / kCoAttentionLanes;
-    // Room for every instruction set: vectors of 16 at most.
+    // Enough for every instruction set: vectors have 16 floats at most.
     const int64_t row = backward ? 32 + round16(p.head_dim) + round16(p.side[1 - lane_side].value_dim)
                                  : 16 + round16(p.side[lane_side].value_dim);
     const int64_t stride = round16(keys + 16) + keys * row;
@@ -127,17 +127,17 @@ void co_attention_backward(const Params& given, const Parallel& parallel, Isa is
   const auto merge = co_attention_backward_merge_for(isa);
   const auto workspace = floats(plan.workspace);
   // In 16 bits delta from the rounded out is near enough but for softmaxes over a few tokens.
-  const auto wanted = [&](const Item& item, bool sums_only) {
+  const auto needed = [&](const Item& item, bool sums_only) {
     return !sums_only || p.dtype == DType::f32 || item.keys < kFewKeys;
   };
   const auto pass = [&](bool sums_only) {
     for_each_task(parallel, static_cast<int64_t>(plan.items.size()), [&](int64_t i, int64_t) {
       const Item& item = plan.items[static_cast<size_t>(i)];
-      if (wanted(item, sums_only)) run(p, item, sums_only, workspace.get(), thread_scratch(bytes(p, item, true)));
+      if (needed(item, sums_only)) run(p, item, sums_only, workspace.get(), thread_scratch(bytes(p, item, true)));
     });
     for_each_task(parallel, static_cast<int64_t>(plan.merges.size()), [&](int64_t i, int64_t) {
       const Merge& one = plan.merges[static_cast<size_t>(i)];
-      if (wanted(one.first, sums_only)) merge(p, one, sums_only, workspace.get());
+      if (needed(one.first, sums_only)) merge(p, one, sums_only, workspace.get());
     });
   };
   pass(true);

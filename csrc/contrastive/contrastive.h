@@ -35,7 +35,7 @@ struct ContrastiveSide {
   int64_t count = 0;                // N or M
   int64_t stride = 0;               // elements from one feature row to the next
   int64_t block = 0;                // rows (columns) of a block
-  bool active = false;              // whether statistics in this direction are wanted
+  bool active = false;              // whether statistics in this direction are requested
   const float* norm = nullptr;      // (count) factor of each logit, 1 / |x|; null: 1
   const int32_t* id = nullptr;      // (count) a pair is positive where both ids are equal; < 0: none
   const int32_t* skip = nullptr;    // (count) a pair that is not positive is ignored where both are equal; null: none
@@ -46,7 +46,7 @@ struct ContrastiveSide {
   const float* grad = nullptr;      // [kGradPlanes][count] gradients of the first four statistics (backward)
   const float* weight = nullptr;    // (count) sigmoid loss: weight of each row's terms; null: 1
   const float* scale_of = nullptr;  // (count) coefficient beside which a gradient's rounding counts; null: 0
-  float* grad_data = nullptr;       // [count][depth] gradient, float32, zeroed by the caller; null: not wanted
+  float* grad_data = nullptr;       // [count][depth] gradient, float32, zeroed by the caller; null: not requested
   float* dot = nullptr;             // (count) sum of dz * logit / scale; rows only
 };
 
@@ -75,7 +75,7 @@ void contrastive_forward(const ContrastiveParams& p, float* row_stats, float* co
                          const Parallel&);
 // Fills grad_data and dot.
 void contrastive_backward(const ContrastiveParams& p, char* scratch, const Parallel&);
-// Fills loss, and with gradients wanted grad_data, dot and row_dz, in one pass.
+// Fills loss, and with gradients requested grad_data, dot and row_dz, in one pass.
 void sigmoid_forward(const ContrastiveParams& p, char* scratch, const Parallel&);
 // exact[i] = scale * norms * <a_i, b_target[i]> + bias summed in float64; 0 where target[i] < 0.
 void positive_logits(const ContrastiveParams& p, const int32_t* target, float* exact, const Parallel&);

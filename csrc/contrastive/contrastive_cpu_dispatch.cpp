@@ -9,10 +9,10 @@
 
 namespace fastxattn {
 
-FXA_KERNEL(void, contrastive_stats_block, (const ContrastiveParams&, int64_t, int64_t, char*))
-FXA_KERNEL(void, contrastive_backward_block, (const ContrastiveParams&, int64_t, int64_t, char*))
-FXA_KERNEL(void, sigmoid_block, (const ContrastiveParams&, int64_t, int64_t, char*))
-FXA_KERNEL(void, contrastive_positive_block, (const ContrastiveParams&, const int32_t*, int64_t, float*, char*))
+FXA_CPU_KERNEL(void, contrastive_stats_block, (const ContrastiveParams&, int64_t, int64_t, char*))
+FXA_CPU_KERNEL(void, contrastive_backward_block, (const ContrastiveParams&, int64_t, int64_t, char*))
+FXA_CPU_KERNEL(void, sigmoid_block, (const ContrastiveParams&, int64_t, int64_t, char*))
+FXA_CPU_KERNEL(void, contrastive_positive_block, (const ContrastiveParams&, const int32_t*, int64_t, float*, char*))
 
 namespace {
 

@@ -64,12 +64,12 @@ struct ContrastiveCuda {
   int32_t splits;     // shares of y
   float* state;       // [splits][kContrastiveStatePlanes][rows of x] out
   // Positives: block (tile of x).
-  const int32_t* target;  // (rows of x) the row of y whose logit is wanted
+  const int32_t* target;  // (rows of x) the row of y whose logit is computed
   float* logits;          // (rows of x) out: these logits, rounded as the statistics round them
   // Slopes and the sigmoid loss: block (tile of x, tile of y) of a window of the matrix.
   int32_t first_x, first_y;  // where the window starts, multiples of 64
   const float* weight;       // (rows of x) factor of each row's slopes in the sigmoid loss; null: 1
-  float* dz;                 // [rows of the window][stride_dz] out: slope of each product; null: not wanted
+  float* dz;                 // [rows of the window][stride_dz] out: slope of each product; null: not requested
   int64_t stride_dz;         // elements from one row of dz to the next
   float* sums;               // [1 or 3][column tiles][stride_sums] out, of each row: slope * logit / scale; in the
                              // sigmoid loss the losses, the same, and the slopes

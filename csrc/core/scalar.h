@@ -11,7 +11,8 @@ enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 inline constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Zeros `bytes` bytes at `first`. Null is a result that is not wanted, or an empty tensor; memset may not be given it.
+// Zeros `bytes` bytes at `first`. Null, which memset does not accept, is a result that is not requested, or an empty
+// tensor.
 inline void zero_bytes(void* to, int64_t bytes, int64_t first = 0) {
   if (to != nullptr) std::memset(static_cast<char*>(to) + first, 0, static_cast<size_t>(bytes));
 }

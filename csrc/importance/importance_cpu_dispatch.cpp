@@ -6,8 +6,8 @@
 
 namespace fastxattn {
 
-FXA_KERNEL(size_t, importance_scratch, (const AttentionParams&, int64_t))
-FXA_KERNEL(void, importance_of_keys, (const ImportanceParams&, const ImportanceItem&, int64_t, void*))
+FXA_CPU_KERNEL(size_t, importance_scratch, (const AttentionParams&, int64_t))
+FXA_CPU_KERNEL(void, importance_of_keys, (const ImportanceParams&, const ImportanceItem&, int64_t, void*))
 
 namespace {
 
@@ -27,8 +27,8 @@ std::vector<ImportanceItem> plan(const AttentionParams& p, int64_t most_keys) {
     if (s.queries == 0 || s.keys == 0) continue;
     const int64_t lanes = s.queries * p.group();
     const bool few = s.queries <= kFewRows && lanes <= kLaneBlock;
-    const int64_t wanted = few ? kStreamedKeys : s.queries <= kLaneBlock ? kShortKeys : most_keys;
-    const int64_t cuts = ceil_div(s.keys, std::min(wanted, most_keys));
+    const int64_t target = few ? kStreamedKeys : s.queries <= kLaneBlock ? kShortKeys : most_keys;
+    const int64_t cuts = ceil_div(s.keys, std::min(target, most_keys));
     const int64_t keys = std::min(ceil_div(ceil_div(s.keys, cuts), 16) * 16, most_keys);
     const double head_work = static_cast<double>(ceil_div(lanes, 16) * 16 * keys * p.head_dim);
     // Few rows want whole rows of keys, all heads of them; tiles, several heads, so that one can be asked for in time.

@@ -44,7 +44,7 @@ struct ImportanceScratch {
 };
 
 // Completes lanes whose rows and heads are filled in, the latter counted from `head_base`: addresses, ranges,
-// normalisers and weights. A row that saw no key, and a lane that is not there, weighs 0.
+// normalisers and weights. A row that saw no key, and a lane past the last row, weighs 0.
 template <class T>
 static void finish_importance_lanes(const ImportanceParams& params, const Sequence& sequence, int64_t head_base,
                                     const ImportanceScratch<T>& s, Lanes& lanes) {

@@ -17,7 +17,7 @@ struct TokenSets {
   float* best_sum = nullptr;    // (N, M) sum over this side's tokens of their best match in each set of the other
   int32_t* best = nullptr;      // (tokens, other sets) place of the best match in its set; -1: an empty set
   const float* grad = nullptr;  // (N, M) gradient of best_sum (backward)
-  float* grad_data = nullptr;   // (tokens, d) float32 gradient, zeroed by the caller; null: not wanted
+  float* grad_data = nullptr;   // (tokens, d) float32 gradient, zeroed by the caller; null: not requested
 };
 
 struct LateInteractionParams {
@@ -34,7 +34,7 @@ inline constexpr int64_t kTokenBlock = 256;
 int64_t late_interaction_scratch(const LateInteractionParams& p);
 
 struct Parallel;
-// Fills best_sum (zeroed by the caller) and best of the wanted directions.
+// Fills best_sum (zeroed by the caller) and best of the requested directions.
 void late_interaction_forward(const LateInteractionParams& p, char* scratch, const Parallel&);
 // Fills grad_data of both sides from grad and best.
 void late_interaction_backward(const LateInteractionParams& p, const Parallel&);

@@ -7,8 +7,8 @@
 
 namespace fastxattn {
 
-FXA_KERNEL(void, late_interaction_block, (const LateInteractionParams&, int64_t, int64_t, char*))
-FXA_KERNEL(void, late_interaction_gradient, (const LateInteractionParams&, bool, int64_t, int64_t))
+FXA_CPU_KERNEL(void, late_interaction_block, (const LateInteractionParams&, int64_t, int64_t, char*))
+FXA_CPU_KERNEL(void, late_interaction_gradient, (const LateInteractionParams&, bool, int64_t, int64_t))
 
 int64_t late_interaction_scratch(const LateInteractionParams& p) {
   const int64_t depth = (p.d + 31) / 32 * 32;

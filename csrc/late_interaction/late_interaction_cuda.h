@@ -7,15 +7,15 @@
 
 namespace fastxattn {
 
-// One side: its tokens and what is wanted of them.
+// One side: its tokens and what is computed of them.
 struct TokenSide {
   const void* data;   // (tokens, d)
   const int32_t* cu;  // (sets + 1) where each set's tokens start
   int32_t sets;       // how many
   int32_t tokens;     // rows of data; a set that claims more ends there
-  float* best_sum;    // (sets of a, sets of b) out: sum of the best matches of this side's tokens; null: not wanted
+  float* best_sum;    // (sets of a, sets of b) out: sum of the best matches of this side's tokens; null: not requested
   void* best;         // (tokens, sets of the other side) out: int32 place of the best match in its set, -1: none; of a
-                      // smooth maximum this itself in float32, -inf: none; null: not wanted
+                      // smooth maximum this itself in float32, -inf: none; null: not requested
 };
 
 // Block n * (sets of b) + m handles one pair of sets.

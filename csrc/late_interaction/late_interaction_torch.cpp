@@ -58,7 +58,7 @@ LateInteractionParams params(const Tensor& a, const Tensor& b, const Tensor& cu_
 std::tuple<Tensor, Tensor, Tensor, Tensor> maxsim_cpu(const Tensor& a, const Tensor& b, const Tensor& cu_a,
                                                       const Tensor& cu_b, bool from_a, bool from_b) {
   LateInteractionParams p = params(a, b, cu_a, cu_b, from_a, from_b);
-  const auto sum = [&](bool wanted) { return make(wanted ? p.a.sets : 0, p.b.sets, ScalarType::Float, 0); };
+  const auto sum = [&](bool needed) { return make(needed ? p.a.sets : 0, p.b.sets, ScalarType::Float, 0); };
   Tensor sum_a = sum(from_a), sum_b = sum(from_b);
   Tensor best_a = make(from_a ? p.a.tokens : 0, p.b.sets, ScalarType::Int, 0xff);
   Tensor best_b = make(from_b ? p.b.tokens : 0, p.a.sets, ScalarType::Int, 0xff);

@@ -65,7 +65,7 @@ struct GreedyParams {
   const void* x;                    // (cu[batch], channels)
   const float* quality;             // (cu[batch]) or null for 1; only the determinant reads it
   const int32_t* cu;                // (batch + 1)
-  const int32_t* counts;            // (batch) picks wanted of each sequence; clipped to [0, length]
+  const int32_t* counts;            // (batch) picks of each sequence; clipped to [0, length]
   const uint8_t* protected_tokens;  // (cu[batch]) picked first, in order; null: none are
   int64_t batch;                    // sequences
   int64_t channels;                 // elements of a row

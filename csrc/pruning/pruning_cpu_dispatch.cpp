@@ -9,15 +9,15 @@ namespace fastxattn {
 
 using namespace pruning;
 
-FXA_KERNEL(void, pruning_select, (const SelectParams&, int64_t, uint32_t*, uint8_t*))
-FXA_KERNEL(void, pruning_quantile, (const QuantileParams&, int64_t, uint32_t*, uint8_t*))
-FXA_KERNEL(void, pruning_gather, (const GatherParams&, int64_t, int64_t))
-FXA_KERNEL(void, pruning_merge, (const MergeParams&, const int32_t*, const int32_t*, int64_t, int64_t))
-FXA_KERNEL(void, pruning_pack, (const void*, DType, const int32_t*, int64_t, int64_t, float*, uint8_t*))
-FXA_KERNEL(void, pruning_match,
-           (const MatchParams&, int64_t, int64_t, int64_t, int64_t, const float*, const uint8_t*, float*, float*))
-FXA_KERNEL(void, pruning_gram, (const GreedyScratch&, int64_t, int64_t, int64_t, int64_t))
-FXA_KERNEL(void, pruning_greedy, (const GreedyParams&, int64_t, const GreedyScratch&, float*))
+FXA_CPU_KERNEL(void, pruning_select, (const SelectParams&, int64_t, uint32_t*, uint8_t*))
+FXA_CPU_KERNEL(void, pruning_quantile, (const QuantileParams&, int64_t, uint32_t*, uint8_t*))
+FXA_CPU_KERNEL(void, pruning_gather, (const GatherParams&, int64_t, int64_t))
+FXA_CPU_KERNEL(void, pruning_merge, (const MergeParams&, const int32_t*, const int32_t*, int64_t, int64_t))
+FXA_CPU_KERNEL(void, pruning_pack, (const void*, DType, const int32_t*, int64_t, int64_t, float*, uint8_t*))
+FXA_CPU_KERNEL(void, pruning_match,
+               (const MatchParams&, int64_t, int64_t, int64_t, int64_t, const float*, const uint8_t*, float*, float*))
+FXA_CPU_KERNEL(void, pruning_gram, (const GreedyScratch&, int64_t, int64_t, int64_t, int64_t))
+FXA_CPU_KERNEL(void, pruning_greedy, (const GreedyParams&, int64_t, const GreedyScratch&, float*))
 
 namespace pruning {
 namespace {

@@ -73,7 +73,7 @@ void pruning_pack(const void* x, DType dtype, const int32_t* index, int64_t rows
   pack_panel(static_cast<const f16_t*>(x), index, rows, channels, panel, finite);
 }
 
-// Depth after which a partial sum is put away, so that both panels' share of it stays in the first-level cache.
+// Depth after which a partial sum is stored, so that both panels' share of it stays in the first-level cache.
 static constexpr int64_t kDepth = 64;
 
 // All products of two panels: out[i * ld + j] = <row i of a, row j of b>.

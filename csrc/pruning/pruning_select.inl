@@ -23,38 +23,38 @@ struct Cut {
 
 enum State : uint8_t { kDropped = 0, kKept = 1, kCandidate = 2 };
 
-// Where the best `wanted` (> 0) of the candidates end: a radix search from the top byte down.
-static Cut cut_at(const uint32_t* keys, const uint8_t* state, int64_t n, int64_t wanted) {
+// Where the best `needed` (> 0) of the candidates end: a radix search from the top byte down.
+static Cut cut_at(const uint32_t* keys, const uint8_t* state, int64_t n, int64_t needed) {
   uint32_t prefix = 0, mask = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     int32_t counts[256] = {};
     for (int64_t i = 0; i < n; ++i)
       if (state[i] == kCandidate && (keys[i] & mask) == prefix) ++counts[keys[i] >> shift & 255u];
     int digit = 255;
-    for (; counts[digit] < wanted; --digit) wanted -= counts[digit];
+    for (; counts[digit] < needed; --digit) needed -= counts[digit];
     prefix |= static_cast<uint32_t>(digit) << shift;
     mask |= 255u << shift;
   }
-  return {prefix, wanted};
+  return {prefix, needed};
 }
 
 // One sequence. `keys` and `state` are scratch for its tokens.
 void pruning_select(const SelectParams& p, int64_t b, uint32_t* keys, uint8_t* state) {
   const int64_t begin = p.cu[b], n = p.cu[b + 1] - begin;
-  int64_t wanted = p.cu_keep[b + 1] - p.cu_keep[b];
+  int64_t needed = p.cu_keep[b + 1] - p.cu_keep[b];
   int64_t guarded = 0;
   for (int64_t i = 0; i < n; ++i) {
     keys[i] = order_key(p.scores[begin + i]);
     state[i] = p.protected_tokens != nullptr && p.protected_tokens[begin + i] ? kCandidate : kDropped;
     guarded += state[i] == kCandidate;
   }
-  if (wanted >= guarded) {
+  if (needed >= guarded) {
     // Every protected token stays; the others compete for the rest.
     for (int64_t i = 0; i < n; ++i) state[i] = state[i] == kCandidate ? kKept : kCandidate;
-    wanted -= guarded;
+    needed -= guarded;
   }
   Cut cut{0xffffffffu, 0};
-  if (wanted > 0) cut = cut_at(keys, state, n, wanted);
+  if (needed > 0) cut = cut_at(keys, state, n, needed);
   int32_t place = p.cu_keep[b];
   for (int64_t i = 0; i < n; ++i) {
     bool keep = state[i] == kKept;

@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_op(const Tensor& scores, const
   p.scores = vector_of<float>(scores, "scores", ScalarType::Float, total);
   p.cu = offsets_of(cu_seqlens, "cu_seqlens", total);
   p.protected_tokens = vector_of<uint8_t>(protected_tokens, "protected", ScalarType::Bool, total);
-  const int32_t* wanted = vector_of<int32_t>(counts, "counts", ScalarType::Int, batch);
+  const int32_t* needed = vector_of<int32_t>(counts, "counts", ScalarType::Int, batch);
   check_count(capacity, "capacity");
   if (x.has_value()) {
     check_matrix(*x);
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_op(const Tensor& scores, const
   int64_t sum = 0;
   offsets[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t n = p.cu[b + 1] - p.cu[b], k = wanted[b] < 0 ? 0 : (wanted[b] < n ? wanted[b] : n);
+    const int64_t n = p.cu[b + 1] - p.cu[b], k = needed[b] < 0 ? 0 : (needed[b] < n ? needed[b] : n);
     sum = sum + k < capacity ? sum + k : capacity;
     offsets[b + 1] = static_cast<int32_t>(sum);
   }

@@ -60,7 +60,7 @@ select_kernel(FXA_PARAMS pruning::SelectCuda p) {
 
   const int begin = load_global(s.cu + b), n = load_global(s.cu + b + 1) - begin;
   const int first = load_global(s.cu_keep + b);
-  int wanted = load_global(s.cu_keep + b + 1) - first;
+  int needed = load_global(s.cu_keep + b + 1) - first;
 
   const auto guarded = [&](int i) {
     return s.protected_tokens != nullptr && load_global(s.protected_tokens + begin + i) != 0;
@@ -81,8 +81,8 @@ select_kernel(FXA_PARAMS pruning::SelectCuda p) {
     sync_threads();
     guards = 0;
     for (int w = 0; w < kWarps; ++w) guards += totals.load(w);
-    keep_guarded = wanted >= guards;
-    if (keep_guarded) wanted -= guards;
+    keep_guarded = needed >= guards;
+    if (keep_guarded) needed -= guards;
     sync_threads();
   }
   const auto competes = [&](int i) { return s.protected_tokens == nullptr || guarded(i) != keep_guarded; };
@@ -90,7 +90,7 @@ select_kernel(FXA_PARAMS pruning::SelectCuda p) {
   // The key of the last token taken, and how many tokens with exactly this key are: digit by digit from the top.
   uint32_t cut = 0xffffffffu, mask = 0;
   int equals = 0;
-  if (wanted > 0) {
+  if (needed > 0) {
     cut = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
       histogram.store(t, 0);
@@ -110,16 +110,16 @@ select_kernel(FXA_PARAMS pruning::SelectCuda p) {
       if (lane == 31) totals.store(warp, above);
       sync_threads();
       for (int w = 0; w < warp; ++w) above += totals.load(w);
-      if (above >= wanted && above - here < wanted) {
+      if (above >= needed && above - here < needed) {
         chosen.store(0, 255 - t);
-        chosen.store(1, wanted - (above - here));
+        chosen.store(1, needed - (above - here));
       }
       sync_threads();
       cut |= static_cast<uint32_t>(chosen.load(0)) << shift;
       mask |= 255u << shift;
-      wanted = chosen.load(1);
+      needed = chosen.load(1);
     }
-    equals = wanted;
+    equals = needed;
   }
 
   int sure_before = 0, equal_before = 0;  // tokens above the cut, and at it, in earlier rounds

@@ -8,7 +8,7 @@
 
 namespace fastxattn {
 
-FXA_KERNEL(void, retrieval_chunk, (const RetrievalParams&, int64_t, int64_t, float*, int64_t*, char*))
+FXA_CPU_KERNEL(void, retrieval_chunk, (const RetrievalParams&, int64_t, int64_t, float*, int64_t*, char*))
 
 namespace {
 

@@ -127,22 +127,22 @@ std::vector<Result> run(const Case& c, DType dtype, Isa isa) {
 }
 
 // Whether two results agree; a 16-bit weight or result may round the other way, once per product.
-bool agree(const Case& c, const Result& ours, const Result& theirs, DType dtype) {
+bool agree(const Case& c, const Result& neon, const Result& generic, DType dtype) {
   const float tolerance = dtype == DType::f32 ? 3e-5f : dtype == DType::f16 ? 5e-3f : 4e-2f;
   float most = 0.0f, worst = 0.0f;
-  const int64_t n = static_cast<int64_t>(ours.bytes.size()) / dtype_size(ours.dtype);
+  const int64_t n = static_cast<int64_t>(neon.bytes.size()) / dtype_size(neon.dtype);
   for (int64_t i = 0; i < n; ++i) {
-    const float a = number(ours.bytes, i, ours.dtype), b = number(theirs.bytes, i, ours.dtype);
+    const float a = number(neon.bytes, i, neon.dtype), b = number(generic.bytes, i, neon.dtype);
     if (!std::isfinite(a) || !std::isfinite(b)) {
       if (a == b) continue;
-      std::printf("%s %s[%ld]: neon %g, generic %g\n", c.name, ours.name, static_cast<long>(i), a, b);
+      std::printf("%s %s[%ld]: neon %g, generic %g\n", c.name, neon.name, static_cast<long>(i), a, b);
       return false;
     }
     most = std::fmax(most, std::fabs(b));
     worst = std::fmax(worst, std::fabs(a - b));
   }
   if (worst <= tolerance * (1.0f + most)) return true;
-  std::printf("%s %s, dtype %d: off by %g beside %g\n", c.name, ours.name, static_cast<int>(dtype), worst, most);
+  std::printf("%s %s, dtype %d: off by %g beside %g\n", c.name, neon.name, static_cast<int>(dtype), worst, most);
   return false;
 }
 
@@ -165,8 +165,8 @@ int main() {
   int faults = 0;
   for (const Case& c : cases) {
     for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-      const auto ours = run(c, dtype, Isa::neon), theirs = run(c, dtype, Isa::generic);
-      for (size_t i = 0; i < ours.size(); ++i) faults += !agree(c, ours[i], theirs[i], dtype);
+      const auto neon = run(c, dtype, Isa::neon), generic = run(c, dtype, Isa::generic);
+      for (size_t i = 0; i < neon.size(); ++i) faults += !agree(c, neon[i], generic[i], dtype);
     }
   }
   if (faults == 0) std::printf("neon agrees with generic\n");

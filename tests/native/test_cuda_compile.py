@@ -88,9 +88,9 @@ def test_attention_for_hopper_compiles_and_passes_the_gates(compiler: ModuleType
     assert plain[64].time_share > 0.5 and plain[128].time_share > 0.6
 
 
-@pytest.mark.parametrize("op", ["pruning", "late_interaction", "contrastive"])
-def test_other_kernels_compile_and_pass_the_gates(compiler: ModuleType, op: str, tmp_path: Path) -> None:
-    rows = compiler.rows_of(ROOT / f"csrc/{op}/{op}_sm80.cu", "sm_80", tmp_path)
+@pytest.mark.parametrize("operation", ["pruning", "late_interaction", "contrastive"])
+def test_other_kernels_compile_and_pass_the_gates(compiler: ModuleType, operation: str, tmp_path: Path) -> None:
+    rows = compiler.rows_of(ROOT / f"csrc/{operation}/{operation}_sm80.cu", "sm_80", tmp_path)
     assert len(rows) >= 3
     for row in rows:
         assert not row.faults(), f"{row}: {row.faults()}"
@@ -121,16 +121,16 @@ def test_every_row_of_the_table_passes_the_gates(offline: ModuleType) -> None:
 def test_the_table_has_every_attention_kernel(offline: ModuleType) -> None:
     """By head dim and options, for every architecture of the library."""
     found = Counter((row.kernel, row.dtype, row.arch) for row in table(offline) if row.kernel.startswith("attention"))
-    wanted: Counter[tuple[str, str, str]] = Counter()
+    expected: Counter[tuple[str, str, str]] = Counter()
     for arch in (f"sm_{a}" for a in CUDA_ARCHS):
         for dtype, dims in (("f16_t", 4), ("bf16_t", 4), ("float", 3)):
-            wanted["attention_merge", dtype, arch] = 1
+            expected["attention_merge", dtype, arch] = 1
             for kernel in ("forward", "backward_query", "backward_key"):
-                wanted[f"attention_{kernel}", dtype, arch] = dims * 2
+                expected[f"attention_{kernel}", dtype, arch] = dims * 2
             if dtype != "float":
-                wanted["attention_delta", dtype, arch] = 1
-                wanted["attention_forward_wgmma", dtype, arch] = 4 if arch == "sm_90a" else 0
-    assert found == wanted, (found - wanted, wanted - found)
+                expected["attention_delta", dtype, arch] = 1
+                expected["attention_forward_wgmma", dtype, arch] = 4 if arch == "sm_90a" else 0
+    assert found == expected, (found - expected, expected - found)
 
 
 def test_the_gates_catch_what_they_are_for(offline: ModuleType) -> None:

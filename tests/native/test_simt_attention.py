@@ -56,13 +56,13 @@ def test_nan_stays_with_those_who_see_it(simt: Simt, dtype: torch.dtype) -> None
     value[40, 0, 5] = torch.nan
     query[20, 1] = torch.nan
     soiled = problem.replace(value=value, query=query)
-    ours = contract.results(runs_on(simt), soiled)
+    found = contract.results(runs_on(simt), soiled)
     oracle = contract.results(contract.run_reference, contract.in_float64(soiled))
     clean = contract.results(runs_on(simt), problem)
-    for name, t in ours.items():
+    for name, t in found.items():
         assert torch.equal(t.isnan(), oracle[name].isnan()), name
-    assert ours["out"][40:70, :, 5].isnan().all() and ours["out"][21:40].isfinite().all()
-    assert torch.equal(ours["out"][:20], clean["out"][:20])
+    assert found["out"][40:70, :, 5].isnan().all() and found["out"][21:40].isfinite().all()
+    assert torch.equal(found["out"][:20], clean["out"][:20])
 
 
 @pytest.mark.parametrize("name", ["ragged", "range_gqa", "dims_3_17", "causal"])

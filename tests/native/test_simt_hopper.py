@@ -11,7 +11,7 @@ ORDERS = (0, 1, 2, 3)
 
 
 def rows_problem(dtype: str, depth: int = 160) -> dict[str, np.ndarray]:
-    """A (50, 1, depth) and B (64, 1, depth) for C = A B^T: rows and columns beyond the edge are read as zeros."""
+    """A (50, 1, depth) and B (64, 1, depth) for C = A B^T: rows and columns past the last are read as zeros."""
     rng = np.random.default_rng(0)
     a, b = (cases.as_dtype(rng.standard_normal((n, 1, depth)), dtype) for n in (50, 64))
     return {"a": a, "b": b, "c": np.empty((64, 64), dtype=np.float32)}

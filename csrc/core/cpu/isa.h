@@ -36,18 +36,18 @@ bool force_isa(const char* name);
 #endif
 
 // Declares a kernel in the namespace of every instruction set, and `<name>_for(isa)`, a pointer to that set's. For use
-// in namespace fastxattn: FXA_KERNEL(void, attention_merge, (const AttentionParams&, const ForwardMerge&, float*))
-#define FXA_KERNEL(result, name, parameters)                \
-  FXA_ISAS(FXA_DECLARE_KERNEL, result, name, parameters)    \
-  static auto name##_for(Isa isa) -> result(*) parameters { \
-    switch (isa) {                                          \
-      FXA_ISAS(FXA_CASE_KERNEL, name)                       \
-      default: return &generic::name;                       \
-    }                                                       \
+// in namespace fastxattn: FXA_CPU_KERNEL(void, attention_merge, (const AttentionParams&, const ForwardMerge&, float*))
+#define FXA_CPU_KERNEL(result, name, parameters)             \
+  FXA_ISAS(FXA_DECLARE_CPU_KERNEL, result, name, parameters) \
+  static auto name##_for(Isa isa) -> result(*) parameters {  \
+    switch (isa) {                                           \
+      FXA_ISAS(FXA_CASE_CPU_KERNEL, name)                    \
+      default: return &generic::name;                        \
+    }                                                        \
   }
-#define FXA_DECLARE_KERNEL(isa, result, name, parameters) \
-  namespace isa {                                         \
-  result name parameters;                                 \
+#define FXA_DECLARE_CPU_KERNEL(isa, result, name, parameters) \
+  namespace isa {                                             \
+  result name parameters;                                     \
   }
-#define FXA_CASE_KERNEL(isa, name) \
+#define FXA_CASE_CPU_KERNEL(isa, name) \
   case Isa::isa: return &isa::name;

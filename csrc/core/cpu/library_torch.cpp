@@ -21,7 +21,7 @@ FXA_EXPORT const char* fastxattn_cpu_isas() {
 }
 
 namespace fastxattn {
-FXA_KERNEL(double, peak_products, (bool bf16, int64_t repeats, float* scratch))
+FXA_CPU_KERNEL(double, peak_products, (bool bf16, int64_t repeats, float* scratch))
 }  // namespace fastxattn
 
 // Single-thread GFLOP/s of the matrix-product micro-kernel on cached data: the best of some 30 ms of trying.

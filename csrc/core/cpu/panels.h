@@ -10,7 +10,7 @@
 namespace fastxattn::FXA_ISA {
 
 inline constexpr int64_t kStrip = 64;
-// Depth after which a partial sum is put away: keeps a strip in L1 and the rounding error of long dots low.
+// Depth after which a partial sum is stored: keeps a strip in L1 and the rounding error of long dots low.
 inline constexpr int64_t kDepthChunk = 128;
 
 FXA_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

@@ -6,7 +6,7 @@
 //
 // How to write a kernel (<op>.cuh):
 //   template <class T>
-//   FXA_KERNEL(128, 2) scale_kernel(FXA_PARAMS ScaleParams p) {       // threads per block, blocks per SM wanted
+//   FXA_KERNEL(128, 2) scale_kernel(FXA_PARAMS ScaleParams p) {       // threads per block, least blocks per SM
 //     gpu::Shared<float> tile = gpu::shared_memory<float>(0);         // at a byte offset of dynamic shared memory
 //     const int i = gpu::block_index() * 128 + gpu::thread_index();
 //     tile.store(gpu::thread_index(), i < p.n ? gpu::load_global(p.x + i) : 0.0f);

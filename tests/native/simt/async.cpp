@@ -19,7 +19,7 @@ size_t Runner::find_mbarrier(uint32_t offset, const char* what) {
 }
 
 void Runner::mbarrier_init(uint32_t offset, int arrivals) {
-  if (mbarriers_.size() == kMostMbarriers) fault("more mbarriers than the runner has room for");
+  if (mbarriers_.size() == kMostMbarriers) fault("more mbarriers than the runner has");
   if (arrivals < 1 || arrivals >= 1 << 20) fault("an mbarrier waits for 1..2^20 - 1 arrivals");
   shared_store(offset, 8, nullptr);
   for (uint32_t c = offset / kCellBytes; c < (offset + 8) / kCellBytes; ++c) cells_[c].mbarrier = true;

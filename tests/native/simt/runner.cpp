@@ -288,23 +288,23 @@ void Runner::order_warp() {
   meet(lanes);
 }
 
-int Runner::barrier(const char* name, int id, int wanted, bool value) {
+int Runner::barrier(const char* name, int id, int needed, bool value) {
   const auto me = static_cast<size_t>(thread_);
   if (id < 0 || id > 15) fault("barrier number must be in 0..15, got " + std::to_string(id));
-  if (wanted <= 0 || wanted > launch_.threads || wanted % 32 != 0) {
-    fault("a barrier waits for whole warps of the block, got " + std::to_string(wanted) + " threads");
+  if (needed <= 0 || needed > launch_.threads || needed % 32 != 0) {
+    fault("a barrier waits for whole warps of the block, got " + std::to_string(needed) + " threads");
   }
   Barrier& b = barriers_[id];
-  if (b.arrived != 0 && (b.wanted != wanted || std::strcmp(b.name, name) != 0)) {
+  if (b.arrived != 0 && (b.needed != needed || std::strcmp(b.name, name) != 0)) {
     fault(std::string("divergent barrier: it came to ") + name + " while others wait at " + b.name);
   }
   Thread& t = threads_[me];
   b.name = name;
-  b.wanted = wanted;
+  b.needed = needed;
   b.count += value ? 1 : 0;
   t.where = name;
   b.waiting.push_back(thread_);
-  if (++b.arrived < wanted) {
+  if (++b.arrived < needed) {
     t.state = Thread::at_barrier;
     yield();
     return barriers_[id].result;

@@ -134,7 +134,7 @@ struct BulkCopy {  // by the TMA unit, in flight
 
 struct Barrier {
   const char* name = nullptr;
-  int wanted = 0;
+  int needed = 0;
   int arrived = 0;
   int count = 0;  // threads that brought true
   int result = 0;
