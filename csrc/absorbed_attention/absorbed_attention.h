@@ -82,6 +82,6 @@ struct ContextSpan {
 
 void absorbed_attention_forward(const AbsorbedAttentionParams& params, const Parallel& parallel);
 void absorbed_attention_backward(const AbsorbedAttentionParams& params, const AbsorbedAttentionGrads& grads,
-                                const Parallel& parallel);
+                                 const Parallel& parallel);
 
 }  // namespace fastxattn

@@ -208,18 +208,18 @@ void context_row_deltas(const AbsorbedAttentionParams& p, const AbsorbedAttentio
     case DType::f16: return row_deltas<f16_t>(p, g, first, count, delta);
   }
 }
-void context_backward_panel(const AbsorbedAttentionParams& p, const AbsorbedAttentionGrads& g, const ContextPanel& panel,
-                            int64_t first, const float* delta, const ContextSpan& span, float* sums,
-                            uint32_t* scratch) {
+void context_backward_panel(const AbsorbedAttentionParams& p, const AbsorbedAttentionGrads& g,
+                            const ContextPanel& panel, int64_t first, const float* delta, const ContextSpan& span,
+                            float* sums, uint32_t* scratch) {
   switch (p.dtype) {
     case DType::f32: return backward_panel<float>(p, g, panel, first, delta, span, sums, scratch);
     case DType::bf16: return backward_panel<bf16_t>(p, g, panel, first, delta, span, sums, scratch);
     case DType::f16: return backward_panel<f16_t>(p, g, panel, first, delta, span, sums, scratch);
   }
 }
-void context_backward_keys(const AbsorbedAttentionParams& p, const AbsorbedAttentionGrads& g, const ContextPanel* panels,
-                           const ContextSpan* spans, int64_t panel_count, int64_t key_row, int64_t place, int64_t count,
-                           int64_t offset, uint32_t* scratch) {
+void context_backward_keys(const AbsorbedAttentionParams& p, const AbsorbedAttentionGrads& g,
+                           const ContextPanel* panels, const ContextSpan* spans, int64_t panel_count, int64_t key_row,
+                           int64_t place, int64_t count, int64_t offset, uint32_t* scratch) {
   switch (p.dtype) {
     case DType::f32:
       return backward_keys<float>(p, g, panels, spans, panel_count, key_row, place, count, offset, scratch);

@@ -136,7 +136,8 @@ static void merge_parts(const AbsorbedAttentionParams& p, const ContextPanel& pa
   write_result<T>(p, panel, parts, parts + statistics, parts + statistics + kContextLanes);
 }
 
-void context_forward_panel(const AbsorbedAttentionParams& p, const ContextPanel& panel, uint32_t* scratch, float* part) {
+void context_forward_panel(const AbsorbedAttentionParams& p, const ContextPanel& panel, uint32_t* scratch,
+                           float* part) {
   switch (p.dtype) {
     case DType::f32: return forward_panel<float>(p, panel, scratch, part);
     case DType::bf16: return forward_panel<bf16_t>(p, panel, scratch, part);

@@ -1,6 +1,6 @@
 // torch.ops.fastxattn.absorbed_attention_cpu and its backward: checks what memory safety needs, then calls the core.
-#include "bindings/torch_glue.h"
 #include "absorbed_attention/absorbed_attention.h"
+#include "bindings/torch_glue.h"
 
 namespace fastxattn {
 namespace {
@@ -21,8 +21,8 @@ void check_offsets(const Tensor& offsets, int64_t rows, const char* name) {
 }
 
 AbsorbedAttentionParams problem(const Tensor& query, const Tensor& context, const Tensor& cu_q, const Tensor& cu_k,
-                               const OptionalTensor& kv_range, const OptionalTensor& key_bias, double scale,
-                               const Tensor& out, const Tensor& lse, const Tensor& softmax) {
+                                const OptionalTensor& kv_range, const OptionalTensor& key_bias, double scale,
+                                const Tensor& out, const Tensor& lse, const Tensor& softmax) {
   check_dims(query, context);
   STD_TORCH_CHECK(query.scalar_type() == context.scalar_type(), "fastxattn: query and context must have one dtype");
   STD_TORCH_CHECK(context.is_contiguous() && (query.size(2) <= 1 || query.stride(2) == 1),
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> op_forward(Tensor query, Tensor context, Tens
   Tensor lse = empty_cpu({query.size(1), query.size(0)}, ScalarType::Float);
   Tensor softmax = empty_cpu({2, query.size(1), query.size(0)}, ScalarType::Float);
   absorbed_attention_forward(problem(query, context, cu_q, cu_k, kv_range, key_bias, scale, out, lse, softmax),
-                            torch_parallel());
+                             torch_parallel());
   return {out, lse, softmax};
 }
 

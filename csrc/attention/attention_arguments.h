@@ -13,10 +13,11 @@
 namespace fastxattn {
 
 // The arguments that attention and importance share, in the order of their operators: X(presence, kind, name).
-#define FXA_ATTENTION_SLOTS(X)                                                                                         \
-  X(required, i32, cu_seqlens_q)                                                                                       \
-  X(required, i32, cu_seqlens_k) X(optional, i32, seqused_q) X(optional, i32, seqused_k) X(optional, i32, query_index) \
-      X(optional, i32, key_index) X(optional, i32, kv_range) X(optional, f32, key_bias)
+#define FXA_ATTENTION_SLOTS(X)                                                                                      \
+  X(required, i32, cu_seqlens_q)                                                                                    \
+  X(required, i32, cu_seqlens_k)                                                                                    \
+  X(optional, i32, seqused_q) X(optional, i32, seqused_k) X(optional, i32, query_index) X(optional, i32, key_index) \
+      X(optional, i32, kv_range) X(optional, f32, key_bias)
 // Their numbers, with the value of an absent one: X(name, default).
 #define FXA_ATTENTION_NUMBERS(X) X(scale, NAN) X(softcap, 0.0)
 
@@ -49,13 +50,6 @@ inline const int32_t* read_ints(const View& view, int rank = 1) {
   require(view.rank == rank, view.name, " must have ", rank, rank == 1 ? " axis" : " axes", "; got shape ", view);
   require(view.contiguous(), view.name, " must be contiguous");
   return view.as<int32_t>();
-}
-
-inline float read_number(const char* name, double number, double least) {
-  const float narrow = static_cast<float>(number);
-  require(std::isfinite(narrow) && number >= least, name, " must be finite", least < 0 ? "" : " and at least 0",
-          "; got ", number);
-  return narrow;
 }
 
 inline void read_slots(const AttentionArguments& a, AttentionParams& p) {
@@ -130,7 +124,7 @@ inline AttentionParams read_attention(const AttentionArguments& a) {
           " and ", p.value_dim);
   read_slots(a, p);
   read_biases(a, p);
-  p.scale = read_number("scale", a.scale, -INFINITY);
+  p.scale = read_number("scale", a.scale);
   p.softcap = read_number("softcap", a.softcap, 0.0);
   p.dropout_p = read_number("dropout_p", a.dropout_p, 0.0);
   require(a.dropout_p < 1.0, "dropout_p must be less than 1; got ", a.dropout_p);

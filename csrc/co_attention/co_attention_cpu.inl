@@ -27,7 +27,7 @@ size_t co_attention_scratch(const CoAttentionParams& p, const CoAttentionItem& i
 }
 
 void co_attention_forward_item(const CoAttentionParams& p, const CoAttentionItem& item, float* workspace,
-                                void* scratch) {
+                               void* scratch) {
   by_dtype(p.dtype,
            [&]<class T>(T*) { co_attention_forward_item<T>(p, item, workspace, Arena{static_cast<char*>(scratch)}); });
 }
@@ -37,14 +37,14 @@ void co_attention_forward_merge(const CoAttentionParams& p, const CoAttentionMer
 }
 
 void co_attention_backward_item(const CoAttentionParams& p, const CoAttentionItem& item, bool sums_only,
-                                 float* workspace, void* scratch) {
+                                float* workspace, void* scratch) {
   by_dtype(p.dtype, [&]<class T>(T*) {
     co_attention_backward_item<T>(p, item, sums_only, workspace, Arena{static_cast<char*>(scratch)});
   });
 }
 
 void co_attention_backward_merge(const CoAttentionParams& p, const CoAttentionMerge& merge, bool sums_only,
-                                  float* workspace) {
+                                 float* workspace) {
   by_dtype(p.dtype,
            [&]<class T>(T*) { finish_key_gradients<T>(p, merge, workspace + merge.first.partial, sums_only); });
 }

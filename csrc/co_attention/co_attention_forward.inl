@@ -153,7 +153,7 @@ static void finish_lanes(const CoAttentionParams& p, const CoAttentionItem& item
 
 template <class T>
 static void co_attention_forward_item(const CoAttentionParams& p, const CoAttentionItem& item, float* workspace,
-                                       Arena arena) {
+                                      Arena arena) {
   using E = Element<T>;
   constexpr int64_t P = Operand<T>::kPair;
   const CoAttentionForward<T> s(p, item, arena);

@@ -68,8 +68,8 @@ static void bias_of(const CoAttentionSide& side, int64_t first, int64_t n, int64
 
 // Calls f(key, lane offset, keep mask) for every vector of lanes of a tile: the mask of lanes that read keys.
 template <class F>
-FXA_INLINE void for_lanes_kept(const CoAttentionParams& p, uint64_t seed, int64_t head, int64_t lane_row,
-                               int64_t width, int64_t key_slot, int64_t keys, F&& f) {
+FXA_INLINE void for_lanes_kept(const CoAttentionParams& p, uint64_t seed, int64_t head, int64_t lane_row, int64_t width,
+                               int64_t key_slot, int64_t keys, F&& f) {
   for (int64_t i = 0; i < width; i += W) {
     vu row;
     for (int k = 0; k < W; ++k) row[k] = static_cast<uint32_t>(lane_row + i + k);

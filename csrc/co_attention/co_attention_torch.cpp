@@ -2,8 +2,8 @@
 #include <cstring>
 #include <tuple>
 
-#include "co_attention/co_attention.h"
 #include "bindings/torch_glue.h"
+#include "co_attention/co_attention.h"
 
 namespace fastxattn {
 namespace {
@@ -38,9 +38,9 @@ void fill_side(CoAttentionSide& s, const Tensor& query, const Tensor& value, con
 }
 
 CoAttentionParams make_params(const Tensor& query_a, const Tensor& query_b, const Tensor& value_a,
-                                const Tensor& value_b, const Tensor& cu_a, const Tensor& cu_b,
-                                const OptionalTensor& bias_a, const OptionalTensor& bias_b, double scale,
-                                double softcap, double dropout_p, const OptionalTensor& seed) {
+                              const Tensor& value_b, const Tensor& cu_a, const Tensor& cu_b,
+                              const OptionalTensor& bias_a, const OptionalTensor& bias_b, double scale, double softcap,
+                              double dropout_p, const OptionalTensor& seed) {
   CoAttentionParams p;
   p.dtype = dtype_of(query_a, "query_a");
   FXA_CHECK(query_a.dim() == 3, "query_a must have 3 dimensions");
@@ -54,9 +54,11 @@ CoAttentionParams make_params(const Tensor& query_a, const Tensor& query_b, cons
   fill_side(p.side[1], query_b, value_b, cu_b, bias_b, p.heads);
   FXA_CHECK(cu_a.size(0) == cu_b.size(0), "cu_seqlens_a and cu_seqlens_b must have the same length");
   p.batch = cu_a.size(0) - 1;
-  p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
-  p.dropout_p = static_cast<float>(dropout_p);
-  FXA_CHECK(p.dropout_p >= 0.0f && p.dropout_p <= 1.0f, "dropout_p must be in 0..1, got ", dropout_p);
+  reading("co_attention", [&] {
+    p.scale = read_number("scale", scale), p.softcap = read_number("softcap", softcap, 0.0);
+    p.dropout_p = read_number("dropout_p", dropout_p, 0.0);
+    require(dropout_p < 1.0, "dropout_p must be less than 1; got ", dropout_p);
+  });
   if (p.dropout_p > 0.0f) {
     FXA_CHECK(seed.has_value() && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 2 &&
                   seed->is_contiguous(),
@@ -71,9 +73,9 @@ CoAttentionParams make_params(const Tensor& query_a, const Tensor& query_b, cons
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> co_attention(Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b,
-                                                         Tensor cu_a, Tensor cu_b, OptionalTensor bias_a,
-                                                         OptionalTensor bias_b, double scale, double softcap,
-                                                         double dropout_p, OptionalTensor seed) {
+                                                        Tensor cu_a, Tensor cu_b, OptionalTensor bias_a,
+                                                        OptionalTensor bias_b, double scale, double softcap,
+                                                        double dropout_p, OptionalTensor seed) {
   CoAttentionParams p =
       make_params(query_a, query_b, value_a, value_b, cu_a, cu_b, bias_a, bias_b, scale, softcap, dropout_p, seed);
   Tensor out[2], lse[2];

@@ -1,6 +1,7 @@
 // An operator's tensor arguments as any framework passes them, and the error that refuses them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <ostream>
 #include <sstream>
@@ -89,6 +90,14 @@ struct View {
     return out << ")";
   }
 };
+
+// A number as kernels take it, in float32: finite there, and at least `least`, which is 0 or -infinity.
+inline float read_number(const char* name, double number, double least = -INFINITY) {
+  const float narrow = static_cast<float>(number);
+  require(std::isfinite(narrow) && number >= least, name, " must be finite", least < 0 ? "" : " and at least 0",
+          "; got ", number);
+  return narrow;
+}
 
 // The dtype of rows that kernels compute with.
 inline DType dtype_of(const View& view) {
