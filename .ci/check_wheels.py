@@ -49,7 +49,7 @@ def contents(dist: Path) -> tuple[Path, Path]:
         raise SystemExit(f"{wheel.name}: also installs {', '.join(sorted(foreign))}")
     with tarfile.open(sdist) as packed:
         inside = {n.partition("/")[2] for n in packed.getnames()}
-    expected = {"build_native.py", "setup.py", "LICENSE", "csrc/core/cpu/isas.def", "csrc/attention/attention_forward.inl"}
+    expected = {"build_native.py", "setup.py", "LICENSE", "csrc/core/cpu/isas.def", "csrc/attention/attention_cpu.inl"}
     if missing := expected - inside:
         raise SystemExit(f"{sdist.name}: lacks {', '.join(sorted(missing))}")
     if built := [n for n in inside if n.endswith((".so", ".o", ".pyc"))]:

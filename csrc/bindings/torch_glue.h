@@ -58,24 +58,28 @@ inline ElementType element_type(ScalarType type) {
   }
 }
 
-// A tensor that must be on the device of `query`.
-inline View view_of(const Tensor& t, const char* name, const Tensor& query) {
-  View view;
+// Fills in the view of a tensor, which must be on the device of `query`.
+inline void read_view(View& view, const Tensor& t, const char* name, const Tensor& query) {
   view.name = name;
   view.present = true;
-  view.rank = static_cast<int>(t.dim());
-  require(t.is_cpu() == query.is_cpu() && (t.is_cpu() || t.get_device() == query.get_device()), name,
+  const bool cpu = t.is_cpu();
+  require(cpu == query.is_cpu() && (cpu || t.get_device() == query.get_device()), name,
           " must be on the device of query");
+  const auto sizes = t.sizes(), strides = t.strides();
+  view.rank = static_cast<int>(sizes.size());
   require(view.rank <= View::kMaxRank, name, " has too many axes: ", view.rank);
+  for (int i = 0; i < view.rank; ++i) view.size[i] = sizes[i], view.stride[i] = strides[i];
   view.type = element_type(t.scalar_type());
-  for (int i = 0; i < view.rank; ++i) view.size[i] = t.size(i), view.stride[i] = t.stride(i);
   view.data = t.const_data_ptr();
-  return view;
 }
-inline View view_of(const OptionalTensor& t, const char* name, const Tensor& query) {
-  if (t.has_value()) return view_of(*t, name, query);
-  View view;
+inline void read_view(View& view, const OptionalTensor& t, const char* name, const Tensor& query) {
   view.name = name;
+  if (t.has_value()) read_view(view, *t, name, query);
+}
+template <class T>
+View view_of(const T& t, const char* name, const Tensor& query) {
+  View view;
+  read_view(view, t, name, query);
   return view;
 }
 
@@ -99,7 +103,7 @@ auto reading(const char* operation, F&& read) {
 #define FXA_SCHEMA_optional ", Tensor? "
 #define FXA_SCHEMA(presence, kind, name) FXA_SCHEMA_##presence #name
 #define FXA_NUMBER_SCHEMA(name, otherwise) ", float " #name
-#define FXA_READ_VIEW(presence, kind, name) arguments.name = view_of(name, #name, query);
+#define FXA_READ_VIEW(presence, kind, name) read_view(arguments.name, name, #name, query);
 #define FXA_READ_NUMBER(name, otherwise) arguments.name = name;
 
 // An uninitialised contiguous CPU tensor, without the dispatcher: half a microsecond less than new_empty, whose failure
