@@ -96,7 +96,7 @@ def test_what_a_report_prints():
         [Swap(f"layer{i}", "a.b.Attention", "c.Adapter", "one kernel") for i in range(40)],
         [Left(HOSTILE, "a.b.Other", "a hook & more")],
         {HOSTILE: 3},
-        Verification(1e-6, 1e-6, 2e-6, 1.5, 3.0, 2.0, True),
+        Verification(1e-6, 1e-6, 2e-6, 1.5, (1.4, 1.6), 3.0, True),
     )
     assert repr(report) == "Report(40 swapped, 1 unchanged, 1 unknown classes, 1.50x, kept)"
     assert repr(Report(dry_run=True)) == "Report(0 swapped, 0 unchanged, 0 unknown classes, dry run)"

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastxattn.integrations.masks import PackedMask, Visible, recognise
+from fastxattn.integrations import calls
+from fastxattn.integrations.masks import PackedMask, Visible, hides_a_row, recognise
 from fastxattn.nn.projected import ContextKV, KeyValueWeights, attend, cross_attend
 from fastxattn.ops.attention import cross_attention, varlen_cross_attention
 from fastxattn.packed import PackedTokens
@@ -22,19 +23,32 @@ SMALL = 4096
 def worth(query: Tensor, key: Tensor) -> bool:
     """Whether the fastxattn kernel would run this problem (batch, heads, length, dim) faster than torch's.
 
-    An exported graph serves every size, so there the example's is not asked for.
+    An exported graph serves every size, so the example's size does not decide there.
     """
     if torch.compiler.is_exporting():
         return query.shape[-1] <= 256
     if env.default_backend == "reference":
         return True
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16) or query.shape[-1] > 256:
-        return False
-    if query.device.type == "cpu":
-        if native.cpu_library().library is None:
-            return False
-        return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] >= SMALL
-    return query.device.type == "cuda"
+    reason = _why_not(query, key)
+    if reason:
+        calls.note(reason)
+    return not reason
+
+
+def _why_not(query: Tensor, key: Tensor) -> str:
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels take no {query.dtype}"
+    if query.shape[-1] > 256:
+        return "its head_dim is above 256"
+    if query.device.type == "cuda":
+        return ""
+    if query.device.type != "cpu":
+        return f"there is no kernel for device {query.device.type!r}"
+    if native.cpu_library().library is None:
+        return "the CPU library is not installed (see `fastxattn env`)"
+    if query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] < SMALL:
+        return "the problem is too small to gain"
+    return ""
 
 
 def torch_streams(query: Tensor, key: Tensor) -> bool:
@@ -45,7 +59,10 @@ def torch_streams(query: Tensor, key: Tensor) -> bool:
     if query.device.type != "cpu" or query.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
     one = query.shape[2] == 1 and query.shape[1] == key.shape[1]
-    return one and native.narrow_cpu_vectors()
+    faster = one and native.narrow_cpu_vectors()
+    if faster:
+        calls.note("torch's kernel reads keys and values faster for one query per head")
+    return faster
 
 
 def torch_takes_bias(query: Tensor, visible: Visible) -> bool:
@@ -76,11 +93,14 @@ def attend_padded(
     if visible.bias is not None:
         bias = visible.bias if bias is None else bias + visible.bias
     if visible.literal and not softcap:
+        calls.note("only torch's arithmetic averages over rows of finfo.min that differ by head")
         return _torch_attention(query, key, value, bias, scale, dropout_p)
     if bias is not None and torch_takes_bias(query, visible) and not softcap:
+        calls.note("torch's kernel is faster for a dense bias in 16 bits on a GPU")
         empty = (bias == -torch.inf).all(-1, keepdim=True)  # rows that see nothing give 0, there NaN
         out = _torch_attention(query, key, value, bias.masked_fill(empty, 0), scale, dropout_p)
         return out.masked_fill(empty.transpose(1, 2), 0)
+    calls.served()
     if visible.uniform is not None:
         query = query.masked_fill(visible.uniform[:, None, :, None], 0)
     keys, ranges = visible.keys, visible.ranges
@@ -126,6 +146,7 @@ def attend_rows(
 
     Returns (batch, Lq, heads, Dv), or (1, total_q, heads, Dv).
     """
+    calls.served()
     batch, _, length, _ = query.shape
     query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     offsets, longest = query_offsets(mask, batch, length, query.device)
@@ -153,12 +174,17 @@ def query_offsets(mask: PackedMask, batch: int, length: int, device: torch.devic
 
 
 def pack_keys(tokens: Tensor, keys: Tensor | None) -> PackedTokens:
-    """The tokens (batch, length, width) that ``keys`` (batch, length) says are there."""
+    """The tokens (batch, length, width) that ``keys`` (batch, length) marks as valid."""
     return PackedTokens.from_padded(tokens, keys)
 
 
 # torch.nn.MultiheadAttention's output layer has a class of its own, with nothing of its own.
 _PLAIN = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def plain_type(module: nn.Module) -> bool:
+    """Whether the class is ``nn.Linear``'s own: not an adapter's, a parametrised or a quantised one."""
+    return type(module) in _PLAIN
 
 
 def plain_linear(*modules: nn.Module) -> bool:
@@ -167,7 +193,7 @@ def plain_linear(*modules: nn.Module) -> bool:
     Hooks, adapters (LoRA), parametrisations and quantised layers must be called as they are.
     """
     return all(
-        type(m) in _PLAIN
+        plain_type(m)
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         and "forward" not in vars(m)
         for m in modules
@@ -209,7 +235,7 @@ def read(
     dropout_p: float = 0.0,
     values: Tensor | None = None,
 ) -> Tensor | None:
-    """Multi-head attention of projected queries over raw features: only the features that exist are projected.
+    """Multi-head attention of projected queries over raw features: only valid features are projected.
 
     Args:
         query: (batch, Lq, heads * D), projected.
@@ -230,7 +256,7 @@ def read(
         packed = PackedTokens(features[0], mask.cu_seqlens_k, mask.max_seqlen_k)
     else:
         split = query.unflatten(-1, (heads, -1)).transpose(1, 2)
-        if not worth(split, features[:, None]):
+        if not worth(split, features[:, None]) and not (split.shape[-1] <= 256 and hides_a_row(mask)):
             return None
         visible = recognise(mask, batch, length, features.shape[1])
         packed = PackedTokens.from_padded(features, visible.keys)
@@ -242,6 +268,7 @@ def read(
         if visible.uniform is not None:
             query = query.masked_fill(visible.uniform[..., None], 0)
         mask = PackedMask(packed.cu_seqlens, packed.max_seqlen, kv_range=visible.packed_ranges())
+    calls.served()
     offsets, longest = query_offsets(mask, batch, length, query.device)
     rows = query.reshape(batch * length, heads, -1)
     layout = PackedTokens(rows, offsets, longest)

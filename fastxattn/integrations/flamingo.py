@@ -49,7 +49,7 @@ class MaskedCrossAttention(Adapter):
         features = media.flatten(1, 2)
         if may_keep(me, media):
             key, value = once(
-                me, features, lambda t: me.to_kv(t).flatten(0, 1).unflatten(-1, (2, me.heads, -1)).unbind(1)
+                me, [me.to_kv], features, lambda t: me.to_kv(t).flatten(0, 1).unflatten(-1, (2, me.heads, -1)).unbind(1)
             )
             packed = PackedTokens.from_padded(features)
             kv = ContextKV(key, value, packed.cu_seqlens, packed.max_seqlen)

@@ -1,8 +1,8 @@
-"""What an attention mask says, found without keeping its dense form.
+"""The structure of an attention mask, found without keeping its dense form.
 
 Models hand masks around as dense tensors (batch, heads|1, Lq|1, Lk): boolean (True = sees) or additive (0 = sees,
-``finfo.min`` or -inf = does not, anything else is a bias). Nearly all of them say one of two simple things, which
-cost O(tokens) instead of O(Lq Lk): *which keys exist*, and *which interval of the existing keys each query sees*
+``finfo.min`` or -inf = does not, anything else is a bias). Nearly all of them have one of two simple structures, which
+cost O(tokens) instead of O(Lq Lk): *which keys are valid*, and *which interval of the valid keys each query sees*
 (causal, sliding window, the images before a text token, the valid tiles of an image).
 
 Rows without keys: a boolean mask gives zeros. An additive mask means literal arithmetic: ``score + finfo.min`` is the
@@ -66,13 +66,14 @@ class PackedMask:
     """(total_q, 2) int32, as in :func:`fastxattn.varlen_cross_attention`."""
 
 
-_memo: dict[int, tuple[weakref.ref[Tensor], int, tuple[int, ...], Visible]] = {}
+_memo: dict[int, tuple[weakref.ref[Tensor], tuple[int | bool, ...], Tensor, Visible]] = {}
 
 
 def recognise(mask: Tensor | None, batch: int, queries: int, keys: int) -> Visible:
-    """The structure of ``mask`` for (batch, queries, keys); remembered as long as the mask lives unchanged.
+    """The structure of ``mask`` for (batch, queries, keys), shared by all layers that get the same mask.
 
-    A dense mask is read only where that costs no device synchronisation (on the CPU, outside a trace); elsewhere
+    It is found again where the mask's content is another: writes through NumPy or ``.data`` leave no other trace. A
+    dense mask is read only where that costs no device synchronisation (on the CPU, outside a trace); elsewhere
     only masks whose strides show the structure are recognised, and the rest goes as bias.
 
     Raises:
@@ -92,22 +93,34 @@ def recognise(mask: Tensor | None, batch: int, queries: int, keys: int) -> Visib
                 f"attention_mask must broadcast to ({batch}, heads, {queries}, {keys}) on axis {axis}; "
                 f"got {tuple(mask.shape)}"
             )
-    if torch.compiler.is_compiling() or mask.is_inference():
+    if not _readable(mask) or mask.requires_grad:
         return _recognise(mask, batch, queries, keys)
-    problem = (batch, queries, keys)
-    known = _memo.get(id(mask))
-    if known is not None and known[0]() is mask and known[1] == mask._version and known[2] == problem:
+    content = mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in mask.stride())]
+    problem = (batch, queries, keys, torch.is_inference_mode_enabled())
+    name, known = id(mask), _memo.get(id(mask))
+    if known is not None and known[0]() is mask and known[1] == problem and torch.equal(known[2], content):
         return known[3]
-    found = _recognise(mask, batch, queries, keys)
-    name = id(mask)
-    _memo[name] = (weakref.ref(mask, lambda _: _memo.pop(name, None)), mask._version, problem, found)
+    content, found = content.clone(), _recognise(mask, batch, queries, keys)
+    _memo[name] = (weakref.ref(mask, lambda _: _memo.pop(name, None)), problem, content, found)
     return found
+
+
+def hides_a_row(mask: Tensor | None) -> bool:
+    """Whether some query sees no key, where that is cheap to know: such a row gives 0, of any dtype and size."""
+    if mask is None or not _readable(mask):
+        return False
+    return not bool((mask if mask.dtype == torch.bool else mask != -torch.inf).any(-1).all())
+
+
+def _readable(mask: Tensor) -> bool:
+    """Whether reading the mask costs no device synchronisation."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and type(mask) is Tensor
 
 
 def _recognise(mask: Tensor, batch: int, queries: int, keys: int) -> Visible:
     one_row = mask.shape[2] == 1 or mask.stride(2) == 0
     one_head = mask.shape[1] == 1 or mask.stride(1) == 0
-    readable = mask.device.type == "cpu" and not torch.compiler.is_compiling() and type(mask) is Tensor
+    readable = _readable(mask)
     if mask.requires_grad or not one_head or not (readable or (mask.dtype == torch.bool and one_row)):
         return _as_bias(mask, readable)
     small = mask[:, 0, :1] if one_row else mask[:, 0]
@@ -164,7 +177,7 @@ def _as_bias(mask: Tensor, readable: bool) -> Visible:
         raise TypeError(f"attention_mask must be boolean or floating point; got {mask.dtype}")
     floor = max(FLOOR, torch.finfo(mask.dtype).min)
     literal = readable and bool(((mask <= floor) & (mask != -torch.inf)).all(-1).any())
-    # -inf must stay -inf: such a key is hidden.
+    # -inf must stay -inf, which hides the key.
     return Visible(
         bias=mask if literal else torch.where(mask == -torch.inf, mask, mask.clamp(min=floor)), literal=literal
     )

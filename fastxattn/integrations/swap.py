@@ -5,15 +5,26 @@
 ``isinstance`` and ``repr`` stay what they were; what a restore needs is in the class or on the instance, so
 ``deepcopy``, pickling and saving work, and a copy can be restored like the original.
 
-Adapters are found by the exact class of a module, never by a subclass: a subclass may have its own ``forward``.
+Adapters are found by the exact class of a module, never by a subclass: a subclass may have its own ``forward``. Two
+subclasses are known: the one that ``fully_shard`` makes, and one of a transformers model whose adapter replaces no
+method but only chooses the attention function.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import nn
+
+from fastxattn.integrations import calls
+
+OLDEST_TRANSFORMERS = (5, 13)
+"""Before it, transformers passes T5's position bias and the Q-Former's and CLIP's masks in other ways."""
 
 
 class Adapter:
@@ -27,6 +38,8 @@ class Adapter:
     """One line for the report: what the swap changes."""
     exact: ClassVar[bool] = True
     """False: an output that callers may look at changes, and ``accelerate(exact=False)`` is needed."""
+    changes: ClassVar[tuple[str, ...]] = ()
+    """Patterns of the outputs that keep no value (``"text_model_output.*"``), which verification does not compare."""
     is_loss: ClassVar[bool] = False
     """True: swapped only with ``accelerate(loss=True)``."""
 
@@ -44,6 +57,7 @@ class Adapter:
         """Called after a restore; undoes :meth:`swapped`."""
 
 
+_CHOSEN = "_attn_implementation_internal"  # where a configuration of transformers keeps its attention function
 _adapters: dict[str, str | type[Adapter]] = {}
 _classes: dict[tuple[type, type[Adapter]], type] = {}
 
@@ -74,18 +88,31 @@ def register_adapter(original: type[nn.Module] | str, adapter: type[Adapter] | s
 
 
 def adapter_for(module: nn.Module) -> type[Adapter] | None:
-    """The adapter registered for the module's exact class."""
-    cls = type(module)
-    name = class_name(cls)
-    found = _adapters.get(name)
+    """The adapter registered for the module's class."""
+    cls = _unsharded(type(module))
+    found = _registered(class_name(cls))
     if found is None and hasattr(cls, "set_attn_implementation"):
-        name = cls.__module__
-        found = _adapters.get(name)
+        found = _registered(cls.__module__)
+        chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if found is None and chosen != "eager":
+            # A model that someone derived: choosing its attention function replaces no code of the subclass. With
+            # eager attention that code may expect additive masks.
+            found = next((made for base in cls.__mro__ if (made := _registered(base.__module__)) is not None), None)
+    return found
+
+
+def _registered(name: str) -> type[Adapter] | None:
+    found = _adapters.get(name)
     if isinstance(found, str):
         path, _, attribute = found.partition(":")
-        found = getattr(importlib.import_module(path), attribute)
-        _adapters[name] = found
+        found = _adapters[name] = getattr(importlib.import_module(path), attribute)
     return found  # type: ignore[return-value]
+
+
+def _unsharded(cls: type) -> type:
+    """The class of which ``fully_shard`` made ``cls``."""
+    bases = [base.__name__ for base in cls.__bases__]
+    return cls.__bases__[1] if len(bases) == 2 and bases[0] == "FSDPModule" else cls
 
 
 def adapter_of(module: nn.Module) -> type[Adapter] | None:
@@ -97,16 +124,51 @@ def swapped_class(original: type[nn.Module], adapter: type[Adapter]) -> type[nn.
     """The subclass of ``original`` that runs ``adapter``; made once."""
     made = _classes.get((original, adapter))
     if made is None:
-        body: dict[str, Any] = {
-            "__module__": original.__module__,  # repr, saved architectures and class-name policies stay as they were
+        names = {  # repr, saved architectures and class-name policies stay as they were
+            "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
+        }
+        own = getattr(adapter, "forward", None)
+        marked = type(original.__name__, (original,), {**names, "forward": calls.marking(original.forward)})
+        body: dict[str, Any] = {
+            **names,
+            "forward": calls.counted(own) if own else calls.counted(original.forward, calls.NEVER_ASKED),
             "__reduce_ex__": _reduce,
             "_fastxattn_original": original,
             "_fastxattn_adapter": adapter,
         }
-        made = _classes[original, adapter] = type(original.__name__, (adapter, original), body)
+        if hasattr(original, "save_pretrained"):
+            body["save_pretrained"] = _saving_as_original(original.save_pretrained)  # type: ignore[arg-type]
+        base = marked if own else original  # without a forward of its own, an adapter only changes what runs inside
+        made = _classes[original, adapter] = type(original.__name__, (adapter, base), body)
     return made
+
+
+def _saving_as_original(save: Any) -> Any:
+    @functools.wraps(save)
+    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A configuration that asks for attention maps is only valid with the attention that it was made for.
+        with _settings_of_original(self):
+            return save(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+@contextlib.contextmanager
+def _settings_of_original(model: nn.Module) -> Iterator[None]:
+    swapped = [(module, adapter) for module in model.modules() if (adapter := adapter_of(module)) is not None]
+    held = [config for m in model.modules() if (config := getattr(m, "config", None)) is not None]
+    chosen = [(c, vars(c)[_CHOSEN]) for c in held if _CHOSEN in getattr(c, "__dict__", ())]
+    for module, adapter in reversed(swapped):
+        adapter.restored(module)
+    try:
+        yield
+    finally:
+        for module, adapter in swapped:
+            adapter.swapped(module)
+        for config, implementation in chosen:
+            vars(config)[_CHOSEN] = implementation
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -128,7 +190,23 @@ def refusal(module: nn.Module, adapter: type[Adapter], parent: nn.Module | None)
             "its forward is replaced on the instance (a device map or another library's hook): "
             "accelerate the model before adding such hooks"
         )
-    return adapter.refuses(module, parent)
+    return unsupported_transformers(module) or adapter.refuses(module, parent)
+
+
+def unsupported_transformers(module: nn.Module) -> str | None:
+    """Why a module of the installed transformers is not swapped, or None."""
+    if not type(module).__module__.startswith("transformers."):
+        return None
+    import transformers
+
+    found = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    if found >= OLDEST_TRANSFORMERS:
+        return None
+    oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+    return (
+        f"transformers {transformers.__version__} is older than {oldest}, the oldest with the attention interface that "
+        f'these adapters need: pip install "transformers>={oldest}"'
+    )
 
 
 def swap(module: nn.Module, adapter: type[Adapter]) -> None:

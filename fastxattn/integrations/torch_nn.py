@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastxattn.integrations import calls
 from fastxattn.integrations.core import plain_linear, read
 from fastxattn.integrations.swap import Adapter
 from fastxattn.nn.projected import KeyValueWeights
@@ -36,11 +37,11 @@ def weights_are_unused() -> bool:
 class MultiheadAttention(Adapter):
     """For ``torch.nn.MultiheadAttention``; with ``need_weights=True`` (its default) the original runs."""
 
-    does: ClassVar[str] = "attention over valid tokens, which alone are projected"
+    does: ClassVar[str] = "attention over valid tokens, which alone are projected (with need_weights=False)"
 
     @classmethod
     def refuses(cls, module: nn.Module, parent: nn.Module | None) -> str | None:
-        """Leave alone what has extra keys, and heads wider than the kernel's."""
+        """Refuse extra keys, and heads wider than the kernel's."""
         if module.bias_k is not None or module.add_zero_attn:
             return "add_bias_kv and add_zero_attn append keys that are not tokens"
         if module.head_dim > 256:  # type: ignore[operator]
@@ -59,15 +60,28 @@ class MultiheadAttention(Adapter):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As the original's."""
+        reason = self._why_not(query, need_weights and not weights_are_unused(), is_causal and attn_mask is None)
         out = None
-        need_weights = need_weights and not weights_are_unused()
-        if not need_weights and query.dim() == 3 and not query.is_nested and plain_linear(self.out_proj):  # type: ignore[attr-defined]
+        if reason:
+            calls.note(reason)
+        else:
             out = self._attend(query, key, value, key_padding_mask, attn_mask)
         if out is not None:
             return out, None
+        need_weights = need_weights and not weights_are_unused()
         return super().forward(  # type: ignore
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
+
+    def _why_not(self, query: Tensor, weights: bool, refused: bool) -> str:
+        if weights:
+            return "attention weights were requested (need_weights=True, the default of nn.MultiheadAttention)"
+        if query.is_nested or query.dim() != 3:
+            return "nested tensors" if query.is_nested else "an input without a batch axis"
+        if refused:
+            return "is_causal without attn_mask, which torch refuses"
+        plain = plain_linear(self.out_proj)  # type: ignore[attr-defined]
+        return "" if plain else "its out_proj must be called as it is"
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, attn_mask: Tensor | None
@@ -92,8 +106,8 @@ class MultiheadAttention(Adapter):
         )
         if out is None:
             return None
-        out = me.out_proj(out)
-        return out if me.batch_first else out.transpose(0, 1)  # type: ignore
+        # The result of (length, batch, width) is contiguous, as the original's.
+        return me.out_proj(out if me.batch_first else out.transpose(0, 1).contiguous())  # type: ignore[no-any-return]
 
 
 def combined_mask(padding: Tensor | None, attn_mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
@@ -130,6 +144,7 @@ class TransformerEncoderLayer(Adapter):
         """As the original's."""
         me: Any = self
         if src.is_nested or torch.is_grad_enabled() or me.training:
+            calls.note("nested tensors keep the native fast path" if src.is_nested else "")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)  # type: ignore
         if me.norm_first:
             src = src + me._sa_block(me.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)

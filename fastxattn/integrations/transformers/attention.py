@@ -5,18 +5,21 @@ transformers calls it by the names ``query, key, value, attention_mask`` with te
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastxattn.integrations import calls
 from fastxattn.integrations.core import attend_padded, attend_rows, torch_streams, worth
 from fastxattn.integrations.masks import PackedMask, Visible, recognise
 from fastxattn.integrations.transformers.capturing import wants_maps
 from fastxattn.integrations.transformers.masking import IntervalMask
 
 
+@partial(calls.counted, otherwise=calls.of_attention)
 def fastxattn_attention(
     module: nn.Module,
     query: Tensor,

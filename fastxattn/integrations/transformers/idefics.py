@@ -83,7 +83,8 @@ class IdeficsCrossAttention(Adapter):
         dropout = me.dropout if me.training else 0.0
         keep = may_keep(me, states)
         if keep or visible.bias is not None:
-            key, value = once(me, states, lambda x: _project(me, x)) if keep else _project(me, states)
+            layers = [me.k_proj, me.v_proj, *([me.k_layer_norm] if me.qk_layer_norms else [])]
+            key, value = once(me, layers, states, lambda x: _project(me, x)) if keep else _project(me, states)
             out = attend_padded(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
@@ -121,15 +122,16 @@ def _over_visible(module: Any, query: Tensor, states: Tensor, visible: Visible, 
     return out.unflatten(0, (batch, length))  # type: ignore
 
 
-_booleans: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+_booleans: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
 
 def _boolean(mask: Tensor) -> Tensor:
     """The boolean form of an additive mask, one for all layers, so that its structure is looked for once."""
-    if torch.compiler.is_compiling() or mask.is_inference():
-        return mask == 0
+    seen = mask == 0
+    if torch.compiler.is_compiling() or mask.is_inference() or mask.device.type != "cpu":
+        return seen
     name, known = id(mask), _booleans.get(id(mask))
-    if known is None or known[0]() is not mask or known[1] != mask._version:
-        known = (weakref.ref(mask, lambda _: _booleans.pop(name, None)), mask._version, mask == 0)
+    if known is None or known[0]() is not mask or not torch.equal(known[1], seen):
+        known = (weakref.ref(mask, lambda _: _booleans.pop(name, None)), seen)
         _booleans[name] = known
-    return known[2]
+    return known[1]
