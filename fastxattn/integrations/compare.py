@@ -59,8 +59,10 @@ def leaves(value: Any, path: str = "", seen: set[int] | None = None, opaque: boo
     Objects that are no containers (caches) contribute their tensors only.
     """
     seen = set() if seen is None else seen
+    if isinstance(value, Tensor) and value.is_nested:
+        value = list(value.unbind())
     if isinstance(value, Tensor):
-        yield path, value
+        yield path, value if value.layout == torch.strided else value.to_dense()
         return
     if isinstance(value, (bool, int, float, complex, str)):
         if not opaque:
@@ -141,8 +143,6 @@ def _compare_leaf(a: Any, b: Any, ref: Any) -> tuple[str, tuple[float, float, fl
         a, b, ref = (torch.as_tensor(x, dtype=kind) for x, kind in zip((a, b, ref), kinds, strict=True))
     if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype or ref.shape != b.shape:
         return f"is of another kind: {_kind(a)}, not {_kind(b)}", none, 0
-    if b.layout != torch.strided or b.is_nested:
-        a, b, ref = (x.values() if x.is_nested and x.layout == torch.jagged else x.to_dense() for x in (a, b, ref))
     if b.is_complex():
         a, b, ref = torch.view_as_real(a), torch.view_as_real(b), torch.view_as_real(ref)
     if not b.is_floating_point():

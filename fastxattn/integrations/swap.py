@@ -23,8 +23,8 @@ from torch import nn
 
 from fastxattn.integrations import calls
 
-OLDEST_TRANSFORMERS = (5, 13)
-"""Before it, transformers passes T5's position bias and the Q-Former's and CLIP's masks in other ways."""
+OLDEST_TRANSFORMERS = (5, 21)
+"""Before it, transformers passes T5's position bias and the masks of some models in other ways."""
 
 
 class Adapter:
