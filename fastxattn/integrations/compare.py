@@ -101,16 +101,16 @@ class Comparison:
     """Why they do not agree; "" when they do."""
 
 
-def compare(ours: Any, original: Any, reference: Any, changes: tuple[str, ...] = ()) -> Comparison:
+def compare(given: Any, original: Any, reference: Any, changes: tuple[str, ...] = ()) -> Comparison:
     """Compare every leaf of three outputs: integers exactly, floating-point numbers within the error budget.
 
     Args:
-        ours: the output to judge.
+        given: the output to judge.
         original: the output of the model as it was, in the same dtype.
         reference: the same in float64.
         changes: patterns of paths that are not compared.
     """
-    found = [dict(leaves(output)) for output in (ours, original, reference)]
+    found = [dict(leaves(output)) for output in (given, original, reference)]
     names = [name for name in found[1] if not any(fnmatchcase(name, pattern) for pattern in changes)]
     extra = [name for name in found[0] if name not in found[1]]
     worst, values, reason = (0.0, 0.0, 0.0), 0, ""
