@@ -71,12 +71,12 @@ def test_gradcheck_padded_bias():
         assert torch.autograd.gradcheck(lambda q, k, v, b, f=f: f(q, k, v, bias=b), args, fast_mode=True)
 
 
-@pytest.mark.parametrize("wanted", [("query",), ("key",), ("value",), ("key_bias",), ("bias",), ("query", "bias")])
+@pytest.mark.parametrize("names", [("query",), ("key",), ("value",), ("key_bias",), ("bias",), ("query", "bias")])
 @pytest.mark.parametrize("only", ["out", "lse", "both"])
-def test_any_subset_of_gradients(wanted, only):
+def test_any_subset_of_gradients(names, only):
     """Gradients asked for one at a time, of one output at a time, are those of the whole."""
     problem = BY_NAME["everything"].problem(torch.float32)
-    leaves = {name: getattr(problem, name).clone().requires_grad_() for name in wanted}
+    leaves = {name: getattr(problem, name).clone().requires_grad_() for name in names}
     found = []
     for backend in ("reference", "cpu"):
         out, lse = backends.run(backend, problem.replace(**leaves))

@@ -25,7 +25,7 @@ _TYPES = {
 
 
 def node(function: OnnxFunction) -> values.Op:
-    """The operator that ``function`` is the portable body of, to be called where a graph needs its node.
+    """The operator that ``function`` is the portable body of, to be called where its node belongs.
 
     Calling the function itself would make the exporter inline it.
     """

@@ -255,7 +255,7 @@ def AttentionPadded(
     out_padded = op.Transpose(op.Div(op.Add(mixed, poison), divisor), perm=[0, 2, 1, 3])
     lse_padded = op.Transpose(lse_by_head, perm=[0, 2, 1])
 
-    # Back to rows; what absent tokens gave lands in the row behind the data and is cut off.
+    # Back to rows; results of padding land in the row behind the data and are cut off.
     rows_more = op.Add(rows_q, v1)
     target = op.Unsqueeze(row_q, v2)
     out_rows = op.ScatterND(op.Expand(f_zero, op.Concat(rows_more, heads, value_dim, axis=0)), target, out_padded)

@@ -5,7 +5,7 @@ A kernel works on one *tile*: a block of rows of one sequence and one key/value 
 of a shared head are summed by the matrix product itself.
 
 The list of tiles is never built: sequence ``b`` owns the tile numbers from ``cu[b] * GROUP // BLOCK + b`` on, which
-leaves room for ``ceil(length * GROUP / BLOCK)`` of them whatever the offsets are. The number of tiles is therefore
+leaves space for ``ceil(length * GROUP / BLOCK)`` of them whatever the offsets are. The number of tiles is therefore
 known from shapes alone (``slots * GROUP // BLOCK + batch``), a kernel finds its sequence by bisection, and the
 hardware's own scheduler balances ragged batches. At most one tile per sequence is empty and returns at once.
 
@@ -170,7 +170,7 @@ def load_rows(p_x, o_row, stride_row, m_row, MASKED: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def load_ranges(p_range, o_row, m_row, length_k):
-    """Visible key slots [start, end) by row; empty ranges and rows that are not there come back as [length_k, 0)."""
+    """Visible key slots [start, end) by row; empty ranges and absent rows come back as [length_k, 0)."""
     p_range += o_row.to(tl.int64) * 2
     b_start = tl.load(p_range, mask=m_row, other=0)
     b_end = tl.load(p_range + 1, mask=m_row, other=0)
