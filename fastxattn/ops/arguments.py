@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from typing_extensions import Self, dataclass_transform
@@ -77,6 +78,15 @@ class Arguments:
     def differentiated(self) -> tuple[Tensor | None, ...]:
         """The tensors that may get a gradient."""
         return tuple([getattr(self, name) for name in self.bits])
+
+    def tracked(self) -> bool:
+        """Whether autograd records a gradient of any of them; for eager calls."""
+        if torch.is_grad_enabled():
+            for name in self.bits:
+                t = getattr(self, name)
+                if t is not None and t.requires_grad:
+                    return True
+        return False
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Self:
@@ -158,7 +168,7 @@ def _quick(generated: Any) -> Any:
         if is_compiling():
             generated(self, **fields)
         else:
-            self.__dict__.update(fields)
+            object.__setattr__(self, "__dict__", fields)
 
     return __init__
 
@@ -167,5 +177,7 @@ def default_scale(query: object, scale: float | None) -> float:
     """``scale``; 1 / sqrt(width of the last axis of ``query``) when None."""
     if scale is not None:
         return scale
-    # Checks refuse a query that is no tensor or has no width.
-    return query.shape[-1] ** -0.5 if isinstance(query, Tensor) and query.ndim and query.shape[-1] != 0 else 1.0
+    try:
+        return query.size(-1) ** -0.5  # type: ignore[attr-defined, no-any-return]
+    except (AttributeError, TypeError, IndexError, ZeroDivisionError):
+        return 1.0  # checks refuse a query that is no tensor or has no width

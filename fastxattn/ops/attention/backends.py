@@ -109,9 +109,10 @@ def attend(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 def _fast(problem: Problem) -> tuple[Tensor, Tensor] | None:
     if not problem.plain_numbers() or not fast_path.fits(problem.kv_range, problem.query):
         return None
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in problem.differentiated())
-    out, lse = Attention.apply("cpu", *problem.values()) if tracked else run_operator(direct, *problem.values())
-    return out, lse
+    values = problem.values()
+    if problem.tracked():
+        return Attention.apply("cpu", *values)  # type: ignore[no-any-return]
+    return run_operator(direct, *values)  # type: ignore[no-any-return]
 
 
 def prepare(problem: Problem) -> Problem:
