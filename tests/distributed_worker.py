@@ -155,7 +155,7 @@ def dying(rank: int, world: int) -> None:
         loss.backward()
     with pytest.raises(RuntimeError, match="another rank left, died, or did not reach"):
         fxd.infonce_loss(x, x, 1.0, group=group)
-    with pytest.raises(ValueError, match="b must have as many rows as a"):
+    with pytest.raises(ValueError, match="text_features must have as many rows as image_features"):
         fxd.infonce_loss(x, x[:2], 1.0, group=group)  # its own error, though it can tell nobody
 
 

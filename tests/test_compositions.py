@@ -69,6 +69,6 @@ def test_a_broken_library_fails(
 
 def test_judge() -> None:
     assert judge("ModalityGate", "vmap", "RuntimeError: no").startswith("ModalityGate | vmap: RuntimeError")
-    assert "is right; the table says" in judge("maxsim", "forward mode", "")
+    assert "is right; the table expects" in judge("maxsim", "forward mode", "")
     assert "refused, but not with" in judge("maxsim", "forward mode", "TypeError: bad")
     assert judge("maxsim", "forward mode", f"RuntimeError: {table.FORWARD}") == ""

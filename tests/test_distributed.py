@@ -67,7 +67,7 @@ def test_without_process_group_it_is_the_plain_loss():
 
 def test_bad_input():
     a = torch.zeros(4, 8)
-    with pytest.raises(ValueError, match="b must have as many rows"):
+    with pytest.raises(ValueError, match="text_features must have as many rows"):
         distributed.infonce_loss(a, torch.zeros(5, 8), 1.0)
     with pytest.raises(ValueError, match="strategy must be one of"):
         distributed.infonce_loss(a, a, 1.0, strategy="star")

@@ -20,7 +20,7 @@ ALLOWED = {"__init__", "problem", "checks", "operator", "reference", "kernels_tr
 }
 """Files of every operation, bottom to top."""
 EXTRA = {
-    "attention": {"padded", "dropout", "ranges"},
+    "attention": {"padded", "dropout", "kernels_flash"},
     "pruning": {"budget", "merge", "rows", "scores", "segments", "selection", "strategies"},
     "contrastive": {"fused", "windows"},
     "absorbed_attention": {"cost"},

@@ -58,6 +58,6 @@ def check_key_bias(name: str, t: Tensor, rows: int, heads: int) -> None:
     if t.ndim not in (1, 2):
         raise ValueError(f"{name} must have shape (key tokens,) or (key tokens, heads); got {tuple(t.shape)}")
     shape = tuple(t.shape)
-    check_value(t.shape[0] == rows, f"{name} must have one row per key token, {rows}; got shape {shape}")
+    check_value(t.shape[0] == rows, f"{name} must have one row per key token, {rows}; got {shape}")
     if t.ndim == 2:
-        check_value(t.shape[1] == heads, f"{name} must have one column per query head, {heads}; got shape {shape}")
+        check_value(t.shape[1] == heads, f"{name} must have one column per query head, {heads}; got {shape}")

@@ -6,9 +6,6 @@ import functools
 from typing import Any
 
 IMPLEMENTATION = "fastxattn"
-EAGER = frozenset({"bridgetower", "clap", "gemma2"})
-"""Families for which transformers has no sdpa, whose attention nevertheless goes through its interface alone: rows
-without keys average there, as eager's do."""
 
 
 def register() -> None:
@@ -54,6 +51,8 @@ def unsupported(model: Any) -> str | None:
 
     Classes without sdpa support compute attention themselves, with masks that they expect in eager's form.
     """
+    from fastxattn.integrations.transformers.masking import EAGER
+
     family = type(model).__module__.rpartition(".")[2].removeprefix("modeling_")
     if model._supports_sdpa or family in EAGER:
         return None

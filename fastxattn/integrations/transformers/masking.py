@@ -19,7 +19,10 @@ from torch.utils import _pytree as pytree
 from transformers import masking_utils
 
 from fastxattn.integrations.masks import Visible, recognise
-from fastxattn.integrations.transformers import EAGER
+
+EAGER = frozenset({"bridgetower", "clap", "gemma2"})
+"""Families for which transformers has no sdpa, whose attention nevertheless goes through its interface alone: rows
+without keys average there, as eager's do."""
 
 LONG = 2**20
 """Elements (Lq * Lk) from which a mask is kept as intervals; below, a dense one costs less than 1 MiB."""
