@@ -42,7 +42,7 @@ def merging(dtype: torch.dtype) -> str | None:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA library that is there, and a device that is asked nothing."""
+    """A loaded CUDA library, and a device that is not queried."""
     monkeypatch.setattr(native, "cuda_library", lambda: native.Loaded(None, None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 

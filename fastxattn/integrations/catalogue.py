@@ -12,6 +12,10 @@ HOOKED = """
     sam2 siglip siglip2 smolvlm t5 voxtral whisper x_clip
 """.split()  # noqa: SIM905
 
+EAGER = frozenset({"bridgetower", "clap", "gemma2"})
+"""Families for which transformers has no sdpa, whose attention nevertheless goes through its interface alone: rows
+without keys average there, as eager's do."""
+
 _MM = "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDino"
 _VIDEO = "instructblipvideo.modeling_instructblipvideo.InstructBlipVideo"
 

@@ -1,1 +1,1 @@
-"""One room per operation; every room has the same file names."""
+"""One package per operation; every package has the same file names."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from fastxattn.integrations.catalogue import EAGER
+
 IMPLEMENTATION = "fastxattn"
 
 
@@ -51,8 +53,6 @@ def unsupported(model: Any) -> str | None:
 
     Classes without sdpa support compute attention themselves, with masks that they expect in eager's form.
     """
-    from fastxattn.integrations.transformers.masking import EAGER
-
     family = type(model).__module__.rpartition(".")[2].removeprefix("modeling_")
     if model._supports_sdpa or family in EAGER:
         return None

@@ -18,11 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import masking_utils
 
+from fastxattn.integrations.catalogue import EAGER
 from fastxattn.integrations.masks import Visible, recognise
-
-EAGER = frozenset({"bridgetower", "clap", "gemma2"})
-"""Families for which transformers has no sdpa, whose attention nevertheless goes through its interface alone: rows
-without keys average there, as eager's do."""
 
 LONG = 2**20
 """Elements (Lq * Lk) from which a mask is kept as intervals; below, a dense one costs less than 1 MiB."""
