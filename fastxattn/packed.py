@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from fastxattn.ops.checks import check_contents, readable
 from fastxattn.ops.fields import TensorFields, describe, describe_lengths
-from fastxattn.ops.offsets import check_contents, readable
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastxattn.ops.offsets import check_contents, check_integer_tensor, readable
+from fastxattn.ops.checks import check_contents, check_integer_tensor, readable
 
 
 class _Rows(NamedTuple):

@@ -14,12 +14,12 @@ from fastxattn.distributed import ring
 from fastxattn.distributed.agreement import Agreement, Value, agree, announced, plain
 from fastxattn.distributed.collectives import GatherRows, GlobalSum, Group, gather_rows, total_count, world_size
 from fastxattn.ops import contrastive
+from fastxattn.ops.checks import SHARE, check_number
 from fastxattn.ops.contrastive import checks
 from fastxattn.ops.contrastive.api import Ids
 from fastxattn.ops.contrastive.backends import INFONCE
 from fastxattn.ops.contrastive.problem import Problem
 from fastxattn.ops.contrastive.reference import unit_rows, wide
-from fastxattn.ops.numbers import SHARE, check_number
 from fastxattn.runtime.autocast import cast, no_autocast
 from fastxattn.runtime.backend import resolve
 

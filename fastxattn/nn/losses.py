@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastxattn import distributed
+from fastxattn.ops.checks import SHARE, check_number
 from fastxattn.ops.contrastive import checks, infonce_loss, sigmoid_loss
 from fastxattn.ops.late_interaction import late_interaction_loss, maxsim
-from fastxattn.ops.numbers import SHARE, check_number
 from fastxattn.runtime.autocast import cast
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastxattn.ops.offsets import has_contents, readable
+from fastxattn.ops.checks import has_contents, readable
 from fastxattn.packed import PackedTokens
 
 Tokens = torch.Tensor | PackedTokens

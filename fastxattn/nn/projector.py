@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastxattn.nn.packing import Layout, Tokens, pack
-from fastxattn.ops.offsets import readable
+from fastxattn.ops.checks import readable
 from fastxattn.packed import PackedTokens
 
 

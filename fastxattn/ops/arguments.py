@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from typing_extensions import Self, dataclass_transform
 
-from fastxattn.ops.numbers import LARGEST
-
+LARGEST = torch.finfo(torch.float32).max
+"""Of a number: kernels take it in float32."""
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool", str: "str"}
 _Problem = TypeVar("_Problem", bound="type[Arguments]")
 

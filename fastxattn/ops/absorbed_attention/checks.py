@@ -5,8 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastxattn.ops.absorbed_attention.problem import Problem
-from fastxattn.ops.checks import check_floats, check_int32, check_key_bias, check_numbers, check_tensor
-from fastxattn.ops.offsets import check_dense, check_offsets, readable
+from fastxattn.ops.checks import (
+    check_floats,
+    check_int32,
+    check_key_bias,
+    check_numbers,
+    check_offsets,
+    check_tensor,
+    readable,
+)
 
 
 def check(problem: Problem, key_index: Tensor | None = None) -> None:
@@ -19,9 +26,7 @@ def check(problem: Problem, key_index: Tensor | None = None) -> None:
     query, context = problem.query, problem.context
     check_numbers(problem)
     for name, t in (("query", query), ("context", context)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-        check_dense(name, t)
+        check_tensor(name, t)
     if query.ndim != 3:
         raise ValueError(f"query must be (total_q, heads, width); got shape {tuple(query.shape)}")
     if context.ndim != 2:

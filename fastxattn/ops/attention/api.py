@@ -12,7 +12,7 @@ from fastxattn.ops.arguments import default_scale
 from fastxattn.ops.attention.backends import attend, seed_tensor
 from fastxattn.ops.attention.padded import Layout
 from fastxattn.ops.attention.problem import Problem
-from fastxattn.ops.offsets import check_tensor
+from fastxattn.ops.checks import check_tensor
 from fastxattn.ranges import check_count, sliding_window_kv_range
 
 Window = int | tuple[int, int] | None

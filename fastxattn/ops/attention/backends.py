@@ -15,8 +15,7 @@ from fastxattn.ops.attention.operator import FORWARD, Attention
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
 from fastxattn.ops.attention.triton.tiles import kind_of, padded_dim
-from fastxattn.ops.numbers import float_of
-from fastxattn.ops.offsets import readable
+from fastxattn.ops.checks import float_of, readable
 from fastxattn.runtime import fast_path, reasons, tuning
 from fastxattn.runtime.autocast import cast, no_autocast
 from fastxattn.runtime.backend import Backend, preferring

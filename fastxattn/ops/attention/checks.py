@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastxattn.ops import offsets as offset_checks
+from fastxattn.ops import checks
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.checks import (
     FLOATS,
@@ -148,7 +148,7 @@ def check_contents(problem: Problem) -> None:
         index_name = "query_index" if side == "q" else "key_index"
         index: Tensor | None = getattr(problem, index_name)
         slots, what = (tokens, "tokens") if index is None else (index, f"entries of {index_name}")
-        offset_checks.check_contents(offsets_name, offsets, slots.shape[0], what)
+        checks.check_contents(offsets_name, offsets, slots.shape[0], what)
         lengths = offsets.diff()
         if used is not None and bool(((used < 0) | (used > lengths)).any()):
             at = int(((used < 0) | (used > lengths)).nonzero()[0])

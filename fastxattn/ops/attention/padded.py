@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastxattn.ops.offsets import check_dense
+from fastxattn.ops.checks import check_tensor
 
 
 class Layout(NamedTuple):
@@ -32,9 +32,7 @@ class Layout(NamedTuple):
     ) -> Layout:
         """Check the padded shapes and flatten them."""
         for name, t in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-            check_dense(name, t)
+            check_tensor(name, t)
             if t.ndim != 4:
                 raise ValueError(f"{name} must have shape (batch, length, heads, dim); got {tuple(t.shape)}")
         batch, length_q, length_k = query.shape[0], query.shape[1], key.shape[1]

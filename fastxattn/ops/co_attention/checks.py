@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastxattn.ops import offsets
 from fastxattn.ops.checks import (
+    check_contents,
     check_floats,
     check_int32,
     check_key_bias,
@@ -14,6 +14,7 @@ from fastxattn.ops.checks import (
     check_tensor,
     check_value,
     check_wide,
+    readable,
 )
 from fastxattn.ops.co_attention.problem import SIDES, Problem
 
@@ -22,15 +23,12 @@ _ROWS = tuple(f"{what}_{side}" for what in ("query", "value") for side in SIDES)
 
 def check_sides(problem: Problem) -> None:
     """Raise TypeError or ValueError when queries and values do not fit together; for traced calls, too."""
-    query: object = problem.query_a
+    query = problem.query_a
     for name in _ROWS:
         t = getattr(problem, name)
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-        offsets.check_dense(name, t)
+        check_tensor(name, t)
         if t.ndim != 3:
             raise ValueError(f"{name} must have shape (tokens, heads, dim); got {tuple(t.shape)}")
-        assert isinstance(query, Tensor)
         if t.shape[1] != query.shape[1]:
             raise ValueError(f"{name} must have the heads of query_a, {query.shape[1]}; got {t.shape[1]}")
     dim, other = problem.query_a.shape[2], problem.query_b.shape[2]
@@ -80,16 +78,15 @@ def check_shapes(problem: Problem) -> None:
 def check(problem: Problem) -> None:
     """:func:`check_shapes`, and the contents of offsets where reading them does not wait for a device."""
     check_shapes(problem)
-    if offsets.readable(problem.cu_seqlens_a):
+    if readable(problem.cu_seqlens_a):
         for side in SIDES:
             name, rows = f"cu_seqlens_{side}", getattr(problem, f"query_{side}").shape[0]
-            offsets.check_contents(name, getattr(problem, name), rows, "tokens")
+            check_contents(name, getattr(problem, name), rows, "tokens")
 
 
 def check_seed(seed: object, query_a: object) -> None:
     """Refuse what is no int and no int64 tensor of one number; and a query that no seed can be drawn for."""
-    if not isinstance(query_a, Tensor):
-        raise TypeError(f"query_a must be a tensor; got {type(query_a).__name__}")
+    check_tensor("query_a", query_a)
     if seed is None or (isinstance(seed, int) and not isinstance(seed, bool)):
         return
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:

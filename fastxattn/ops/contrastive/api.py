@@ -8,10 +8,10 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
+from fastxattn.ops.checks import SHARE, check_number
 from fastxattn.ops.contrastive import backends, checks
 from fastxattn.ops.contrastive.backends import Loss
 from fastxattn.ops.contrastive.problem import Metrics, Problem
-from fastxattn.ops.numbers import SHARE, check_number
 from fastxattn.runtime.autocast import cast
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastxattn.ops.numbers import check_number
-from fastxattn.ops.offsets import check_dense, readable
+from fastxattn.ops.checks import check_number, check_tensor, readable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -34,9 +33,7 @@ def same_device(name: str, x: torch.Tensor, device: torch.device) -> None:
 
 def features(name: str, x: torch.Tensor, like: torch.Tensor | None = None, dims: int = 2) -> torch.Tensor:
     """Check a (rows, D) feature matrix, or (rows, K, D) with ``dims`` 3; ``like`` gives dtype, device and D."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-    check_dense(name, x)
+    check_tensor(name, x)
     if x.dim() != dims:
         raise ValueError(f"{name} must have shape (rows, {'K, ' if dims == 3 else ''}features); got {tuple(x.shape)}")
     if x.dtype not in FLOATS:

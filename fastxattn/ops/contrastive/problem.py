@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fastxattn.ops.arguments import Arguments, differentiable, problem
-from fastxattn.ops.numbers import check_count
+from fastxattn.ops.checks import check_count
 
 _Kind = TypeVar("_Kind", bound="Pairs")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastxattn.ops.attention import checks as attention
-from fastxattn.ops.checks import check_tensor, check_wide
+from fastxattn.ops.checks import check_tensor, check_wide, readable
 from fastxattn.ops.importance.problem import Problem
-from fastxattn.ops.offsets import readable
 
 REDUCTIONS = ("mean", "sum", "max", "none")
 

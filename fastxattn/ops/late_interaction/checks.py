@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastxattn.ops.checks import POSITIVE, check_number, check_offsets
 from fastxattn.ops.contrastive.checks import choice, features, same_device
-from fastxattn.ops.numbers import POSITIVE, check_number
-from fastxattn.ops.offsets import check_offsets
 
 DIRECTIONS = ("a", "b", "both")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastxattn.ops.offsets import readable
+from fastxattn.ops.checks import readable
 from fastxattn.ops.pruning import checks
 from fastxattn.ops.pruning.backends import run
 from fastxattn.ops.pruning.budget import Budget, counts_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastxattn.ops.offsets import check_offsets, readable
+from fastxattn.ops.checks import check_offsets, readable
 
 
 def check_scores(scores: Tensor, cu_seqlens: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastxattn.ops.offsets import check_offsets
+from fastxattn.ops.checks import check_offsets
 from fastxattn.ops.pruning import checks, segments
 from fastxattn.ops.pruning.api import select_tokens
 from fastxattn.ops.pruning.backends import run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastxattn.ops.offsets import check_dense
+from fastxattn.ops.checks import check_tensor
 from fastxattn.ops.pruning.backends import run
 from fastxattn.ops.pruning.checks import check_device
 from fastxattn.ops.pruning.problem import Gather, Merge
@@ -18,9 +18,7 @@ def _as_rows(x: Tensor) -> Tensor:
 def _checked(x: Tensor, name: str, index: Tensor, coefficient: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Contiguous index and coefficient, refused where they are on another device than ``x``."""
     for argument, t in (("x", x), (name, index)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{argument} must be a tensor; got {type(t).__name__}")
-        check_dense(argument, t)
+        check_tensor(argument, t)
     check_device(name, index, "x", x)
     if coefficient is not None:
         check_device("coefficient", coefficient, "x", x)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.attention import varlen_cross_attention
+from fastxattn.ops.checks import check_offsets
 from fastxattn.ops.importance import key_importance
-from fastxattn.ops.offsets import check_offsets
 from fastxattn.ops.pruning import segments
 from fastxattn.ops.pruning.checks import check_device, check_rows
 

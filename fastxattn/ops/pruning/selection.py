@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastxattn.ops.checks import check_contents, readable
 from fastxattn.ops.fields import TensorFields, describe_lengths
-from fastxattn.ops.offsets import check_contents, readable
 from fastxattn.ops.pruning import segments
 from fastxattn.ops.pruning.budget import Budget, counts_of
 from fastxattn.ops.pruning.checks import check_rows

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxattn.ops.offsets import check_offsets, readable
+from fastxattn.ops.checks import check_offsets, readable
 from fastxattn.ops.pruning import checks, merge, segments
 from fastxattn.ops.pruning.api import select_tokens
 from fastxattn.ops.pruning.backends import run

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastxattn.ops.checks import check_count
 from fastxattn.ops.contrastive.checks import choice, features, same_device
-from fastxattn.ops.numbers import check_count
 
 if TYPE_CHECKING:
     import numpy
