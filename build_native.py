@@ -34,9 +34,19 @@ CUDA_ARCHS = ("80", "86", "89", "90a", "100")
 
 # No -ffast-math: NaN and infinity carry meaning here. Contraction gives fused multiply-adds.
 COMMON = [
-    "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=fast", f"-fmacro-prefix-map={ROOT}/=", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-function",
-]  # fmt: skip
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    f"-fmacro-prefix-map={ROOT}/=",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-unused-function",
+]
 
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 SANITIZE_LINK = ["-fsanitize=address,undefined"]

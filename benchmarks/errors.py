@@ -31,7 +31,7 @@ def attention(backend: str) -> Iterator[Row]:
     for case in contract.ATTENTION_CASES:
         for dtype in DTYPES:
             problem = case.problem(dtype)
-            ours = contract.results(functools.partial(backends.run, backend), problem)
+            ours = contract.results(functools.partial(backends.run_on, backend), problem)
             truth, eager = contract.expectations(problem)
             for name, value in ours.items():
                 found = measure_error(name, value, truth[name], eager[name], backward=name.startswith("grad"))

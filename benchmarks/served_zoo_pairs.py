@@ -192,9 +192,13 @@ def owlvit() -> Built:
 @model("CLIPSeg")
 def clipseg() -> Built:
     config = hf.CLIPSegConfig(
-        text_config=TEXT, vision_config=VISION, projection_dim=32, extract_layers=[0, 1], reduce_dim=32,
+        text_config=TEXT,
+        vision_config=VISION,
+        projection_dim=32,
+        extract_layers=[0, 1],
+        reduce_dim=32,
         decoder_intermediate_size=48,
-    )  # fmt: skip
+    )
     return hf.CLIPSegForImageSegmentation(config), {**ids(), **pixels()}
 
 

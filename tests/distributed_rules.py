@@ -107,9 +107,11 @@ def disagreements(rank: int, world: int) -> None:
         loss = fxd.sigmoid_loss if name == "groups" else fxd.infonce_loss
         refused_alike(lambda x=x, o=options, f=loss: f(x, x, 1.0, **o), ValueError, f"disagree on.*{name}", name)
     refused_alike(
-        lambda: fxd.sigmoid_loss(a, a, 1.0) if last else fxd.infonce_loss(a, a, 1.0), ValueError,
-        "disagree on the function called: rank 0 has infonce_loss, rank [12] has sigmoid_loss", "function",
-    )  # fmt: skip
+        lambda: fxd.sigmoid_loss(a, a, 1.0) if last else fxd.infonce_loss(a, a, 1.0),
+        ValueError,
+        "disagree on the function called: rank 0 has infonce_loss, rank [12] has sigmoid_loss",
+        "function",
+    )
     scale = torch.tensor(1.0, requires_grad=True)
     with torch.set_grad_enabled(not last):
         refused_alike(lambda: fxd.infonce_loss(a, a, scale), ValueError, "is_grad_enabled", "grad mode")
@@ -159,9 +161,10 @@ def dtypes(rank: int, world: int) -> None:
         refused_alike(lambda f=spread: f(a.double(), b.double(), 1.0, strategy="ring"), RuntimeError, "gather", "ring")
     ids = torch.arange(3) + 3 * (rank // 2)
     close(
-        "groups as one tensor", fxd.multi_positive_infonce_loss(a[rows], b[rows], 2.0, groups=ids),
+        "groups as one tensor",
+        fxd.multi_positive_infonce_loss(a[rows], b[rows], 2.0, groups=ids),
         fxd.multi_positive_infonce_loss(a[rows], b[rows], 2.0, groups=[ids.int(), ids], strategy="ring"),
-    )  # fmt: skip
+    )
     loss = fxd.multi_positive_infonce_loss
     refused_alike(lambda: loss(a[rows], a[rows], 1.0, groups=[1, 2, 3]), ValueError, "groups", "groups")
     for smoothing in (-0.1, 1.0, float("nan")):
@@ -361,9 +364,11 @@ def attention(rank: int, world: int) -> None:
     last = rank == world - 1
     short = torch.tensor([0, 2, 5 - last], dtype=torch.int32)
     refused_alike(
-        lambda: fxd.context_parallel_attention(query[: 5 - last], key, value, short, cu_k), ValueError,
-        "disagree on the tokens of query: rank 0 has 5", "query",
-    )  # fmt: skip
+        lambda: fxd.context_parallel_attention(query[: 5 - last], key, value, short, cu_k),
+        ValueError,
+        "disagree on the tokens of query: rank 0 has 5",
+        "query",
+    )
     with pytest.raises(ValueError if last else RuntimeError, match="key" if last else f"rank {world - 1} refused"):
         fxd.context_parallel_attention(query, key[:, :, : 8 - last], value, cu_q, cu_k)
     half = [t.bfloat16() for t in (query, key, value)]

@@ -79,7 +79,7 @@ def results(fn, problem, *, backward=True):
 
 def reports(backend, problem, *, backward=True):
     """Every result's errors beside its budget."""
-    found = results(lambda p: backends.score_of(p, backend), problem, backward=backward)
+    found = results(lambda p: backends.run(p, backend), problem, backward=backward)
     oracle = results(importance_reference, in_float64(problem), backward=backward)
     dtype = problem.query.dtype
     eager = results(lambda p: importance_reference(p, matmul_dtype=dtype), problem, backward=backward)

@@ -24,7 +24,7 @@ BY_NAME = {case.name: case for case in ATTENTION_CASES}
 def runner(backend: str):
     if backend == "cpu" and (reason := native.cpu_library().reason):
         pytest.skip(reason)
-    return functools.partial(backends.run, backend)
+    return functools.partial(backends.run_on, backend)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -199,7 +199,7 @@ def test_dropout_mask_is_the_same_on_every_backend(seed):
         dropout_p=p,
         dropout_seed=torch.tensor([seed]),
     )
-    plain = backends.run("reference", problem.replace(dropout_p=0.0, dropout_seed=None))
+    plain = backends.run_on("reference", problem.replace(dropout_p=0.0, dropout_seed=None))
     for backend in BACKENDS:
         out, lse = runner(backend)(problem)
         torch.testing.assert_close(lse.float(), plain[1], msg="dropout must not change lse")

@@ -20,7 +20,7 @@ MISSES = {
 
 
 def run(problem):
-    return backends.run("cuda", problem)
+    return backends.run_on("cuda", problem)
 
 
 def problem_of(name, dtype, seed=0):

@@ -79,7 +79,7 @@ def test_any_subset_of_gradients(names, only):
     leaves = {name: getattr(problem, name).clone().requires_grad_() for name in names}
     found = []
     for backend in ("reference", "cpu"):
-        out, lse = backends.run(backend, problem.replace(**leaves))
+        out, lse = backends.run_on(backend, problem.replace(**leaves))
         loss = 0.0
         if only in ("out", "both"):
             loss = loss + (out * torch.arange(out.numel()).reshape(out.shape).cos()).sum()
@@ -296,6 +296,6 @@ def test_compile_carries_packed_tokens():
 def test_results_do_not_alias_or_change_inputs():
     problem = BY_NAME["everything"].problem(torch.float32)
     before = [t.clone() if isinstance(t, torch.Tensor) else t for t in problem.values()]
-    results(functools.partial(backends.run, "cpu"), problem)
+    results(functools.partial(backends.run_on, "cpu"), problem)
     for a, b in zip(before, problem.values(), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -22,7 +22,7 @@ from fastxattn.testing.bounds import checked_accesses
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = range(4 if DEVICE == "cuda" else 1)  # the interpreter can afford one
 BY_NAME = {case.name: case for case in ATTENTION_CASES}
-run = functools.partial(backends.run, "triton")
+run = functools.partial(backends.run_on, "triton")
 
 
 def short(case):

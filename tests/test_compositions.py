@@ -47,15 +47,26 @@ def no_tangent(ctx: object, *tangents: object) -> tuple[torch.Tensor, torch.Tens
 
 
 BROKEN = {
-    "second derivatives of 0": ("fastxattn.runtime.operators.refuse", lambda message, results, sources: results,
-                                "maxsim", "second derivative"),
-    "tangents of 0": ("fastxattn.runtime.operators.KernelFunction.jvp", no_tangent, "varlen_cross_attention",
-                      "forward mode"),
+    "second derivatives of 0": (
+        "fastxattn.runtime.operators.refuse",
+        lambda message, results, sources: results,
+        "maxsim",
+        "second derivative",
+    ),
+    "tangents of 0": (
+        "fastxattn.runtime.operators.KernelFunction.jvp",
+        no_tangent,
+        "varlen_cross_attention",
+        "forward mode",
+    ),
     "no gradient": ("fastxattn.ops.retrieval.api.derivative_wanted", lambda *t: False, "topk_similarity", "eager"),
-    "another's gradient": ("fastxattn.ops.attention.problem.Problem.bits",
-                           {"key": 1, "query": 2, "value": 4, "key_bias": 8, "bias": 16},
-                           "MultiheadCrossAttention, value", "eager"),
-}  # fmt: skip
+    "another's gradient": (
+        "fastxattn.ops.attention.problem.Problem.bits",
+        {"key": 1, "query": 2, "value": 4, "key_bias": 8, "bias": 16},
+        "MultiheadCrossAttention, value",
+        "eager",
+    ),
+}
 
 
 @pytest.mark.parametrize(("what", "broken", "row", "column"), BROKEN.values(), ids=BROKEN)

@@ -20,9 +20,14 @@ def test_cells_of_fresh_processes(tmp_path: Path) -> None:
     """Compiled calls as the first use of a process, and calls after a fork."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compositions.fresh"], cwd=ROOT, env=env, capture_output=True, text=True,
-        timeout=3600, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.compositions.fresh"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     cells = [json.loads(line) for line in done.stdout.splitlines()]
     wanted = {(row.name, c) for row in ROWS for c in IN_OTHER_PROCESSES if table.applies(row, c)}

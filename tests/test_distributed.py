@@ -29,10 +29,13 @@ def launch(scenario: str, world: int, store: Path, limit: float) -> list[tuple[i
     ranks = [
         subprocess.Popen(
             [sys.executable, str(WORKER), scenario, str(rank), str(world), str(store)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     end, results = time.monotonic() + limit, []
     try:
         for process in ranks:
@@ -140,9 +143,11 @@ def test_cached_backward_passes_any_container_to_the_loss():
     direct, staged = towers(), towers()
     plain_loss(direct[0](x), direct[1](y).tanh()).backward()
     value = distributed.cached_backward(
-        (lambda t: {"feature": staged[0](t), "n": None}, lambda t: (staged[1](t), torch.arange(len(t)))), (x, y),
-        lambda a, b: plain_loss(a["feature"], b[0].tanh()) + 0.0 * b[1].sum(), chunk=3,
-    )  # fmt: skip
+        (lambda t: {"feature": staged[0](t), "n": None}, lambda t: (staged[1](t), torch.arange(len(t)))),
+        (x, y),
+        lambda a, b: plain_loss(a["feature"], b[0].tanh()) + 0.0 * b[1].sum(),
+        chunk=3,
+    )
     assert not value.requires_grad
     for g, e in zip(gradients(staged), gradients(direct), strict=True):
         torch.testing.assert_close(g, e)

@@ -63,9 +63,7 @@ def test_triton(feature, dtype, small_tiles):
 def test_triton_on_longer_rows(feature, small_tiles):
     """Mean errors over several problems together: of the six rows of one probe their ratio is luck."""
     sides = (5, 0, 61, 3), (20, 9, 70, 7)
-    assert_together(
-        reports("triton", interpretable(feature, torch.float32, *sides, seed=seed)) for seed in range(1, 4)
-    )  # fmt: skip
+    assert_together(reports("triton", interpretable(feature, torch.float32, *sides, seed=seed)) for seed in range(1, 4))
 
 
 def interpretable(feature, dtype, lengths_q, lengths_k, seed=0):
@@ -136,13 +134,13 @@ def test_normalised_by_the_queries_that_see_a_key(feature):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unseen_rows_may_hold_nan(backend):
     p = make(torch.float32, device=TRITON_DEVICE if backend == "triton" else "cpu")
-    clean = backends.score_of(p, backend)
+    clean = backends.run(p, backend)
     query, key, lse = p.query.clone(), p.key.clone(), p.lse.clone()
     query[43:], lse[:, 43:] = float("nan"), float("nan")
     key[150:] = float("nan")
-    assert torch.equal(backends.score_of(p.replace(query=query, key=key, lse=lse), backend), clean)
+    assert torch.equal(backends.run(p.replace(query=query, key=key, lse=lse), backend), clean)
     query[6, 1] = float("nan")  # a valid query of the third sequence, which starts at key 73
-    found = backends.score_of(p.replace(query=query), backend)
+    found = backends.run(p.replace(query=query), backend)
     bad = found.isnan()
     assert bad[1, 73:143].all()
     assert int(bad.sum()) == 70
@@ -153,20 +151,20 @@ def test_bitwise_equal_for_any_number_of_threads_and_any_neighbours():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = backends.score_of(p, "cpu")
+        one = backends.run(p, "cpu")
         torch.set_num_threads(3)
-        assert torch.equal(backends.score_of(p, "cpu"), one)
+        assert torch.equal(backends.run(p, "cpu"), one)
     finally:
         torch.set_num_threads(before)
     alone = p.replace(cu_seqlens_q=p.cu_seqlens_q[:2].contiguous(), cu_seqlens_k=p.cu_seqlens_k[:2].contiguous())
-    assert torch.equal(backends.score_of(alone, "cpu")[:, :2000], one[:, :2000])
+    assert torch.equal(backends.run(alone, "cpu")[:, :2000], one[:, :2000])
 
 
 def test_empty_problems():
     p = make(torch.float32)
     none = torch.zeros(1, dtype=torch.int32)
     for backend in ("reference", "cpu"):
-        score = backends.score_of(p.replace(cu_seqlens_q=none, cu_seqlens_k=none), backend)
+        score = backends.run(p.replace(cu_seqlens_q=none, cu_seqlens_k=none), backend)
         assert score.shape == (4, p.key.shape[0])
         assert not score.any()
 
@@ -231,5 +229,5 @@ def test_nan_weight_of_a_query_reaches_only_the_keys_it_sees():
     nan = torch.zeros(173, dtype=torch.bool)  # three slots belong to nobody
     nan[:5] = nan[140:160] = True
     for backend in names:
-        score = backends.score_of(problem, backend)
+        score = backends.run(problem, backend)
         assert torch.equal(score.isnan(), nan.expand_as(score)), backend

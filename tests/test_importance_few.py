@@ -17,18 +17,31 @@ SHAPES = {
     "all_lanes": {"lengths_q": (4, 3), "lengths_k": (66, 35), "heads": 16, "kv_heads": 1, "dim": 24},
     "too_many_lanes": {"lengths_q": (4, 3), "lengths_k": (66, 35), "heads": 20, "kv_heads": 1, "dim": 24},
     "more_heads_than_lanes": {"lengths_q": (1, 2), "lengths_k": (66, 35), "heads": 70, "kv_heads": 70, "dim": 9},
-    "options": {"lengths_q": (3, 1, 6), "lengths_k": (90, 33, 270), "heads": 6, "kv_heads": 3, "key_bias": 2,
-                "row_weight": 2, "kv_range": True, "softcap": 3.0},
-    "bias_of_kept": {"lengths_q": (2, 9, 1), "lengths_k": (90, 33, 270), "key_bias": 1, "row_weight": 1,
-                     "key_index": True},
-}  # fmt: skip
+    "options": {
+        "lengths_q": (3, 1, 6),
+        "lengths_k": (90, 33, 270),
+        "heads": 6,
+        "kv_heads": 3,
+        "key_bias": 2,
+        "row_weight": 2,
+        "kv_range": True,
+        "softcap": 3.0,
+    },
+    "bias_of_kept": {
+        "lengths_q": (2, 9, 1),
+        "lengths_k": (90, 33, 270),
+        "key_bias": 1,
+        "row_weight": 1,
+        "key_index": True,
+    },
+}
 
 
 def score(problem, threads=None):
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        return backends.score_of(problem, "cpu")
+        return backends.run(problem, "cpu")
     finally:
         torch.set_num_threads(before)
 

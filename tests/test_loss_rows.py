@@ -91,16 +91,25 @@ def test_a_positive_that_is_nan_comes_last(backend):
 def test_sides_without_rows_cost_nothing(backend, n, m):
     a, b = (torch.randn(k, D, requires_grad=True) for k in (n, m))
     both: list[dict[str, Any]] = [
-        {}, {"targets": torch.full((n,), -1)}, {"exclude_self": True}, {"normalize": True}, {"reduction": "sum"},
+        {},
+        {"targets": torch.full((n,), -1)},
+        {"exclude_self": True},
+        {"normalize": True},
+        {"reduction": "sum"},
         {"groups": (torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.long))},
         {"ignore_ids": (torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.long))},
-    ]  # fmt: skip
+    ]
     single: list[dict[str, Any]] = [
-        {"hard_negatives": torch.randn(n, 0, D)}, {"image_queue": torch.randn(0, D), "text_queue": torch.randn(3, D)},
-        {"teacher": (torch.randn(n, 3), torch.randn(m, 3), 2.0)}, {"false_negative_margin": 0.1},
-        {"label_smoothing": 0.1}, {"decoupled": True}, {"symmetric": False}, {"return_metrics": True},
+        {"hard_negatives": torch.randn(n, 0, D)},
+        {"image_queue": torch.randn(0, D), "text_queue": torch.randn(3, D)},
+        {"teacher": (torch.randn(n, 3), torch.randn(m, 3), 2.0)},
+        {"false_negative_margin": 0.1},
+        {"label_smoothing": 0.1},
+        {"decoupled": True},
+        {"symmetric": False},
+        {"return_metrics": True},
         {"weights": (torch.ones(n), torch.ones(m))},
-    ]  # fmt: skip
+    ]
     for loss, cases in ((infonce, both + single), (sigmoid_loss, both)):
         for options in cases:
             value = loss(a, b, 2.0, **options)

@@ -221,11 +221,19 @@ def test_a_float64_scale_does_not_change_the_backend():
 @pytest.mark.parametrize(
     ("value", "error"),
     [
-        (True, TypeError), (np.bool_(True), TypeError), (torch.tensor(True), TypeError), ("1", TypeError),
-        (1j, TypeError), (float("nan"), ValueError), (float("inf"), ValueError), (np.float32("nan"), ValueError),
-        (torch.ones(2), ValueError), (torch.ones(0), ValueError), (np.ones(2), ValueError),
+        (True, TypeError),
+        (np.bool_(True), TypeError),
+        (torch.tensor(True), TypeError),
+        ("1", TypeError),
+        (1j, TypeError),
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        (np.float32("nan"), ValueError),
+        (torch.ones(2), ValueError),
+        (torch.ones(0), ValueError),
+        (np.ones(2), ValueError),
     ],
-)  # fmt: skip
+)
 def test_wrong_scales_are_refused_by_every_call(name, value, error):
     call, said = SCALES[name]
     for _ in range(2):

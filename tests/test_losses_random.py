@@ -64,8 +64,24 @@ def test_every_option_is_tried_and_several_together() -> None:
             seen["three masks"] += {"targets", "ignore_ids", "exclude_self"} <= words
             seen["all negatives"] += {"image_queue", "text_queue", "hard_negatives"} <= words
     wanted = (
-        "targets", "groups", "ignore_ids", "exclude_self", "normalize", "weights", "reduction", "hard_negatives",
-        "image_queue", "text_queue", "teacher", "label_smoothing", "decoupled", "symmetric", "false_negative_margin",
-        "return_metrics", "autocast", "three masks", "all negatives",
-    )  # fmt: skip
+        "targets",
+        "groups",
+        "ignore_ids",
+        "exclude_self",
+        "normalize",
+        "weights",
+        "reduction",
+        "hard_negatives",
+        "image_queue",
+        "text_queue",
+        "teacher",
+        "label_smoothing",
+        "decoupled",
+        "symmetric",
+        "false_negative_margin",
+        "return_metrics",
+        "autocast",
+        "three masks",
+        "all negatives",
+    )
     assert [name for name in wanted if seen[name] < 3] == []

@@ -123,8 +123,12 @@ def test_rows_at_odd_elements_give_the_same_results() -> None:
 def test_hostile_arguments_give_a_result_or_an_error() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.soak.hostile", "0", "0", str(CALLS)],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=1800,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
     last = done.stdout.splitlines()[-1:]
     assert done.returncode == 0, f"{last}\n{done.stderr[-4000:]}"
     calls, outcomes = Counter[str](), Counter[str]()

@@ -15,10 +15,17 @@ from tests.compositions.problem import Problem
 from tests.compositions.rows import BY_NAME
 
 FIRST = {
-    "varlen_cross_attention": "query", "cross_attention, masks, bias": "query", "co_attention": "query_a",
-    "absorbed_attention": "query", "key_importance": "query", "infonce_loss": "a", "sigmoid_loss": "a",
-    "sigmoid_loss, none": "a", "maxsim": "a", "late_interaction_loss": "a",
-}  # fmt: skip
+    "varlen_cross_attention": "query",
+    "cross_attention, masks, bias": "query",
+    "co_attention": "query_a",
+    "absorbed_attention": "query",
+    "key_importance": "query",
+    "infonce_loss": "a",
+    "sigmoid_loss": "a",
+    "sigmoid_loss, none": "a",
+    "maxsim": "a",
+    "late_interaction_loss": "a",
+}
 """The first argument of operations, by row of the composition table."""
 LOSSES = dict.fromkeys(("infonce_loss", "sigmoid_loss", "sigmoid_loss, none"), "image_features")
 """What these call it, where the table has another name."""
@@ -85,9 +92,11 @@ NUMBERS: dict[str, Callable[[dict[str, Tensor], Any], Any]] = {
 def test_numbers_beyond_float32(name: str, number: float) -> None:
     """In the first call of a process and in later ones: they would be infinite inside the kernels."""
     inputs = {
-        "q": torch.randn(6, 2, 8), "a": torch.randn(6, 8), "lse": torch.ones(2, 6),
+        "q": torch.randn(6, 2, 8),
+        "a": torch.randn(6, 8),
+        "lse": torch.ones(2, 6),
         "cu": torch.tensor([0, 2, 6], dtype=torch.int32),
-    }  # fmt: skip
+    }
     NUMBERS[name](inputs, 0.5)
     with pytest.raises(ValueError, match=f"{name.partition(',')[0]} must be finite"):
         NUMBERS[name](inputs, number)

@@ -48,18 +48,18 @@ OPERATIONS = {
         importance_problem.Problem,
         importance_backends,
         "importance_cpu",
-        importance_backends.score_of,
+        importance_backends.run,
         ("seqused_q", "seqused_k"),
     ),
     "co_attention": Operation(
-        co_attention.co_attention, co_problem.Problem, co_backends, "co_attention_cpu", co_backends.attend
+        co_attention.co_attention, co_problem.Problem, co_backends, "co_attention_cpu", co_backends.run
     ),
     "absorbed_attention": Operation(
         absorbed_attention.absorbed_attention,
         absorbed_problem.Problem,
         absorbed_backends,
         "absorbed_attention_cpu",
-        lambda problem, backend: absorbed_backends.attend(problem, None, backend),
+        lambda problem, backend: absorbed_backends.run(problem, None, backend),
     ),
 }
 

@@ -178,7 +178,7 @@ def attention_problem(draw: Draw) -> tuple[str, contract.Problem]:
 
 def attention_results(problem: contract.Problem, backend: str) -> dict[str, Tensor]:
     """Results and gradients of attention."""
-    return contract.results(functools.partial(attention_backends.run, backend), problem)
+    return contract.results(functools.partial(attention_backends.run_on, backend), problem)
 
 
 def judge_attention(draw: Draw, backend: str) -> tuple[str, Judgement]:

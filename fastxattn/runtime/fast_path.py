@@ -26,7 +26,7 @@ _Result = TypeVar("_Result")
 
 def dispatch(
     op: str,
-    order: Callable[[_Problem], Sequence[Backend]],
+    table: Sequence[Backend] | Callable[[_Problem], Sequence[Backend]],
     problem: _Problem,
     requested: str,
     *,
@@ -37,7 +37,7 @@ def dispatch(
 
     Args:
         op: name of the operation.
-        order: the table of backends for a prepared problem, fastest first.
+        table: the backends, fastest first, or what orders them for a prepared problem.
         problem: the caller's arguments, unchecked; the first field gives the device.
         requested: the backend's name or ``"auto"``.
         fast: runs the CPU operator on the arguments as they are; None or an error where they are not fit for it.
@@ -56,11 +56,11 @@ def dispatch(
         except RuntimeError as error:
             refused = error
     prepared = prepare(problem)
-    table = order(prepared)
-    name = backend.resolve(op, table, prepared, requested)
+    backends = table(prepared) if callable(table) else table
+    name = backend.resolve(op, backends, prepared, requested)
     if refused is not None and name == "cpu" and _unconverted(problem, prepared):
         raise refused
-    result: _Result = next(b for b in table if b.name == name).run(prepared)
+    result: _Result = next(b for b in backends if b.name == name).run(prepared)
     return result
 
 

@@ -14,6 +14,7 @@ from zoo_detection import ENTRIES as MORE
 import fastxattn.nn.projected as projected
 import fastxattn.ops.attention.api as attention_api
 from fastxattn.integrations import Report, accelerate, core, restore, status
+from fastxattn.ops.attention.problem import Problem
 from fastxattn.testing import measure_error
 
 both = pytest.mark.parametrize("entry", ENTRIES + MORE, ids=lambda e: e.name)
@@ -88,18 +89,21 @@ def one_sequence(offsets: Tensor, rows: int) -> Tensor:
 @pytest.fixture
 def blind_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that let every query see every key there is."""
-    attend, context = attention_api.attend, projected.absorbed_attention
+    attend, context = attention_api.run, projected.absorbed_attention
 
-    def blind_attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any) -> Any:
-        if rest[6] is None:  # a bias is indexed by a token's place in its sequence
-            cu_q, cu_k = one_sequence(cu_q, len(q)), one_sequence(cu_k, len(k))
-        return attend(q, k, v, cu_q, cu_k, *[None] * 5, *rest[5:])
+    def blind_attend(problem: Problem, backend: str) -> Any:
+        if problem.bias is None:  # a bias is indexed by a token's place in its sequence
+            q, k = problem.cu_seqlens_q, problem.cu_seqlens_k
+            q, k = one_sequence(q, len(problem.query)), one_sequence(k, len(problem.key))
+            problem = problem.replace(cu_seqlens_q=q, cu_seqlens_k=k)
+        limits = "seqused_q", "seqused_k", "query_index", "key_index", "kv_range"
+        return attend(problem.replace(**dict.fromkeys(limits)), backend)
 
     def blind_context(q: Tensor, x: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any, **options: Any) -> Any:
         cu_q, cu_k = one_sequence(cu_q, len(q)), one_sequence(cu_k, len(x))
         return context(q, x, cu_q, cu_k, len(q), len(x), **{**options, "kv_range": None})
 
-    monkeypatch.setattr(attention_api, "attend", blind_attend)
+    monkeypatch.setattr(attention_api, "run", blind_attend)
     monkeypatch.setattr(projected, "absorbed_attention", blind_context)
 
 

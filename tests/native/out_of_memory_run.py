@@ -75,10 +75,17 @@ def in_threads() -> None:
         return fastxattn.varlen_cross_attention(query, key, key, cu_q, cu_k, backend="cpu")
 
     run("attention on torch's pool", 0, True, call)
-    torch.testing.assert_close(call()[:5, 0], fastxattn.varlen_cross_attention(
-        query[:5, :1], key[:3000, :1], key[:3000, :1], torch.tensor([0, 5], dtype=torch.int32), cu_k[:2],
-        backend="reference",
-    )[:, 0])  # fmt: skip
+    torch.testing.assert_close(
+        call()[:5, 0],
+        fastxattn.varlen_cross_attention(
+            query[:5, :1],
+            key[:3000, :1],
+            key[:3000, :1],
+            torch.tensor([0, 5], dtype=torch.int32),
+            cu_k[:2],
+            backend="reference",
+        )[:, 0],
+    )
 
 
 def in_onnxruntime() -> None:

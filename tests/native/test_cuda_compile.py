@@ -135,9 +135,22 @@ def test_the_table_has_every_attention_kernel(offline: ModuleType) -> None:
 
 def test_the_gates_catch_what_they_are_for(offline: ModuleType) -> None:
     good = offline.Row(
-        "attention_forward", "f16_t", 64, "64x64", "plain", "sm_86", 128, 0, 40976, 8, 1000, "HMMA LDGSTS LDSM",
-        400, 64, 8,
-    )  # fmt: skip
+        "attention_forward",
+        "f16_t",
+        64,
+        "64x64",
+        "plain",
+        "sm_86",
+        128,
+        0,
+        40976,
+        8,
+        1000,
+        "HMMA LDGSTS LDSM",
+        400,
+        64,
+        8,
+    )
     assert not good.faults()
     for change in ({"spills": 8}, {"shared": 120_000}, {"opcodes": "HMMA LDSM"}):
         assert dataclasses.replace(good, **change).faults()
@@ -146,10 +159,21 @@ def test_the_gates_catch_what_they_are_for(offline: ModuleType) -> None:
 def test_the_shortest_way_round_a_loop(offline: ModuleType) -> None:
     """A loop with a slow branch: only the fast one is counted."""
     texts = [
-        "MOV R1, 0", "LDGSTS [R2], [R3]", "LDGSTS [R2], [R3]", "@P0 BRA 0x60", "FADD R1, R1, R1", "FADD R1, R1, R1",
-        "HMMA.16816.F32 R4, R5, R6, R7", "HMMA.16816.F32 R4, R5, R6, R7", "HMMA.16816.F32 R4, R5, R6, R7",
-        "HMMA.16816.F32 R4, R5, R6, R7", "LDGSTS [R2], [R3]", "LDGSTS [R2], [R3]", "@P1 BRA 0x10", "EXIT",
-    ]  # fmt: skip
+        "MOV R1, 0",
+        "LDGSTS [R2], [R3]",
+        "LDGSTS [R2], [R3]",
+        "@P0 BRA 0x60",
+        "FADD R1, R1, R1",
+        "FADD R1, R1, R1",
+        "HMMA.16816.F32 R4, R5, R6, R7",
+        "HMMA.16816.F32 R4, R5, R6, R7",
+        "HMMA.16816.F32 R4, R5, R6, R7",
+        "HMMA.16816.F32 R4, R5, R6, R7",
+        "LDGSTS [R2], [R3]",
+        "LDGSTS [R2], [R3]",
+        "@P1 BRA 0x10",
+        "EXIT",
+    ]
     counts = offline.whole_tile([(16 * i, text) for i, text in enumerate(texts)])
     assert counts["HMMA"] == 4 and counts["LDGSTS"] == 4 and counts["FADD"] == 0 and counts.total() == 10
 

@@ -39,10 +39,14 @@ def allocator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lines(allocator: Path, part: str) -> list[dict[str, object]]:
     """What the child printed; it ends by itself, and soon."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "out_of_memory_run.py"), str(allocator), part], cwd=ROOT, check=False,
+        [sys.executable, str(HERE / "out_of_memory_run.py"), str(allocator), part],
+        cwd=ROOT,
+        check=False,
         env={**os.environ, "LD_PRELOAD": str(allocator), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "4"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     *found, end = done.stdout.splitlines()
     assert end == "end"

@@ -94,9 +94,14 @@ def test_statistics(simt: Simt, dtype: str, options: set[str]) -> None:
     splits = 2 if options else 1
     state = np.empty((splits, 9, N), np.float32)
     counts = getattr(simt, f"contrastive_stats_{dtype}")(
-        **p.arguments, state=state, splits=splits, means=1, rank=rank, order=1,
+        **p.arguments,
+        state=state,
+        splits=splits,
+        means=1,
+        rank=rank,
+        order=1,
         limit_x=None if limit is None else limit.numpy(),
-    )  # fmt: skip
+    )
     s = torch.from_numpy(state).double()
     expected = direction(p, p.logits, limit)
     top = s[:, 0].amax(0)
@@ -120,8 +125,14 @@ def slopes(p: Problem, logits: torch.Tensor, limit: torch.Tensor | None, grad: t
     negative = p.negative if limit is None else p.negative & (logits <= limit[:, None])
     number = p.positive.sum(1).clamp(min=1)
     planes = [
-        stats[0], grad[0], grad[1] / negative.sum(1).clamp(min=1), stats[2] + stats[3], 1 / number, grad[2], grad[3],
-    ]  # fmt: skip
+        stats[0],
+        grad[0],
+        grad[1] / negative.sum(1).clamp(min=1),
+        stats[2] + stats[3],
+        1 / number,
+        grad[2],
+        grad[3],
+    ]
     return torch.stack(planes).float().numpy()
 
 
@@ -145,10 +156,15 @@ def test_slopes(simt: Simt, dtype: str, options: set[str]) -> None:
     dz = np.full((N, 80), -7.0, np.float32)
     dot = np.full((1, 2, 80), -7.0, np.float32)
     getattr(simt, f"contrastive_slopes_{dtype}")(
-        **p.arguments, slopes_x=slopes(p, p.logits, limit_x, grad_x),
-        slopes_y=slopes(turned, p.logits.T, limit_y, grad_y), limit_x=None if limit_x is None else limit_x.numpy(),
-        limit_y=None if limit_y is None else limit_y.numpy(), first_y=first, dz=dz, sums=dot,
-    )  # fmt: skip
+        **p.arguments,
+        slopes_x=slopes(p, p.logits, limit_x, grad_x),
+        slopes_y=slopes(turned, p.logits.T, limit_y, grad_y),
+        limit_x=None if limit_x is None else limit_x.numpy(),
+        limit_y=None if limit_y is None else limit_y.numpy(),
+        first_y=first,
+        dz=dz,
+        sums=dot,
+    )
     window = expected[:, first:]
     np.testing.assert_allclose(dz[:, : M - first], window, rtol=3e-5, atol=3e-6 * np.abs(window).max())
     scale = float(p.arguments["scale"][0])

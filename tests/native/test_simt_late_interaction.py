@@ -46,9 +46,11 @@ def expected(
 def run(simt: Simt, dtype: str, a: np.ndarray, b: np.ndarray, cu_a: np.ndarray, cu_b: np.ndarray, **options: int):
     n, m = len(cu_a) - 1, len(cu_b) - 1
     found = {
-        "sum_a": np.empty((n, m), np.float32), "best_a": np.full((len(a), m), -2, np.int32),
-        "sum_b": np.empty((n, m), np.float32), "best_b": np.full((len(b), n), -2, np.int32),
-    }  # fmt: skip
+        "sum_a": np.empty((n, m), np.float32),
+        "best_a": np.full((len(a), m), -2, np.int32),
+        "sum_b": np.empty((n, m), np.float32),
+        "best_b": np.full((len(b), n), -2, np.int32),
+    }
     counts = getattr(simt, f"maxsim_{dtype}")(a=a, b=b, cu_a=cu_a, cu_b=cu_b, **found, **options)
     return found, counts
 
@@ -164,10 +166,24 @@ def test_weights_of_smooth_maxima_keep_the_budget(simt: Simt, dtype: str) -> Non
         results.append(weights[:, first:])
     found = np.full((rows, columns + 3), -7.0, np.float32)
     counts = getattr(simt, f"smooth_weights_{dtype}")(
-        weights=found, x=as_array(a), y=as_array(b), cu_x=cu_a.numpy(), cu_y=cu_b.numpy(), set_x=set_a.numpy(),
-        set_y=set_b.numpy(), best_x=best[0], best_y=best[1], grad_x=grads[0].numpy(), grad_y=grads[1].numpy(),
-        stride_x=3, stride_y=1, smooth=smooth, first_y=first, aligned=1, order=1,
-    )  # fmt: skip
+        weights=found,
+        x=as_array(a),
+        y=as_array(b),
+        cu_x=cu_a.numpy(),
+        cu_y=cu_b.numpy(),
+        set_x=set_a.numpy(),
+        set_y=set_b.numpy(),
+        best_x=best[0],
+        best_y=best[1],
+        grad_x=grads[0].numpy(),
+        grad_y=grads[1].numpy(),
+        stride_x=3,
+        stride_y=1,
+        smooth=smooth,
+        first_y=first,
+        aligned=1,
+        order=1,
+    )
     assert_within_budget("weights", torch.from_numpy(found[:, :columns].copy()), *results, backward=True)
     assert (found[:, columns:] == -7).all(), "written beyond the window"
     for access in ("ldmatrix", "cp_async", "load"):
@@ -222,8 +238,9 @@ def test_gradient_in_shares_and_any_order(simt: Simt, dtype: str, d: int, aligne
     x, y = (cases.as_dtype(t.numpy(), dtype) for t in (a, b))
     rng = np.random.default_rng(0)
     lengths_a, lengths_b = cu_a.diff().numpy(), cu_b.diff().numpy()
-    set_a, set_b = (np.append(np.repeat(np.arange(len(n)), n), [len(n)] * 2).astype(np.int32)
-                    for n in (lengths_a, lengths_b))  # fmt: skip
+    set_a, set_b = (
+        np.append(np.repeat(np.arange(len(n)), n), [len(n)] * 2).astype(np.int32) for n in (lengths_a, lengths_b)
+    )
     own, met = np.full((len(x), 4), -1, np.int32), np.full((5, len(y)), -1, np.int32)
     for i in range(len(x) - 2):
         own[i] = np.where(lengths_b > 0, rng.integers(0, np.maximum(lengths_b, 1)), -1)
@@ -246,9 +263,21 @@ def test_gradient_in_shares_and_any_order(simt: Simt, dtype: str, d: int, aligne
     for shares, order in ((1, 0), (3, 1), (3, 2)):
         out = np.empty((shares, len(x), d), np.float32)
         counts = getattr(simt, f"maxsim_gradient_{dtype}")(
-            out=out, x=x, y=y, cu_x=cu_a.numpy(), cu_y=cu_b.numpy(), set_x=set_a, set_y=set_b, best_x=own, best_y=met,
-            **grads, stride_x=4, stride_y=1, aligned=aligned, order=order,
-        )  # fmt: skip
+            out=out,
+            x=x,
+            y=y,
+            cu_x=cu_a.numpy(),
+            cu_y=cu_b.numpy(),
+            set_x=set_a,
+            set_y=set_b,
+            best_x=own,
+            best_y=met,
+            **grads,
+            stride_x=4,
+            stride_y=1,
+            aligned=aligned,
+            order=order,
+        )
         found.append(out)
         np.testing.assert_allclose(out.sum(0), expected, rtol=1e-5, atol=3e-6)
         assert np.isfinite(out[:, 3:12]).all(), "a NaN of weight 0 was seen"

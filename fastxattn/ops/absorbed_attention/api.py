@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fastxattn.ops.absorbed_attention.backends import attend
+from fastxattn.ops.absorbed_attention.backends import run
 from fastxattn.ops.absorbed_attention.problem import Problem
 from fastxattn.ops.arguments import default_scale
 
@@ -104,5 +104,5 @@ def absorbed_attention(
         key_bias=key_bias,
         scale=default_scale(query, scale),
     )
-    out, lse = attend(problem, key_index, backend)
+    out, lse = run(problem, key_index, backend)
     return (out, lse) if return_lse else out

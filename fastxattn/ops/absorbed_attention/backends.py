@@ -17,7 +17,8 @@ from fastxattn.runtime.backend import Backend
 from fastxattn.runtime.operators import needs_function, plain
 
 
-def _cpu_supports(problem: Problem) -> str | None:
+def supports_cpu(problem: Problem) -> str | None:
+    """Why the C++ kernel does not run this problem; None when it does."""
     if problem.key_bias is not None and problem.key_bias.ndim == 2:
         return "it needs key_bias of shape (total_k,), one number for all heads"
     return reasons.cpu(problem.query)
@@ -30,25 +31,21 @@ def _cpu(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 BACKENDS = (
-    Backend("cpu", _cpu_supports, _cpu),
+    Backend("cpu", supports_cpu, _cpu),
     Backend("reference", lambda problem: None, absorbed_attention_reference),
 )
 
 
-def attend(problem: Problem, key_index: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def run(problem: Problem, key_index: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """Out and lse; ``key_index`` are the rows that the sequences consist of, all when None."""
     return fast_path.dispatch(
         "absorbed_attention",
-        _order,
+        BACKENDS,
         problem,
         backend,
         fast=_fast if key_index is None else lambda problem: None,
-        prepare=functools.partial(_prepare, key_index),
+        prepare=functools.partial(prepare, key_index),
     )
-
-
-def _order(problem: Problem) -> tuple[Backend, ...]:
-    return BACKENDS
 
 
 def _fast(problem: Problem) -> tuple[Tensor, Tensor] | None:
@@ -57,7 +54,7 @@ def _fast(problem: Problem) -> tuple[Tensor, Tensor] | None:
     return _cpu(problem) if sound else None
 
 
-def _prepare(key_index: Tensor | None, problem: Problem) -> Problem:
+def prepare(key_index: Tensor | None, problem: Problem) -> Problem:
     """Checked, in the layouts that backends take, with the rows of ``key_index`` gathered."""
     check(problem, key_index)
     query, context, key_bias = problem.query, problem.context, problem.key_bias

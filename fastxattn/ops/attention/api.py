@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastxattn.ops.arguments import default_scale
-from fastxattn.ops.attention.backends import attend, seed_tensor
+from fastxattn.ops.attention.backends import run, seed_tensor
 from fastxattn.ops.attention.padded import Layout
 from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.checks import check_tensor
@@ -167,7 +167,7 @@ def varlen_cross_attention(
         dropout_p=dropout_p,
         dropout_seed=_seed(dropout_seed, query) if dropout_p else None,
     )
-    out, lse = attend(problem, backend)
+    out, lse = run(problem, backend)
     return (out, _narrow(lse, query)) if return_lse else out
 
 
@@ -257,7 +257,7 @@ def cross_attention(
         dropout_p=dropout_p,
         dropout_seed=_seed(dropout_seed, query) if dropout_p else None,
     )
-    out, lse = attend(problem, backend)
+    out, lse = run(problem, backend)
     out = out.unflatten(0, query.shape[:2])
     return (out, _narrow(lse, query).unflatten(1, query.shape[:2]).transpose(0, 1)) if return_lse else out
 

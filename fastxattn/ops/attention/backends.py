@@ -80,7 +80,7 @@ BACKENDS = (
 _RUN = {backend.name: backend.run for backend in BACKENDS}
 
 
-def run(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
+def run_on(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """Out and lse of a validated problem on a backend, differentiably."""
     out, lse = _RUN[name](problem)
     return out, lse
@@ -100,9 +100,9 @@ def in_order(problem: Problem) -> tuple[Backend, ...]:
     return preferring(BACKENDS, best or ("cuda" if problem.query.dtype == torch.float32 else None))
 
 
-def attend(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Out and lse of a problem whose ``scale`` is filled in and whose seed is drawn."""
-    return fast_path.dispatch("attention", in_order, problem, backend, fast=_fast, prepare=_prepare)
+    return fast_path.dispatch("attention", in_order, problem, backend, fast=_fast, prepare=prepare)
 
 
 def _fast(problem: Problem) -> tuple[Tensor, Tensor] | None:
@@ -114,7 +114,7 @@ def _fast(problem: Problem) -> tuple[Tensor, Tensor] | None:
     return run_operator(direct, *values)  # type: ignore[no-any-return]
 
 
-def prepare(problem: Problem) -> Problem:
+def laid_out(problem: Problem) -> Problem:
     """Dtypes and layouts as backends need them; what is not a tensor passes through, for the checks to name."""
     query = problem.query
     if not isinstance(query, Tensor) or query.ndim != 3:
@@ -139,8 +139,9 @@ def prepare(problem: Problem) -> Problem:
     return problem.replace(**changes)
 
 
-def _prepare(problem: Problem) -> Problem:
-    prepared = prepare(problem)
+def prepare(problem: Problem) -> Problem:
+    """A problem as backends take it, checked."""
+    prepared = laid_out(problem)
     if not is_compiling():  # while tracing, the operator's fake checks
         checks.check_shapes(prepared)
         if readable(prepared.cu_seqlens_q):

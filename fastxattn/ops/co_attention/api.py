@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastxattn.ops.arguments import default_scale
 from fastxattn.ops.attention.backends import seed_tensor
-from fastxattn.ops.co_attention.backends import attend
+from fastxattn.ops.co_attention.backends import run
 from fastxattn.ops.co_attention.checks import check_seed
 from fastxattn.ops.co_attention.problem import Problem
 
@@ -93,4 +93,4 @@ def co_attention(
         dropout_p=dropout_p,
         dropout_seed=seeds,
     )
-    return attend(problem, backend)
+    return run(problem, backend)

@@ -57,7 +57,7 @@ def one_pass(name: str, problem: Problem) -> Both:
 
 def two_calls(name: str, problem: Problem) -> Both:
     """Run a backend's attention in each direction."""
-    return attention.run(name, problem.direction(0))[0], attention.run(name, problem.direction(1))[0]
+    return attention.run_on(name, problem.direction(0))[0], attention.run_on(name, problem.direction(1))[0]
 
 
 def _run(name: str, problem: Problem) -> Both:
@@ -77,12 +77,13 @@ BACKENDS = tuple(
 )
 
 
-def attend(problem: Problem, backend: str) -> Both:
+def run(problem: Problem, backend: str) -> Both:
     """(out_a, out_b)."""
-    return fast_path.dispatch("co_attention", _order, problem, backend, fast=_fast, prepare=_prepare)
+    return fast_path.dispatch("co_attention", in_order, problem, backend, fast=_fast, prepare=prepare)
 
 
-def _order(problem: Problem) -> tuple[Backend, ...]:
+def in_order(problem: Problem) -> tuple[Backend, ...]:
+    """The table, with the CUDA kernels first for float32 on a GPU."""
     query = problem.query_a
     return preferring(BACKENDS, "cuda" if query.is_cuda and query.dtype == torch.float32 else None)
 
@@ -92,11 +93,11 @@ def _fast(problem: Problem) -> Both | None:
     return one_pass("cpu", problem) if sound and ONE_PASS["cpu"](problem) else None
 
 
-def _prepare(problem: Problem) -> Problem:
+def prepare(problem: Problem) -> Problem:
     """Dtypes and layouts as attention wants them in both directions, checked."""
     changes: dict[str, Any] = {}
     for reader in (1, 0):  # what both directions share is prepared alike; numbers are attention's own
-        one = attention.prepare(problem.direction(reader))
+        one = attention.laid_out(problem.direction(reader))
         changes |= {name: getattr(one, role) for role, name in roles(reader).items()}
         changes |= {name: getattr(one, name) for name in Problem.numbers}
     problem = problem.replace(**changes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastxattn.ops.arguments import default_scale
-from fastxattn.ops.importance.backends import score_of
+from fastxattn.ops.importance.backends import run
 from fastxattn.ops.importance.checks import check_reduction
 from fastxattn.ops.importance.problem import Problem
 
@@ -94,7 +94,7 @@ def key_importance(
         scale=default_scale(query, scale),
         softcap=softcap,
     )
-    score = score_of(problem, backend)
+    score = run(problem, backend)
     if normalize:
         score = score / count_queries(problem).clamp(min=1)
     if reduction == "mean":

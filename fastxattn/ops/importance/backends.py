@@ -52,13 +52,9 @@ BACKENDS = (
 )
 
 
-def score_of(problem: Problem, backend: str) -> Tensor:
+def run(problem: Problem, backend: str) -> Tensor:
     """Score (heads, slots_k)."""
-    return fast_path.dispatch("importance", _order, problem, backend, fast=_fast, prepare=_prepare)
-
-
-def _order(problem: Problem) -> tuple[Backend, ...]:
-    return BACKENDS
+    return fast_path.dispatch("importance", BACKENDS, problem, backend, fast=_fast, prepare=prepare)
 
 
 def _fast(problem: Problem) -> Tensor | None:
@@ -68,9 +64,9 @@ def _fast(problem: Problem) -> Tensor | None:
     return _run("cpu", p) if fast_path.fits(p.kv_range, p.query) else None
 
 
-def _prepare(problem: Problem) -> Problem:
+def prepare(problem: Problem) -> Problem:
     """Dtypes and layouts as backends want them, checked; what is not a tensor passes through to the checks."""
-    shared = attention.prepare(problem.attention())
+    shared = attention.laid_out(problem.attention())
     changes: dict[str, Any] = {name: getattr(shared, name) for name in Problem.names if name not in OWN}
     if isinstance(problem.lse, Tensor) and problem.lse.layout == torch.strided:
         changes["lse"] = problem.lse.contiguous()

@@ -83,7 +83,7 @@ def maxsim(
     both = direction == "both"
     fields |= {"from_a": both or direction == "a", "from_b": both or direction == "b"}
     problem = Problem(**fields) if smooth is None else SmoothProblem(**fields, smooth=float(smooth))
-    sums = backends.sums(problem, backend)
+    sums = backends.run(problem, backend)
     if reduction == "mean":
         lengths_a, lengths_b = (cu.diff().clamp(min=1) for cu in (cu_seqlens_a, cu_seqlens_b))
         sums = sums[0] / lengths_a[: sums[0].shape[0], None], sums[1] / lengths_b

@@ -14,18 +14,20 @@ from fastxattn.runtime import reasons
 from fastxattn.runtime.backend import Backend, dispatch, preferring
 
 
-def _cpu(p: Problem) -> str | None:
+def supports_cpu(p: Problem) -> str | None:
+    """Why the C++ kernel does not run this problem; None when it does."""
     if (reason := "the tensors are on meta" if p.a.is_meta else reasons.cpu(p.a)) is not None:
         return reason
     return None if smooth_of(p) is None else "it has no smooth maximum; triton, cuda and the reference have"
 
 
-def _reference(p: Problem) -> str | None:
+def supports_reference(p: Problem) -> str | None:
+    """Why the reference does not run this problem; None when it does."""
     return "it reads the offsets; on the meta device there are none" if p.a.is_meta else None
 
 
 BACKENDS = (
-    Backend("cpu", _cpu, functools.partial(best_matches, "cpu")),
+    Backend("cpu", supports_cpu, functools.partial(best_matches, "cpu")),
     Backend(
         "triton",
         lambda p: reasons.triton(p.a) or reasons.exported("late interaction"),
@@ -36,9 +38,9 @@ BACKENDS = (
         lambda p: reasons.cuda(p.a) or reasons.exported("late interaction"),
         functools.partial(best_matches, "cuda"),
     ),
-    Backend("reference", _reference, maxsim_reference),
+    Backend("reference", supports_reference, maxsim_reference),
 )
-"""In the order in which ``auto`` tries them, see :func:`sums`."""
+"""In the order in which ``auto`` tries them, see :func:`run`."""
 
 for _backend, _keys in (("triton", ("CUDA", "CPU")), ("cuda", ("CUDA",))):
     for _kind in operator.BACKENDS[_backend]:
@@ -48,7 +50,7 @@ for _backend, _keys in (("triton", ("CUDA", "CPU")), ("cuda", ("CUDA",))):
             )
 
 
-def sums(p: Problem, requested: str) -> tuple[Tensor, Tensor]:
+def run(p: Problem, requested: str) -> tuple[Tensor, Tensor]:
     """Sums of best matches (N, M) from the tokens of a and of b; a direction not asked for is (0, M).
 
     On an H200 the CUDA kernels were measured to take 0.37 to 0.54 of the time of Triton's.

@@ -9,7 +9,7 @@ import torch
 
 from fastxattn.ops.contrastive.checks import features
 from fastxattn.ops.retrieval import checks
-from fastxattn.ops.retrieval.backends import search
+from fastxattn.ops.retrieval.backends import run
 from fastxattn.ops.retrieval.problem import Problem
 from fastxattn.runtime.operators import derivative_wanted
 
@@ -145,7 +145,7 @@ def _search(
         k=k,
         first=first,
     )
-    return search(problem, metric, backend)
+    return run(problem, metric, backend)
 
 
 def quantize_int8(corpus: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,8 @@ from fastxattn.runtime.backend import Backend, resolve
 MOST = 128  # a query's list lives in the Triton kernel's registers
 
 
-def _triton(p: Problem) -> str | None:
+def supports_triton(p: Problem) -> str | None:
+    """Why the Triton kernel does not run this problem; None when it does."""
     if (reason := reasons.triton(p.corpus)) is not None:
         return reason
     return f"it needs k up to {MOST}, got {p.k}" if p.k > MOST else reasons.exported("retrieval")
@@ -31,7 +32,7 @@ def _run(backend: str, p: Problem) -> tuple[Tensor, Tensor]:
 
 BACKENDS = (
     Backend("cpu", lambda p: reasons.cpu(p.corpus), lambda p: _run("cpu", p)),
-    Backend("triton", _triton, lambda p: _run("triton", p)),
+    Backend("triton", supports_triton, lambda p: _run("triton", p)),
     Backend("reference", lambda p: None, topk_reference),
 )
 """In the order in which ``auto`` tries them."""
@@ -40,7 +41,7 @@ reasons.at_first_call(
 )
 
 
-def search(p: Problem, metric: str, requested: str) -> tuple[Tensor, Tensor]:
+def run(p: Problem, metric: str, requested: str) -> tuple[Tensor, Tensor]:
     """The results of ``p``, whose factor is the caller's, under a metric."""
     name = resolve("topk_similarity", BACKENDS, p, requested)
     query = p.queries if name == "reference" and p.queries.dtype == torch.float64 else p.queries.float()
@@ -49,8 +50,8 @@ def search(p: Problem, metric: str, requested: str) -> tuple[Tensor, Tensor]:
         query = query / torch.linalg.vector_norm(query, dim=1, keepdim=True).clamp(min=1e-12)
         length = _lengths(p.corpus, computed_in(query.dtype))
         factor = torch.where(length > 0, 1 / length, 0.0)  # a row's own scale cancels
-    run = next(backend.run for backend in BACKENDS if backend.name == name)
-    found: tuple[Tensor, Tensor] = run(p.replace(queries=query, factor=factor))
+    chosen = next(backend for backend in BACKENDS if backend.name == name)
+    found: tuple[Tensor, Tensor] = chosen.run(p.replace(queries=query, factor=factor))
     return found
 
 

@@ -29,10 +29,16 @@ class _Argument(ctypes.Structure):
     """As in bind.h."""
 
     _fields_ = (
-        ("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("text", ctypes.c_char_p), ("number", ctypes.c_double),
-        ("bytes", ctypes.c_int64), ("itemsize", ctypes.c_int64), ("dims", ctypes.c_int64),
-        ("shape", ctypes.c_int64 * 4), ("strides", ctypes.c_int64 * 4),
-    )  # fmt: skip
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
+        ("text", ctypes.c_char_p),
+        ("number", ctypes.c_double),
+        ("bytes", ctypes.c_int64),
+        ("itemsize", ctypes.c_int64),
+        ("dims", ctypes.c_int64),
+        ("shape", ctypes.c_int64 * 4),
+        ("strides", ctypes.c_int64 * 4),
+    )
 
 
 def _argument(name: str, value: Any) -> _Argument:
@@ -45,9 +51,16 @@ def _argument(name: str, value: Any) -> _Argument:
     extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, strides, strict=True)) if value.size else 0
     pad = [0] * (4 - value.ndim)
     return _Argument(
-        name.encode(), value.ctypes.data, None, 0.0, extent * value.itemsize, value.itemsize, value.ndim,
-        (ctypes.c_int64 * 4)(*value.shape, *pad), (ctypes.c_int64 * 4)(*strides, *pad),
-    )  # fmt: skip
+        name.encode(),
+        value.ctypes.data,
+        None,
+        0.0,
+        extent * value.itemsize,
+        value.itemsize,
+        value.ndim,
+        (ctypes.c_int64 * 4)(*value.shape, *pad),
+        (ctypes.c_int64 * 4)(*strides, *pad),
+    )
 
 
 class Simt:
