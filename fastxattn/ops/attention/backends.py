@@ -20,7 +20,6 @@ from fastxattn.runtime import fast_path, reasons, tuning
 from fastxattn.runtime.autocast import cast, no_autocast
 from fastxattn.runtime.backend import Backend, preferring
 from fastxattn.runtime.operators import needs_function, plain
-from fastxattn.runtime.operators import run as run_operator
 
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
 direct = torch.ops.fastxattn.attention_cpu.default._op
@@ -108,10 +107,11 @@ def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 def _fast(problem: Problem) -> tuple[Tensor, Tensor] | None:
     if not problem.plain_numbers() or not fast_path.fits(problem.kv_range, problem.query):
         return None
-    values = problem.values()
+    values = problem._get(problem)
     if problem.tracked():
         return Attention.apply("cpu", *values)  # type: ignore[no-any-return]
-    return run_operator(direct, *values)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return direct(*values)  # type: ignore[no-any-return]
 
 
 def laid_out(problem: Problem) -> Problem:
