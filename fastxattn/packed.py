@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from fastxattn.ops.checks import check_contents, readable
+from fastxattn.ops.checks import check_contents, check_mask, readable
 from fastxattn.ops.fields import TensorFields, describe, describe_lengths
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class PackedTokens(TensorFields):
             _check_total(batch * length)
             offsets = torch.arange(batch + 1, dtype=torch.int32, device=values.device) * length
             return cls(values.flatten(0, 1), offsets, length)
-        _check_mask(mask, values)
+        check_mask("mask", mask, values)
         return cls(values[mask], _offsets(mask.sum(1)), length)
 
     def to_padded(self, fill: float = 0, length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -359,15 +359,6 @@ def _check_total(rows: int) -> None:
 def _offsets(lengths: Tensor) -> Tensor:
     """(batch + 1,) int32 running sum of (batch,) lengths, from 0."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _check_mask(mask: Tensor, values: Tensor) -> None:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean; got {mask.dtype}")
-    if mask.shape != values.shape[:2]:
-        raise ValueError(f"mask must have shape {tuple(values.shape[:2])}, that of values; got {tuple(mask.shape)}")
-    if mask.device != values.device:
-        raise ValueError(f"mask must be on the device of values, {values.device}; got {mask.device}")
 
 
 def _flatten(tokens: PackedTokens) -> tuple[list[Any], None]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastxattn.ops.checks import check_contents, check_integer_tensor, readable
+from fastxattn.ops.checks import check_contents, check_integer_tensor, check_tensor, readable
 
 
 class _Rows(NamedTuple):
@@ -307,8 +307,7 @@ def check_limit(name: str, limit: object) -> None:
 
 def _check_times(name: str, times: object) -> bool:
     """Whether ``times`` (rows,) are integers; refuses what is no tensor of times."""
-    if not isinstance(times, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(times).__name__}")
+    times = check_tensor(name, times)
     if times.dtype in (torch.bool, torch.uint64) or times.is_complex():
         raise TypeError(f"{name} must be floating-point or integers up to int64; got {times.dtype}")
     if times.ndim != 1:

@@ -150,7 +150,7 @@ BAD_PADDED = {
     "mask dtype": (
         TypeError,
         {"query_mask": torch.ones(2, 3)},
-        "query_mask must be boolean, True where there is a token",
+        "query_mask must be boolean, True = valid token",
     ),
     "bias": (
         ValueError,

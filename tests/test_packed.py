@@ -152,9 +152,9 @@ def test_checks(name):
 
 
 def test_conversion_checks():
-    with pytest.raises(TypeError, match=r"mask must be boolean; got torch.float32"):
+    with pytest.raises(TypeError, match=r"mask must be boolean, True = valid token; got torch.float32"):
         PackedTokens.from_padded(torch.zeros(2, 3, 4), torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"mask must have shape \(2, 3\), that of values; got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"mask must have shape \(batch, length\), \(2, 3\); got \(2, 4\)"):
         PackedTokens.from_padded(torch.zeros(2, 3, 4), torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="length must hold the longest sequence, 3; got 2"):
         PackedTokens(VALUES, ints(0, 1, 4), 3).to_padded(length=2)
@@ -165,7 +165,7 @@ def test_conversion_checks():
         PackedTokens.from_padded([[1.0]])
     with pytest.raises(TypeError, match="mask must be a tensor; got list"):
         PackedTokens.from_padded(torch.zeros(1, 1), [[True]])
-    with pytest.raises(ValueError, match="mask must be on the device of values, cpu; got meta"):
+    with pytest.raises(ValueError, match="mask must be on the device of its tokens, cpu; got meta"):
         PackedTokens.from_padded(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool, device="meta"))
     for tensors, error, message in (
         ([], ValueError, "at least one tensor"),

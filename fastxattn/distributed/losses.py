@@ -65,12 +65,8 @@ def infonce_loss(
         RuntimeError: the backend cannot run the problem; or another rank left or died, raised within the process
             group's timeout.
     """
-    options: dict[str, Any] = {
-        "symmetric": symmetric,
-        "normalize": normalize,
-        "label_smoothing": label_smoothing,
-        "backend": backend,
-    }
+    options: dict[str, Any] = {"symmetric": symmetric, "normalize": normalize}
+    options |= {"label_smoothing": label_smoothing, "backend": backend}
     if world_size(group) == 1:
         _check(cast(image_features), cast(text_features), strategy)
         return contrastive.infonce_loss(image_features, text_features, logit_scale, **options)
@@ -95,23 +91,11 @@ def multi_positive_infonce_loss(
 
     Args:
         image_features: see :func:`infonce_loss` of this module, as for all that is not described here.
-        text_features: (n, D).
-        logit_scale: a number or one-element tensor, the same on every rank.
         groups: this rank's integer group ids, one (n,) for both sides or a pair; equal ids on two ranks are the same
             group.
-        symmetric: both directions, or only image to text.
-        normalize: unit-length features.
-        label_smoothing: share of the target spread over all candidates.
-        strategy: ``gather`` or ``ring``.
-        group: process group; None for the default one.
-        backend: see :func:`fastxattn.multi_positive_infonce_loss`.
     """
-    options: dict[str, Any] = {
-        "symmetric": symmetric,
-        "normalize": normalize,
-        "label_smoothing": label_smoothing,
-        "backend": backend,
-    }
+    options: dict[str, Any] = {"symmetric": symmetric, "normalize": normalize}
+    options |= {"label_smoothing": label_smoothing, "backend": backend}
     if world_size(group) == 1:
         _check(cast(image_features), cast(text_features), strategy)
         several = contrastive.multi_positive_infonce_loss

@@ -78,17 +78,10 @@ class RingStats(KernelFunction):
 
     @staticmethod
     def forward(
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        ids_a: Tensor | None,
-        ids_b: Tensor | None,
-        means: bool,
-        counts: list[int],
-        group: Group,
-        backend: str,
+        a: Tensor, b: Tensor, scale: Tensor, ids_a: Tensor | None, ids_b: Tensor | None, means: bool, *flags: Any
     ) -> Tensor:
-        """One turn of the ring merges what the blocks have."""
+        """One turn of the ring merges what the blocks have; ``flags`` are the counts, the group and the backend."""
+        counts, group, backend = flags
         merged: Tensor | None = None
         for pairs, _ in RingStats.turn(a, [b.detach()], (ids_a, ids_b), scale, (counts, group, backend)):
             statistics = pairs.into(Statistics, columns=False, means=means)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastxattn.ops.checks import has_contents, readable
+from fastxattn.ops.checks import check_mask, has_contents, readable
 from fastxattn.packed import PackedTokens
 
 Tokens = torch.Tensor | PackedTokens
@@ -44,12 +44,7 @@ def pack(tokens: Tokens, mask: torch.Tensor | None = None, *, name: str = "query
         starts = torch.arange(batch + 1, dtype=torch.int32, device=tokens.device) * length
         packed = PackedTokens(values, starts, length)
         return packed, Layout(packed, (batch, length), None)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}_mask must be boolean, True = valid token; got {mask.dtype}")
-    if mask.shape != (batch, length):
-        raise ValueError(f"{name}_mask must have shape {(batch, length)}; got {tuple(mask.shape)}")
-    if mask.device != tokens.device:
-        raise ValueError(f"{name}_mask must be on the device of {name}, {tokens.device}; got {mask.device}")
+    check_mask(f"{name}_mask", mask, tokens)
     starts = torch.nn.functional.pad(mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     if not has_contents(mask):
         # No size may depend on the contents of a mask: valid tokens go to the front, and zeros keep the rows behind

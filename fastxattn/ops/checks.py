@@ -56,6 +56,19 @@ def check_numbers(problem: Arguments) -> None:
         check_within(name, getattr(problem, name), low, below)
 
 
+def check_mask(name: str, mask: object, tokens: Tensor) -> Tensor:
+    """Refuse what is no boolean (batch, length) mask of padded ``tokens``."""
+    mask = check_tensor(name, mask)
+    shape = tuple(tokens.shape[:2])
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean, True = valid token; got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(f"{name} must have shape (batch, length), {shape}; got {tuple(mask.shape)}")
+    if mask.device != tokens.device:
+        raise ValueError(f"{name} must be on the device of its tokens, {tokens.device}; got {mask.device}")
+    return mask
+
+
 def check_int32(name: str, t: Tensor) -> None:
     """Refuse dtypes other than int32."""
     if t.dtype != torch.int32:

@@ -107,7 +107,7 @@ def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 def _fast(problem: Problem) -> tuple[Tensor, Tensor] | None:
     if not problem.plain_numbers() or not fast_path.fits(problem.kv_range, problem.query):
         return None
-    values = problem._get(problem)
+    values = type(problem)._get(problem)
     if problem.tracked():
         return Attention.apply("cpu", *values)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastxattn.ops.checks import check_tensor
+from fastxattn.ops.checks import check_int32, check_mask, check_tensor
 
 
 class Layout(NamedTuple):
@@ -60,10 +60,7 @@ class Layout(NamedTuple):
         """Ranges of padded key positions as ranges of key slots, one per query row."""
         if kv_range is None:
             return None
-        if not isinstance(kv_range, Tensor):
-            raise TypeError(f"kv_range must be a tensor; got {type(kv_range).__name__}")
-        if kv_range.dtype != torch.int32:
-            raise TypeError(f"kv_range must be int32; got {kv_range.dtype}")
+        check_int32("kv_range", check_tensor("kv_range", kv_range))
         full, shape = (self.batch, self.length_q, 2), tuple(kv_range.shape)
         if len(shape) not in (2, 3) or shape[-1] != 2 or not _broadcasts(shape, full):
             raise ValueError(f"kv_range must broadcast to (batch, Lq, 2), {full}; got {shape}")
@@ -80,8 +77,7 @@ class Layout(NamedTuple):
         """(batch, Lk) or (batch, Lk, heads) flattened to key rows."""
         if key_bias is None:
             return None
-        if not isinstance(key_bias, Tensor):
-            raise TypeError(f"key_bias must be a tensor; got {type(key_bias).__name__}")
+        check_tensor("key_bias", key_bias)
         if key_bias.ndim not in (2, 3) or key_bias.shape[0] != self.batch or key_bias.shape[1] != self.length_k:
             raise ValueError(
                 f"key_bias must have shape (batch, Lk) or (batch, Lk, heads), ({self.batch}, {self.length_k}[, heads]);"
@@ -93,8 +89,7 @@ class Layout(NamedTuple):
         """The bias with leading axes of 1 up to (batch, heads, Lq, Lk); each axis 1 or full."""
         if bias is None:
             return None
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"bias must be a tensor; got {type(bias).__name__}")
+        check_tensor("bias", bias)
         if not bias.is_floating_point():
             raise TypeError(f"bias must be a floating tensor (masks go in key_mask and kv_range); got {bias.dtype}")
         full = (self.batch, self.heads, self.length_q, self.length_k)
@@ -118,14 +113,7 @@ def _rows_in_use(name: str, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor
     """Slots in use per sequence, and the index when they are not simply the first rows."""
     if mask is None:
         return None, None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be boolean, True where there is a token; got {mask.dtype}")
-    if mask.shape != tokens.shape[:2]:
-        raise ValueError(f"{name} must have shape (batch, length), {tuple(tokens.shape[:2])}; got {tuple(mask.shape)}")
-    if mask.device != tokens.device:
-        raise ValueError(f"{name} must be on the device of its tokens, {tokens.device}; got {mask.device}")
+    check_mask(name, mask, tokens)
     used = mask.sum(1, dtype=torch.int32)
     if _may_look(mask) and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return used, None

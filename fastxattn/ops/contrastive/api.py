@@ -204,20 +204,7 @@ def multi_positive_infonce_loss(
     Args:
         image_features: (N, D).
         text_features: (M, D); ``image_features`` itself with ``exclude_self`` for one modality.
-        logit_scale: a number or a tensor of one element; default 1 / 0.07.
         groups: integer ids (labels), one (N,) for both sides or a pair (N,), (M,): equal ids >= 0 are positives.
-        hard_negatives: (N, K, D).
-        image_queue: (Q, D).
-        text_queue: (Q, D).
-        ignore_ids: integer ids; negatives with equal ids >= 0 are left out.
-        exclude_self: leaves out pairs (i, i).
-        weights: (N,), or a pair (N,), (M,).
-        label_smoothing: share of the target that is spread over all candidates.
-        decoupled: positives are left out of the log-sum-exp.
-        symmetric: both directions; else only image to text.
-        normalize: unit-length features inside the same pass.
-        reduction: ``mean``, ``sum`` or ``none``.
-        backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
     """
     problem = _problem(image_features, text_features, logit_scale, reduction, normalize, exclude_self)
     problem = problem.replace(
@@ -280,11 +267,7 @@ def distillation_loss(
         teacher_image_features: (N, E) floating point, of any width and dtype.
         teacher_text_features: (M, E), the dtype of ``teacher_image_features``.
         teacher_logit_scale: as ``logit_scale``.
-        weights: (N,), or a pair (N,), (M,).
-        symmetric: both directions; else only image to text.
         normalize: unit-length features of the student.
-        reduction: ``mean``, ``sum`` or ``none``.
-        backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
     Returns:
         The loss in float32 (float64 for float64), reduced as by :func:`infonce_loss`.
@@ -333,14 +316,10 @@ def sigmoid_loss(
         text_features: (M, D), the dtype of ``image_features``.
         logit_scale: see :func:`infonce_loss`; default 10, where SigLIP starts.
         logit_bias: a number or a tensor as ``logit_scale``; None is 0. (SigLIP starts at -10.)
-        targets: see :func:`infonce_loss`; so are ``ignore_ids``, ``exclude_self`` and ``normalize``.
+        targets: see :func:`infonce_loss`; so are ``ignore_ids``, ``exclude_self``, ``normalize`` and ``backend``.
         groups: integer ids; equal ids >= 0 are positives, as in :func:`multi_positive_infonce_loss`.
-        ignore_ids: integer ids; negatives with equal ids are left out.
-        exclude_self: leaves out pairs (i, i).
         weights: (N,) weights of the rows, as in :func:`infonce_loss`; the mean becomes the weighted mean.
-        normalize: unit-length features inside the same pass.
         reduction: ``mean``, ``sum`` or ``none`` (N,).
-        backend: ``auto``, ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
     Returns:
         The loss in float32 (float64 for float64).
