@@ -117,6 +117,13 @@ def plain(operator: Any, *arguments: Any) -> Any:
     return operator(*arguments) if torch.compiler.is_compiling() else run(operator, *arguments)
 
 
+def apply(function: Any, forward: Any, backend: str, problem: Any) -> Any:
+    """Run a problem on a compiled backend: by its Function where a derivative may be taken, else by its operator."""
+    if needs_function(*problem.differentiated()):
+        return function.apply(backend, *problem.values())
+    return plain(forward[backend], *problem.values())
+
+
 def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate ``backward(ctx, saved, *grads)`` of a Function whose gradient cannot be differentiated again.
 

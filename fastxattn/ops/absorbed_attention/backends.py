@@ -14,7 +14,7 @@ from fastxattn.ops.absorbed_attention.problem import Problem
 from fastxattn.ops.absorbed_attention.reference import absorbed_attention_reference
 from fastxattn.runtime import fast_path, reasons
 from fastxattn.runtime.backend import Backend
-from fastxattn.runtime.operators import needs_function, plain
+from fastxattn.runtime.operators import apply
 
 
 def supports_cpu(problem: Problem) -> str | None:
@@ -25,9 +25,7 @@ def supports_cpu(problem: Problem) -> str | None:
 
 
 def _cpu(problem: Problem) -> tuple[Tensor, Tensor]:
-    if needs_function(*problem.differentiated()):
-        return AbsorbedAttention.apply("cpu", *problem.values())[:2]  # type: ignore[no-any-return]
-    return plain(FORWARD["cpu"], *problem.values())[:2]  # type: ignore[no-any-return]
+    return apply(AbsorbedAttention, FORWARD, "cpu", problem)[:2]  # type: ignore[no-any-return]
 
 
 BACKENDS = (

@@ -19,7 +19,7 @@ from fastxattn.ops.checks import float_of, readable
 from fastxattn.runtime import fast_path, reasons, tuning
 from fastxattn.runtime.autocast import cast, no_autocast
 from fastxattn.runtime.backend import Backend, preferring
-from fastxattn.runtime.operators import needs_function, plain
+from fastxattn.runtime.operators import apply
 
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "query_index", "key_index", "kv_range")
 direct = torch.ops.fastxattn.attention_cpu.default._op
@@ -57,11 +57,7 @@ def supports_cuda(problem: Problem) -> str | None:
 
 
 def _compiled(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
-    if needs_function(*problem.differentiated()):
-        out, lse = Attention.apply(name, *problem.values())
-    else:
-        out, lse = plain(FORWARD[name], *problem.values())
-    return out, lse
+    return apply(Attention, FORWARD, name, problem)  # type: ignore[no-any-return]
 
 
 def _reference(problem: Problem) -> tuple[Tensor, Tensor]:

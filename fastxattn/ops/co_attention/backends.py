@@ -20,7 +20,7 @@ from fastxattn.ops.co_attention.operator import FORWARD, CoAttention
 from fastxattn.ops.co_attention.problem import Problem, roles
 from fastxattn.runtime import fast_path
 from fastxattn.runtime.backend import Backend, preferring
-from fastxattn.runtime.operators import needs_function, plain
+from fastxattn.runtime.operators import apply
 from fastxattn.runtime.reasons import at_first_call
 
 Both = tuple[Tensor, Tensor]
@@ -50,9 +50,7 @@ for devices where products cost more.
 
 def one_pass(name: str, problem: Problem) -> Both:
     """Run a backend's own kernels, differentiably."""
-    if needs_function(*problem.differentiated()):
-        return CoAttention.apply(name, *problem.values())[:2]  # type: ignore[no-any-return]
-    return plain(FORWARD[name], *problem.values())[:2]  # type: ignore[no-any-return]
+    return apply(CoAttention, FORWARD, name, problem)[:2]  # type: ignore[no-any-return]
 
 
 def two_calls(name: str, problem: Problem) -> Both:

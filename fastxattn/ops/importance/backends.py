@@ -17,7 +17,7 @@ from fastxattn.ops.importance.reference import importance_reference
 from fastxattn.runtime import fast_path
 from fastxattn.runtime.autocast import no_autocast
 from fastxattn.runtime.backend import Backend
-from fastxattn.runtime.operators import needs_function, plain
+from fastxattn.runtime.operators import apply
 from fastxattn.runtime.reasons import at_first_call
 
 at_first_call(
@@ -33,12 +33,7 @@ def _supports(name: str, problem: Problem) -> str | None:
 
 def _run(name: str, problem: Problem) -> Tensor:
     """Run a compiled backend, differentiably."""
-    score: Tensor
-    if needs_function(*problem.differentiated()):
-        score = Importance.apply(name, *problem.values())
-    else:
-        score = plain(FORWARD[name], *problem.values())
-    return score
+    return apply(Importance, FORWARD, name, problem)  # type: ignore[no-any-return]
 
 
 def _reference(problem: Problem) -> Tensor:

@@ -50,13 +50,7 @@ _SINGLE: Table = {
     "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "backward_key": {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
-_SINGLE_RICH: Table = {
-    "forward": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "split": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "backward_query": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "backward_key": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "backward_bias": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-}
+_SINGLE_RICH: Table = {kernel: dict.fromkeys((64, 128, 256), Tile(16, 16, 8, 1)) for kernel in KERNELS}
 # What would spill on compute capability 8.
 _AMPERE: Table = {
     "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
