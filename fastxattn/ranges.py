@@ -56,6 +56,23 @@ def check_count(name: str, count: object, low: int = 0) -> None:
         raise ValueError(f"{name} must be below 2^31; got {count}")
 
 
+def _check_offsets(name: str, offsets: Tensor) -> None:
+    check_integer_tensor(name, offsets, torch.int32)
+    if offsets.shape[0] < 1:
+        raise ValueError(f"{name} must have shape (batch + 1,), at least one offset; got none")
+
+
+def _check_both(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    _check_offsets("cu_seqlens_q", cu_seqlens_q)
+    _check_offsets("cu_seqlens_k", cu_seqlens_k)
+    for rule, want, got in (
+        ("have the shape", tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)),
+        ("be on the device", cu_seqlens_q.device, cu_seqlens_k.device),
+    ):
+        if want != got:
+            raise ValueError(f"cu_seqlens_k must {rule} of cu_seqlens_q, {want}; got {got}")
+
+
 def _check_media(name: str, per_image: Tensor, media_locations: Tensor, cu_seqlens_q: Tensor) -> None:
     """That ``per_image`` (images,) has one number, not negative, for each marker in a sequence."""
     check_integer_tensor(name, per_image)
@@ -120,11 +137,7 @@ def sliding_window_kv_range(
     Raises:
         ValueError: ``left`` or ``right`` is below -1.
     """
-    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check_integer_tensor(name, offsets, torch.int32)
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        shape = tuple(cu_seqlens_q.shape)
-        raise ValueError(f"cu_seqlens_k must have the shape of cu_seqlens_q, {shape}; got {tuple(cu_seqlens_k.shape)}")
+    _check_both(cu_seqlens_q, cu_seqlens_k)
     for name, limit in (("left", left), ("right", right)):
         check_count(name, limit, -1)
     left, right = min(left, 2**31), min(right, 2**31)  # sums with sys.maxsize would wrap around
@@ -218,7 +231,7 @@ def tile_kv_range(
 
 def _preceding_media(media_locations: Tensor, cu_seqlens_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """By query row: the first image of its sequence, the last image up to it (both by number), and if there is one."""
-    check_integer_tensor("cu_seqlens_q", cu_seqlens_q, torch.int32)
+    _check_offsets("cu_seqlens_q", cu_seqlens_q)
     if media_locations.dtype != torch.bool:
         raise TypeError(f"media_locations must be boolean; got {media_locations.dtype}")
     if media_locations.ndim != 1:
@@ -268,15 +281,11 @@ def timestamp_kv_range(
     after = before if after is None else after
     for name, limit in (("before", before), ("after", after)):
         check_limit(name, limit)
-    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check_integer_tensor(name, offsets, torch.int32)
+    _check_both(cu_seqlens_q, cu_seqlens_k)
     integer = [_check_times(name, t) for name, t in (("query_times", query_times), ("key_times", key_times))]
     for name, t in (("key_times", key_times), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if t.device != query_times.device:
             raise ValueError(f"{name} must be on the device of query_times, {query_times.device}; got {t.device}")
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        shape = tuple(cu_seqlens_q.shape)
-        raise ValueError(f"cu_seqlens_k must have the shape of cu_seqlens_q, {shape}; got {tuple(cu_seqlens_k.shape)}")
     if readable(key_times):
         check_contents("cu_seqlens_k", cu_seqlens_k, key_times.shape[0], "key_times")
         _check_ascending(key_times, cu_seqlens_k)

@@ -265,6 +265,9 @@ def test_causal_and_window_build_a_range(options, limits):
         ({"window": True}, TypeError, "window must be an int or (left, right); got True"),
         ({"window": (1.5, 0)}, TypeError, "left of window must be an int; got float"),
         ({"window": (0, -2)}, ValueError, "right of window must be at least 0, or -1 for no limit; got -2"),
+        ({"causal": torch.ones(2, 2).bool()}, TypeError, "causal must be a bool; got Tensor"),
+        ({"causal": "no"}, TypeError, "causal must be a bool; got str"),
+        ({"causal": None}, TypeError, "causal must be a bool; got NoneType"),
     ],
     ids=str,
 )
@@ -274,6 +277,29 @@ def test_causal_and_window_are_refused(options, error, message):
         fastxattn.varlen_cross_attention(q, q, q, cu, cu, **options)
     with pytest.raises(error, match=re.escape(message)):
         fastxattn.cross_attention(q[None], q[None], q[None], **options)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda q, k: fastxattn.varlen_cross_attention(*[torch.randn(2, 1, 4)] * 3, q, k, causal=True),
+        lambda q, k: ranges.causal_kv_range(q, k),
+        lambda q, k: ranges.timestamp_kv_range(torch.rand(2), torch.rand(2), q, k, 1.0),
+        lambda q, k: ranges.media_kv_range(torch.ones(2).bool(), q if len(k) else k, 3),
+    ],
+    ids=["causal=", "causal", "timestamp", "media"],
+)
+def test_offsets_without_one_are_refused(build, name):
+    given = {"cu_seqlens_q": offsets([2]), "cu_seqlens_k": offsets([2])}
+    given[name] = given[name][:0]
+    with pytest.raises(ValueError, match=r"must have shape \(batch \+ 1,\), at least one offset; got none"):
+        build(*given.values())
+
+
+def test_offsets_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match="cu_seqlens_k must be on the device of cu_seqlens_q, cpu; got meta"):
+        ranges.causal_kv_range(offsets([2]), offsets([2]).to("meta"))
 
 
 def test_causal_in_a_compiled_program():

@@ -149,7 +149,7 @@ def varlen_cross_attention(
     Vaswani et al., Attention is all you need (2017); Dao et al., FlashAttention (2022); Milakov and Gimelshein,
     Online normalizer calculation for softmax (2018).
     """
-    if causal or window is not None:
+    if causal is not False or window is not None:
         left, right = _limits(causal, window, kv_range)
         check_tensor("query", query)
         kv_range = sliding_window_kv_range(cu_seqlens_q, cu_seqlens_k, left, right, query.shape[0])
@@ -242,7 +242,7 @@ def cross_attention(
         RuntimeError: the backend asked for cannot run this problem; the message says why.
     """
     layout = Layout.of(query, key, value, query_mask, key_mask)
-    if causal or window is not None:
+    if causal is not False or window is not None:
         left, right = _limits(causal, window, kv_range)
         one = torch.arange(2, dtype=torch.int32, device=query.device)  # offsets of one sequence
         offsets = one * layout.length_q, one * layout.length_k
@@ -264,6 +264,8 @@ def cross_attention(
 
 def _limits(causal: bool, window: Window, kv_range: Tensor | None) -> tuple[int, int]:
     """How many keys a query sees before and after its own place; -1: no limit."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool; got {type(causal).__name__}")
     if kv_range is not None:
         name = "causal" if causal else "window"
         raise ValueError(f"kv_range must be None beside {name}, which makes one; put both limits into kv_range")
