@@ -268,6 +268,7 @@ def test_refusals_name_the_argument() -> None:
         (ValueError, "as many offsets", {"cu_seqlens_k": offsets([2])}),
         (ValueError, "kv_range must have shape", {"kv_range": torch.zeros(3, 2, dtype=torch.int32)}),
         (ValueError, "key_bias must have one row per key token, 6", {"key_bias": torch.zeros(5)}),
+        (TypeError, "key_bias must be torch.float32 .* got torch.bool", {"key_bias": torch.ones(6).bool()}),
         (
             ValueError,
             "key_index must lie between 0 and 5; got 6",

@@ -12,6 +12,7 @@ from fastxattn.ops.checks import (
     check_numbers,
     check_offsets,
     check_tensor,
+    check_wide,
     readable,
 )
 
@@ -56,6 +57,8 @@ def check(problem: Problem, key_index: Tensor | None = None) -> None:
             raise ValueError(f"kv_range must have shape {(query.shape[0], 2)}; got {tuple(ranges.shape)}")
     if key_bias is not None:
         check_tensor("key_bias", key_bias, query)
+        if not key_bias.is_floating_point():  # a mask, say; other floating-point dtypes are converted
+            check_wide("key_bias", key_bias, query)
         check_key_bias("key_bias", key_bias, context.shape[0], query.shape[1])
 
 
