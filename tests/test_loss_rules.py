@@ -328,3 +328,18 @@ def test_quantized_rows_keep_their_scale():
     rows, scale = quantize_int8(B)
     with pytest.raises(ValueError, match=r"^corpus_scale must be on cpu as the features; got meta"):
         topk_similarity(A, rows, 2, corpus_scale=scale.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"groups": None}, TypeError, "groups must be a tensor or a pair of tensors; got NoneType"),
+        ({"groups": IDS[:-1]}, ValueError, rf"groups must have shape \({N},\); got \({N - 1},\)"),
+        ({"groups": (IDS, IDS[:-1])}, ValueError, rf"groups\[1\] must have shape \({N},\); got \({N - 1},\)"),
+        ({"groups": IDS, "ignore_ids": IDS.float()}, TypeError, "ignore_ids must be an int32 or int64 tensor"),
+    ],
+    ids=["none", "one", "pair", "ignore_ids"],
+)
+def test_wrong_ids_are_named_as_they_were_passed(options, error, message):
+    with pytest.raises(error, match=message):
+        fastxattn.multi_positive_infonce_loss(A, B, 5.0, **options)

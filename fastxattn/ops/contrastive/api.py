@@ -206,6 +206,8 @@ def multi_positive_infonce_loss(
         text_features: (M, D); ``image_features`` itself with ``exclude_self`` for one modality.
         groups: integer ids (labels), one (N,) for both sides or a pair (N,), (M,): equal ids >= 0 are positives.
     """
+    if groups is None:
+        raise TypeError("groups must be a tensor or a pair of tensors; got NoneType")
     problem = _problem(image_features, text_features, logit_scale, reduction, normalize, exclude_self)
     problem = problem.replace(
         **_ids(problem, None, groups, ignore_ids),

@@ -89,7 +89,8 @@ def both_sides(name: str, value: Sequence[torch.Tensor] | torch.Tensor, n: int, 
     if isinstance(value, torch.Tensor):
         if n != m:
             raise ValueError(f"{name} must be a pair of tensors when the sides differ in rows; got one tensor")
-        value = (value, value)
+        shared = integers(name, value, n, device)
+        return shared, shared
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         got = len(value) if isinstance(value, (tuple, list)) else type(value).__name__
         raise ValueError(f"{name} must be a tensor or a pair of tensors; got {got}")
