@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 from typing_extensions import Self
@@ -12,19 +13,31 @@ from typing_extensions import Self
 from fastxattn.ops.pruning import Selection
 from fastxattn.runtime import html
 
-_claimed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruning]] = weakref.WeakKeyDictionary()
-"""Layers that a pruning shortens the input of. The hooks on them keep its handle alive."""
+_MARK = "_fastxattn_pruning"
+"""Attribute of the list of layers that a handle prunes. A deepcopy of the model copies the handle with it."""
+
+
+class PerThread(threading.local):
+    """State of the forward pass that a thread runs. A copy starts empty."""
+
+    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+        return type(self), ()
 
 
 class Pruning:
     """A model that prunes, until :meth:`restore` or the end of a ``with`` block.
 
-    ``last`` is the selection of the latest forward pass, None before the first.
+    ``last`` is the selection of the latest forward pass, None before the first. Threads may run one pruned model; each
+    has its own state, and ``last`` is of whichever pruned last.
     """
 
     def __init__(self) -> None:
-        self._steps: list[Callable[[], object]] = []
+        self._hooks: list[Any] = []
+        self._attributes: list[tuple[nn.Module, str]] = []
         self.last: Selection | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "last": None}  # tensors of a graph cannot be copied
 
     def __repr__(self) -> str:
         return f"Pruning({self._state()}, last={self.last!r})"
@@ -34,26 +47,33 @@ class Pruning:
         return html.table(f"Pruning ({self._state()}), latest selection", (), rows)
 
     def _state(self) -> str:
-        return "active" if self._steps else "restored"
+        return "active" if self._hooks else "restored"
 
     def restore(self) -> None:
         """Take the pruning out of the model, which is then what it was. A second call does nothing."""
-        while self._steps:
-            self._steps.pop()()
+        while self._hooks:
+            self._hooks.pop().remove()
+        while self._attributes:
+            module, name = self._attributes.pop()
+            vars(module).pop(name, None)
 
-    def at_restore(self, *steps: Callable[[], object]) -> None:
-        """Add steps to :meth:`restore`, which takes the last first."""
-        self._steps += steps
+    def add_hooks(self, *handles: Any) -> None:
+        """Remove hooks at the restore."""
+        self._hooks += handles
+
+    def override(self, module: nn.Module, name: str, value: Callable[..., Any] | Pruning) -> None:
+        """Give one instance an attribute until the restore."""
+        vars(module)[name] = value
+        self._attributes.append((module, name))
 
     def claim(self, layers: nn.ModuleList) -> None:
         """Hold ``layers`` until the restore: two prunings would not know of each other's lengths."""
-        if layers in _claimed:
+        if _MARK in vars(layers):
             raise ValueError(
                 "model must not be pruned already: restore it first (fastxattn.restore, or the handle's restore()), or "
                 "give `at` several layers"
             )
-        _claimed[layers] = weakref.ref(self)
-        self.at_restore(lambda: _claimed.pop(layers, None))
+        self.override(layers, _MARK, self)
 
     def __enter__(self) -> Self:
         return self
@@ -67,5 +87,5 @@ class Pruning:
 def restore_pruning(model: nn.Module) -> None:
     """End every pruning of ``model`` and of its modules."""
     for module in model.modules():
-        if (found := _claimed.get(module)) is not None and (handle := found()) is not None:
+        if (handle := vars(module).get(_MARK)) is not None:
             handle.restore()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastxattn.integrations.pruning.handle import Pruning
+from fastxattn.integrations.pruning.handle import PerThread, Pruning
 from fastxattn.ops.pruning import probe_scores, received_scores
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -26,34 +25,59 @@ _LAYERS = (
 """Where vision encoders keep their layers."""
 
 
+class _Rows(PerThread):
+    query: Tensor | None = None
+    key: Tensor | None = None
+
+
 class QueriesAndKeys:
-    """The query and key rows that an attention module computed last, taken from its own projections."""
+    """The query and key rows that an attention module computed last, taken from its own projections or norms."""
 
     def __init__(self, attention: Any, pruning: Pruning) -> None:
-        self.query: Tensor | None = None
-        self.key: Tensor | None = None
+        self._rows = _Rows()
         for name in ("q_proj", "k_proj"):
             if not hasattr(attention, name):
                 raise ValueError(
                     f"attention scores need {type(attention).__name__}.{name}, which this model does not have"
                 )
-            pruning.at_restore(getattr(attention, name).register_forward_hook(self._keep(name)).remove)
         self.head_dim = int(attention.head_dim)
         self.scale = float(getattr(attention, "scaling", getattr(attention, "scale", self.head_dim**-0.5)))
+        query, key = (self._last(attention, kind) for kind in ("q", "k"))
+        pruning.add_hooks(query.register_forward_hook(self._keep_query), key.register_forward_hook(self._keep_key))
 
-    def _keep(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            setattr(self, "query" if name == "q_proj" else "key", output)
+    @staticmethod
+    def _last(attention: Any, kind: str) -> Any:
+        """The module that queries or keys leave: the norm after the projection, where there is one."""
+        for name in (f"{kind}_norm", f"{kind}_layernorm"):
+            if isinstance(getattr(attention, name, None), nn.Module):
+                return getattr(attention, name)
+        return getattr(attention, f"{kind}_proj")
 
-        return hook
+    def _keep_query(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._rows.query = self._by_token(args[0], output)
+
+    def _keep_key(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._rows.key = self._by_token(args[0], output)
+
+    def _by_token(self, given: Tensor, output: Tensor) -> Tensor:
+        """(batch, length, heads, head_dim), whether heads were split and moved before or not."""
+        if output.ndim == 3:
+            return output.unflatten(-1, (-1, self.head_dim))
+        # (batch, heads, length, head_dim) is a transposed view, whose heads lie closer together than tokens.
+        moved = given.stride(1) < given.stride(2) or given.shape[1] == 1
+        return output.transpose(1, 2) if moved else output
+
+    def forget(self) -> None:
+        """Let go of the rows of this thread's last pass."""
+        self._rows.query = self._rows.key = None
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(batch, length, heads, head_dim) each; forgotten afterwards."""
-        query, key = self.query, self.key
+        query, key = self._rows.query, self._rows.key
         if query is None or key is None:
             raise RuntimeError("the attention layer before the pruned one did not run")
-        self.query = self.key = None
-        return query.unflatten(-1, (-1, self.head_dim)), key.unflatten(-1, (-1, self.head_dim))
+        self.forget()
+        return query, key
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -91,14 +115,14 @@ def attention_of(layer: nn.Module) -> nn.Module:
     raise ValueError(f"layers must have a self_attn or attention module; {type(layer).__name__} has not")
 
 
-def encoder_scores(query: Tensor, key: Tensor, scale: float, cls: bool) -> tuple[Tensor, Tensor]:
-    """Attention received by (batch, length) tokens as packed (total,) scores, with their offsets."""
+def encoder_scores(query: Tensor, key: Tensor, scale: float, cls: bool) -> Tensor:
+    """Attention received by (batch, length) tokens as packed (total,) scores."""
     batch, length = key.shape[:2]
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=key.device) * length
     packed = key.flatten(0, 1)
     if cls:
-        return probe_scores(query[:, 0], packed, offsets, scale), offsets
-    return received_scores(query.flatten(0, 1), packed, offsets, scale, max_seqlen=length), offsets
+        return probe_scores(query[:, 0], packed, offsets, scale)
+    return received_scores(query.flatten(0, 1), packed, offsets, scale, max_seqlen=length)
 
 
 def check_layer(at: int, layers: nn.ModuleList, lowest: int) -> None:
@@ -107,30 +131,3 @@ def check_layer(at: int, layers: nn.ModuleList, lowest: int) -> None:
         raise TypeError(f"at must be an int; got {at!r}")
     if not lowest <= at < len(layers):
         raise ValueError(f"at must lie in [{lowest}, {len(layers)}); got {at}")
-
-
-def vision_attention(core: nn.Module, pruning: Pruning) -> Callable[[], Tensor]:
-    """Attention that each image feature received in the vision tower, by CLS or by column sums."""
-    tower: Any = getattr(core, "vision_tower", None)
-    if tower is None:
-        raise ValueError(
-            f"strategy must not need attention at layer 0 of {type(core).__name__} (its vision encoder has no "
-            "attention over single image tokens); take divprune, cdpruner, norm, or at > 0"
-        )
-    config: Any = core.config
-    layers, special = encoder_layers(tower), class_tokens(tower)
-    place = config.vision_feature_layer
-    if not isinstance(place, int):
-        raise ValueError(f"strategy must not need attention where features come from several layers; got {place}")
-    # hidden_states[i] leaves layer i - 1.
-    index = place - 1 if place > 0 else len(layers) + place
-    watch = QueriesAndKeys(attention_of(layers[index]), pruning)
-    drop = special if config.vision_feature_select_strategy == "default" else 0
-
-    def scores() -> Tensor:
-        query, key = watch.take()
-        flat, _ = encoder_scores(query, key, watch.scale, special > 0)
-        images: Tensor = flat.unflatten(0, key.shape[:2])[:, drop:]
-        return images.flatten()
-
-    return scores

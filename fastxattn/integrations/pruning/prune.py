@@ -9,7 +9,7 @@ from torch import nn
 
 from fastxattn.integrations.pruning.encoder import EncoderPruning
 from fastxattn.integrations.pruning.handle import Pruning
-from fastxattn.integrations.pruning.language import LanguagePruning
+from fastxattn.integrations.pruning.language import LanguagePruning, default_strategy, language_model
 from fastxattn.ops.pruning import Budget
 from fastxattn.ops.pruning.strategies import find_strategy
 
@@ -18,7 +18,7 @@ def prune_model(
     model: nn.Module,
     *,
     keep: float | Budget,
-    strategy: str = "attention",
+    strategy: str | None = None,
     at: int | Sequence[int] | None = None,
     full_length: bool = True,
 ) -> Pruning:
@@ -40,7 +40,8 @@ def prune_model(
     Args:
         model: one of the above; it is changed in place.
         keep: the share of image tokens to keep, or a budget.
-        strategy: a name of ``fastxattn.ops.pruning.STRATEGIES``; :func:`fastxattn.register_strategy` adds to it.
+        strategy: a name of ``fastxattn.ops.pruning.STRATEGIES``; :func:`fastxattn.register_strategy` adds to it. When
+            None "attention", or "divprune" in vision-language models without attention over image tokens there.
         at: the layer before which tokens are pruned; several for encoders, where each time ``keep`` of the tokens that
             are left stay (stages as in PyramidDrop, steps as in ToMe; the sizes of merged tokens are carried along).
         full_length: see above; vision-language models only.
@@ -63,13 +64,16 @@ def prune_model(
     Papers: EViT (arXiv 2202.07800), ToMe (2210.09461), FastV (2403.06764), PyramidDrop (2410.17247), VisionZip
     (2412.04467).
     """
+    core = getattr(model, "model", model)
+    language = language_model(core)
+    place: Any = 0 if at is None else at
+    if strategy is None:
+        strategy = "attention" if language is None else default_strategy(core, place)
     chosen = find_strategy(strategy)
     budget = keep if isinstance(keep, Budget) else Budget.ratio(keep)
     pruning = Pruning()
     try:
-        core = getattr(model, "model", model)
-        if hasattr(core, "language_model"):
-            place: Any = 0 if at is None else at
+        if language is not None:
             LanguagePruning(core, pruning, budget, chosen, place, full_length).attach()
         else:
             EncoderPruning(model, pruning, budget, chosen, at).attach()
