@@ -48,6 +48,14 @@ class Held:
             both = torch.cat([torch.ones_like(p, dtype=torch.bool) if v is None else v for v, p in pieces], 1)
         return Held(torch.cat([before.positions, keep + read], 1), both, self.dropped + length - keep.shape[1])
 
+    def without(self, count: int) -> Held:
+        """Without the last ``count`` tokens, none of which was pruned."""
+        left = self.positions.shape[1] - count
+        tail = torch.arange(left, left + count, device=self.positions.device) + self.dropped
+        if left < 0 or bool((self.positions[:, left:] != tail).any()):
+            raise ValueError("a cache can be cropped by the tokens after the last image that was pruned, not by more")
+        return Held(self.positions[:, :left], None if self.valid is None else self.valid[:, :left], self.dropped)
+
     def rows(self, index: Callable[[Tensor], Tensor]) -> Held:
         """The same of other rows of the batch."""
         return Held(index(self.positions), None if self.valid is None else index(self.valid), self.dropped)
@@ -84,12 +92,9 @@ class _Shortened:
         self.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        after = int(self._own("get_seq_length")) - self.held.positions.shape[1]
-        if abs(tokens_to_remove) > after:
-            raise ValueError(
-                f"a cache of a pruned prompt can be cropped by the {after} tokens after the prompt; got "
-                f"{tokens_to_remove}"
-            )
+        cut = abs(tokens_to_remove) - (int(self._own("get_seq_length")) - self.held.positions.shape[1])
+        if cut > 0:
+            self.held = self.held.without(cut)
         self._own("crop", tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -106,7 +111,7 @@ class _Shortened:
 
 
 @functools.cache
-def _shortened(kind: type) -> type:
+def _shortened(kind: Any) -> type:
     # Methods are copied because instances can change only to a class of one base. A class with a _layer_type would
     # register itself in Transformers, and a compiled step would not see the hooks.
     methods = {name: value for name, value in vars(_Shortened).items() if inspect.isfunction(value)}
@@ -120,7 +125,7 @@ def _is_shortened(layer: Any) -> bool:
 def shorten(layer: Any, held: Held) -> None:
     """Make a cache layer report the length without pruning."""
     if not _is_shortened(layer):
-        layer.__class__ = _shortened(type(layer))
+        layer.__class__ = _shortened(layer.__class__)
     layer.held = held
 
 

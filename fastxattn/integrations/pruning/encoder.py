@@ -49,6 +49,13 @@ class EncoderPruning:
             )
         pruning.claim(self.layers)
 
+    @staticmethod
+    def default_strategy(model: nn.Module) -> str:
+        """``attention`` where the layers have query and key projections, else ``divprune``."""
+        attention = attention_of(encoder_layers(getattr(model, "vision_model", model))[0])
+        inner = getattr(attention, "attention", attention)
+        return "attention" if hasattr(inner, "q_proj") or hasattr(attention, "q_proj") else "divprune"
+
     def attach(self) -> None:
         """Register the hooks; the handle removes them."""
         for stage in self.stages:

@@ -82,7 +82,7 @@ class ImageTokens:
 
     def __init__(self, core: Any, pruning: Pruning, vision_scores: bool) -> None:
         self.core = core
-        self.tokens = {}
+        self.tokens: dict[str, int] = {}
         for modality in MODALITIES:
             for name in (f"{modality}_token_id", f"{modality}_token_index"):
                 if isinstance(number := getattr(core.config, name, None), int):
@@ -97,7 +97,7 @@ class ImageTokens:
         pruning.add_hooks(core.register_forward_pre_hook(self._find, with_kwargs=True))
         for modality in MODALITIES:
             if hasattr(core, name := f"get_{modality}_features"):
-                pruning.override(core, name, MethodType(_wrapper(type(core), name, modality), self))
+                pruning.override(core, name, MethodType(_wrapper(core.__class__, name, modality), self))
 
     def take(self) -> Images | None:
         """The images of the pass that this thread runs; forgotten afterwards."""
@@ -109,16 +109,16 @@ class ImageTokens:
         pixels = [n for n, v in kwargs.items() if n.startswith("pixel_values") and v is not None]
         self._state.images = self._state.scores = None
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        if not (encoded or pixels) or (ids is None and embeds is None):
+        if not (encoded or pixels):
             return
         places = {}
         for modality, number in self.tokens.items():
             if ids is not None:
                 places[modality] = ids == number
-            else:  # as the models find them
+            elif embeds is not None:  # as the models find them
                 token = self.core.get_input_embeddings()(torch.tensor(number, device=embeds.device))
                 places[modality] = (embeds == token).all(-1)
-        self._state.images = Images(places, encoded)
+        self._state.images = Images(places, encoded) if places else None
 
     def computed(self, modality: str, result: Any) -> Any:
         """Note features that the model computed, and give them their scores."""
@@ -135,7 +135,7 @@ class ImageTokens:
 
 
 @functools.cache
-def _wrapper(kind: type, name: str, modality: str) -> Callable[..., Any]:
+def _wrapper(kind: Any, name: str, modality: str) -> Callable[..., Any]:
     """``get_image_features`` of a class, as a method of :class:`ImageTokens`; generate reads its signature."""
     original = getattr(kind, name)
 

@@ -127,7 +127,9 @@ class LanguagePruning:
         selection = self.strategy(tokens, offsets_of(lengths), self.budget, protected=None, max_seqlen=longest, **needs)
         self.pruning.last = selection
         seats = rows[selection.keep_index.long()]
-        stay = (~images).flatten()
+        # Padding goes too, so that a batch is as wide as its longest pruned prompt.
+        valid, _ = _validity(kwargs.get("attention_mask"), images, now.read - now.offsets[self._sliding(self.at)])
+        stay = (valid & ~images).flatten()
         stay[seats] = True
         if selection.weight is not None:
             flat = flat.index_copy(0, seats, selection.reduce(tokens))
@@ -147,17 +149,7 @@ class LanguagePruning:
         if rotate is not None and isinstance(now.rotary, tuple):
             query, key = rotate(query.transpose(1, 2), key.transpose(1, 2), *now.rotary)
             query, key = query.transpose(1, 2), key.transpose(1, 2)
-        valid = torch.ones_like(images)
-        mask = now.mask
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            sliding = _sliding(self.language, self.at - 1)
-            start = now.read - now.offsets[sliding]
-            visible = _visible(mask[..., start : start + length]).any(1).expand(batch, -1, -1)
-            valid = visible.any(1)
-        elif isinstance(mask, Tensor):
-            valid, visible = mask[:, -length:] > 0, None
-        else:
-            visible = None
+        valid, visible = _validity(now.mask, images, now.read - now.offsets[self._sliding(self.at - 1)])
         text = valid & ~images
         place = torch.arange(length, device=images.device)
         last = torch.where(text, place, -1).amax(1)
@@ -173,6 +165,10 @@ class LanguagePruning:
             seen = visible[sample, last] & seen
         scores = probe_scores(query[sample, last], key[seen], offsets_of(seen.sum(1)), self.watch.scale)
         return scores.new_zeros(batch, length).masked_scatter(seen, scores).flatten()
+
+    def _sliding(self, number: int) -> bool:
+        kinds = getattr(self.language.config, "layer_types", None)
+        return kinds is not None and kinds[number] != "full_attention"
 
     def shorten(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Mask, positions and rotary tables of a layer that holds, or is about to hold, a pruned prompt."""
@@ -296,11 +292,6 @@ def _check_layers(core: Any, language: Any) -> None:
         raise ValueError(f"model must add deepstack features in _deepstack_process; {name} does not")
 
 
-def _sliding(language: Any, number: int) -> bool:
-    kinds = getattr(language.config, "layer_types", None)
-    return bool(kinds) and kinds[number] != "full_attention"
-
-
 def _is_sliding(layer: Any) -> bool:
     return bool(getattr(layer, "is_sliding", False))
 
@@ -313,6 +304,20 @@ def _kept(stay: Tensor, seats: Tensor, selection: Selection) -> Kept:
     keep = torch.sort(stay.to(torch.uint8), dim=1, stable=True).indices[:, stay.shape[1] - width :]
     valid = torch.arange(width, device=stay.device) >= width - counts[:, None]
     return Kept(keep, None if bool(valid.all()) else valid, stay.shape[1], seats, selection)
+
+
+def _validity(mask: Any, images: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+    """Which tokens (batch, length) of a pass are no padding, and what each sees of the others (None: no mask).
+
+    Column ``start`` of the mask is of the first token of the pass.
+    """
+    batch, length = images.shape
+    if not isinstance(mask, Tensor):
+        return torch.ones_like(images), None
+    if mask.ndim == 2:
+        return mask[:, start : start + length] > 0, None
+    visible = _visible(mask[..., start : start + length]).any(1).expand(batch, -1, -1)
+    return visible.any(1), visible
 
 
 def _visible(mask: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def prune_model(
     language = language_model(core)
     place: Any = 0 if at is None else at
     if strategy is None:
-        strategy = "attention" if language is None else default_strategy(core, place)
+        strategy = default_strategy(core, place) if language is not None else EncoderPruning.default_strategy(model)
     chosen = find_strategy(strategy)
     budget = keep if isinstance(keep, Budget) else Budget.ratio(keep)
     pruning = Pruning()
