@@ -339,6 +339,9 @@ def test_a_pruning_that_fails_leaves_no_module_swapped() -> None:
     with pytest.raises(ValueError, match="strategy must be one of"):
         fastxattn.accelerate(model, exact=False, prune={"keep": 0.5, "strategy": "magic"})
     assert not fastxattn.status(model)
+    with pytest.raises(TypeError, match="kep"):
+        fastxattn.accelerate(model, exact=False, prune={"kep": 0.5})
+    assert not fastxattn.status(model)
     with fastxattn.prune_model(model, keep=0.5), pytest.raises(ValueError, match="model must not be pruned already"):
         fastxattn.accelerate(model, exact=False, prune={"keep": 0.5})
     assert not fastxattn.status(model)

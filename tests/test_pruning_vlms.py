@@ -285,3 +285,20 @@ def test_unequal_padded_prompts_keep_every_layer_right() -> None:
                 for i, m, c in zip((step[:1], step[1:], step), masks, caches, strict=True)
             )
         torch.testing.assert_close(got, torch.cat([alone, other]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("strategy", "at"), [("divprune", 0), ("attention", 2), ("prumerge", 2)])
+def test_gradients_are_the_same_under_checkpointing(strategy: str, at: int) -> None:
+    model, inputs = build("llava")
+    model.train()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        with prune_model(model, keep=0.5, strategy=strategy, at=at):
+            model(**inputs, use_cache=False).logits[:, -1].logsumexp(-1).sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) > 40
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checkpointed)

@@ -31,9 +31,10 @@ def prune_model(
       tokens are pruned before layer ``at`` (a third of the layers when None). CLS and register tokens are protected.
       ``attention`` ranks by the CLS token's attention in the layer before, or by column sums where there is no CLS.
       Merging strategies attend proportionally (log size as a bias) in the layers after.
-    * Vision-language models (LLaVA, Qwen2-VL and models of their shape): ``at=0`` (or None) prunes between vision
-      encoder and language model, ``at > 0`` inside the language model before that layer, by the last text token's
-      attention (FastV). Positions are kept, images may differ in size, ``generate`` works with its cache. With
+    * Vision-language models (LLaVA, Qwen-VL, InternVL, Gemma 3, PaliGemma and models of their shape): ``at=0`` (or
+      None) prunes between vision encoder and language model, ``at > 0`` inside the language model before that layer,
+      by the last valid text token's attention (FastV). Positions are kept, images may differ in size, and the cache
+      reports the length without pruning, so that ``generate`` works in its modes. With
       ``full_length`` the last hidden states have the prompt's length, zeros in place of pruned tokens, so that logits
       and labels line up; without it they are as short as the pruned sequence.
 
