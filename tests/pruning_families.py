@@ -177,6 +177,79 @@ def smolvlm() -> Built:
     return t.SmolVLMForConditionalGeneration(config), inputs
 
 
+def vipllava() -> Built:
+    config = t.VipLlavaConfig(
+        vision_config=t.CLIPVisionConfig(**VISION),
+        text_config=t.LlamaConfig(**TEXT),
+        image_token_index=98,
+        vision_feature_layers=[-2, -1],
+    )
+    inputs = {"input_ids": prompt(16), "pixel_values": torch.randn(1, 3, 32, 32)}
+    return t.VipLlavaForConditionalGeneration(config), inputs
+
+
+def aya_vision() -> Built:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = t.AyaVisionConfig(
+        vision_config=t.SiglipVisionConfig(**VISION),
+        text_config=t.Cohere2Config(**TEXT, sliding_window=8, layer_types=kinds),
+        image_token_id=98,
+        downsample_factor=2,
+        adapter_layer_norm_eps=1e-6,
+    )
+    inputs = {"input_ids": prompt(4, after=5), "pixel_values": torch.randn(1, 3, 32, 32)}
+    return t.AyaVisionForConditionalGeneration(config), inputs
+
+
+def mistral3() -> Built:
+    config = t.Mistral3Config(
+        vision_config=t.PixtralVisionConfig(**VISION),
+        text_config=t.MistralConfig(**HEADS),
+        image_token_id=98,
+        spatial_merge_size=2,
+    )
+    inputs = {"input_ids": prompt(4), "pixel_values": torch.randn(1, 3, 32, 32)}
+    return t.Mistral3ForConditionalGeneration(config), inputs | {"image_sizes": torch.tensor([[32, 32]])}
+
+
+def pixtral() -> Built:
+    config = t.LlavaConfig(
+        vision_config=t.PixtralVisionConfig(**VISION),
+        text_config=t.MistralConfig(**HEADS),
+        image_token_id=98,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    inputs = {"input_ids": prompt(16), "pixel_values": torch.randn(1, 3, 32, 32)}
+    return t.LlavaForConditionalGeneration(config), inputs | {"image_sizes": torch.tensor([[32, 32]])}
+
+
+def aria() -> Built:
+    text = {**HEADS, "moe_num_experts": 2, "moe_topk": 1, "moe_num_shared_experts": 1}
+    config = t.AriaConfig(
+        vision_config={"model_type": "idefics3_vision", **VISION},
+        text_config=text,
+        image_token_index=98,
+        projector_patch_to_query_dict={16: 4},
+    )
+    inputs = {"input_ids": prompt(4), "pixel_values": torch.randn(1, 3, 32, 32)}
+    return t.AriaForConditionalGeneration(config), inputs
+
+
+def llava_next_video() -> Built:
+    config = t.LlavaNextVideoConfig(
+        vision_config=t.CLIPVisionConfig(**VISION),
+        text_config=t.LlamaConfig(**TEXT),
+        image_token_index=98,
+        video_token_index=97,
+        image_grid_pinpoints=[[32, 64]],
+        spatial_pool_stride=2,
+    )
+    ids = prompt(8)
+    inputs = {"input_ids": torch.where(ids == 98, 97, ids), "pixel_values_videos": torch.randn(1, 2, 3, 32, 32)}
+    return t.LlavaNextVideoForConditionalGeneration(config), inputs
+
+
 FAMILIES: dict[str, Callable[[], Built]] = {
     f.__name__: f
     for f in (
@@ -192,6 +265,12 @@ FAMILIES: dict[str, Callable[[], Built]] = {
         gemma3,
         paligemma,
         smolvlm,
+        vipllava,
+        aya_vision,
+        mistral3,
+        pixtral,
+        aria,
+        llava_next_video,
     )
 }
 

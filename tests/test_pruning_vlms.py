@@ -131,6 +131,18 @@ def test_attention_before_the_language_model_works_or_is_refused_by_name(name: s
     assert pruning.last.scores.shape[0] == (inputs["input_ids"] == 98).sum()
 
 
+def test_llava_of_an_encoder_without_cls_drops_its_first_patch() -> None:
+    """As the model does under vision_feature_select_strategy="default"."""
+    t = transformers
+    text = t.LlamaConfig(**TEXT)
+    config = t.LlavaConfig(vision_config=t.SiglipVisionConfig(**VISION), text_config=text, image_token_id=98)
+    model = t.LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, *[98] * 15, 7, 8]])
+    with torch.no_grad(), prune_model(model, keep=0.2, strategy="attention") as pruning:
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32))
+    assert pruning.last.cu_seqlens.tolist() == [0, 3]
+
+
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
 def test_inputs_embeds_are_pruned_as_input_ids_are(name: str, at: int) -> None:

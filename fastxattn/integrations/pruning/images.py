@@ -169,18 +169,20 @@ def vision_attention(core: Any) -> tuple[nn.Module, Callable[[Tensor, Tensor, fl
     Raises:
         ValueError: image tokens are not those of the vision encoder, or not made of them in a known manner.
     """
-    merge = _MERGES.get(type(core).__name__)
-    if merge is None:
+    config, merge = core.config, _MERGES.get(type(core).__name__)
+    try:
+        if merge is None:
+            raise ValueError
+        layers, special = encoder_layers(core.vision_tower), class_tokens(core.vision_tower)
+    except ValueError:
         raise ValueError(
             f"strategy must not need attention at layer 0 of {type(core).__name__} (its vision encoder has no "
             "attention over single image tokens); take divprune, cdpruner, norm, or at > 0"
-        )
-    config = core.config
-    layers, special = encoder_layers(core.vision_tower), class_tokens(core.vision_tower)
+        ) from None
     place = getattr(config, "vision_feature_layer", -1)
     if not isinstance(place, int):
         raise ValueError(f"strategy must not need attention where features come from several layers; got {place}")
-    drop = special if getattr(config, "vision_feature_select_strategy", "full") == "default" else 0
+    drop = int(getattr(config, "vision_feature_select_strategy", "full") == "default")  # one, whatever it is
     # hidden_states[i] leaves layer i - 1.
     layer = layers[place - 1 if place > 0 else len(layers) + place]
     return layer, functools.partial(_image_scores, core, merge, special, drop)
