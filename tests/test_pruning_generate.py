@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 from tests.pruning_families import build  # noqa: E402
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-SETTINGS = [(None, 0), ("uniform", 0), ("uniform", 2), ("attention", 2)]
+SETTINGS = [("auto", 0), ("uniform", 0), ("uniform", 2), ("attention", 2)]
 TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
@@ -43,7 +43,7 @@ def new(model: Any, inputs: dict[str, Any], **options: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
 @pytest.mark.parametrize(("strategy", "at"), SETTINGS)
-def test_modes_that_decode_greedily_agree(name: str, strategy: str | None, at: int) -> None:
+def test_modes_that_decode_greedily_agree(name: str, strategy: str, at: int) -> None:
     model, inputs = batch(name)
     with torch.no_grad(), prune_model(model, keep=0.5, strategy=strategy, at=at):
         plain = new(model, inputs)
@@ -60,7 +60,7 @@ def test_modes_that_decode_greedily_agree(name: str, strategy: str | None, at: i
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 @pytest.mark.parametrize(("strategy", "at"), SETTINGS)
-def test_beams_equal_beams_on_a_hidden_prompt(name: str, strategy: str | None, at: int) -> None:
+def test_beams_equal_beams_on_a_hidden_prompt(name: str, strategy: str, at: int) -> None:
     """Beam search of two prompts equals that of each; with use_cache=False it reads everything anew."""
     model, inputs = batch(name)
     half = [{k: v[: len(v) // 2] for k, v in inputs.items()}, {k: v[len(v) // 2 :] for k, v in inputs.items()}]
@@ -73,7 +73,7 @@ def test_beams_equal_beams_on_a_hidden_prompt(name: str, strategy: str | None, a
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
 @pytest.mark.parametrize(("strategy", "at"), SETTINGS)
-def test_assisted_decoding_equals_plain_decoding(name: str, strategy: str | None, at: int) -> None:
+def test_assisted_decoding_equals_plain_decoding(name: str, strategy: str, at: int) -> None:
     model, inputs = build(name)
     with torch.no_grad(), prune_model(model, keep=0.5, strategy=strategy, at=at):
         plain = new(model, inputs, max_new_tokens=9)
@@ -85,7 +85,7 @@ def test_assisted_decoding_equals_plain_decoding(name: str, strategy: str | None
 
 @pytest.mark.parametrize(("strategy", "at"), SETTINGS)
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
-def test_text_only_prompts_are_those_of_the_model(name: str, strategy: str | None, at: int) -> None:
+def test_text_only_prompts_are_those_of_the_model(name: str, strategy: str, at: int) -> None:
     model, inputs = build(name)
     text = {"input_ids": torch.tensor([[1, 5, 7, 9]])}
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_prefill_in_chunks_prunes_each_chunk_or_names_itself() -> None:
     ids = torch.cat([inputs["input_ids"], torch.tensor([[31, 32, 33]])], 1)  # 2 + 16 + 6 tokens, chunks of 6
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        for strategy in (None, "divprune", "norm"):
+        for strategy in ("auto", "divprune", "norm"):
             with prune_model(model, keep=0.5, strategy=strategy):
                 out = model.generate(**inputs, **GREEDY, prefill_chunk_size=6, return_dict_in_generate=True)
             assert out.past_key_values.layers[0].keys.shape[2] == ids.shape[1] - 8 + 5

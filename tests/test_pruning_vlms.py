@@ -31,7 +31,7 @@ def test_every_family_prunes_by_default_and_restores(name: str, at: int) -> None
             kept, total = pruning.last.rows, int(pruning.last.source_cu_seqlens[-1])
             assert total / 2 <= kept < total and after.shape == before.shape and after.isfinite().all()
             assert not torch.allclose(after[:, -1], before[:, -1], rtol=1e-4, atol=1e-4)
-        for strategy in (None, "divprune"):
+        for strategy in ("auto", "divprune"):
             with prune_model(model, keep=1.0, strategy=strategy, at=at):
                 torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-3, atol=1e-4)
         assert torch.equal(model(**inputs).logits, before)

@@ -63,10 +63,10 @@ class EncoderPruning:
             if "attention" in self.strategy.needs:
                 watch = QueriesAndKeys(attention_of(self.layers[stage - 1]), self.pruning)
             enter = _Stage(self, watch, stage == self.stages[0]).enter
-            self.pruning.add_hooks(self.layers[stage].register_forward_pre_hook(enter, with_kwargs=True))
+            self.pruning.at_restore(self.layers[stage].register_forward_pre_hook(enter, with_kwargs=True).remove)
         # After the hooks above: a layer's mask has the length of what has just been pruned.
         for layer in self.layers[self.stages[0] :]:
-            self.pruning.add_hooks(layer.register_forward_pre_hook(self._weigh, with_kwargs=True))
+            self.pruning.at_restore(layer.register_forward_pre_hook(self._weigh, with_kwargs=True).remove)
 
     def prune(self, hidden: Tensor, watch: QueriesAndKeys | None) -> Tensor:
         """(batch, kept, width) of (batch, length, width) hidden states."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -15,6 +16,10 @@ from fastxattn.runtime import html
 
 _MARK = "_fastxattn_pruning"
 """Attribute of the list of layers that a handle prunes. A deepcopy of the model copies the handle with it."""
+
+
+def _forget(module: nn.Module, name: str) -> None:
+    vars(module).pop(name, None)
 
 
 class PerThread(threading.local):
@@ -32,8 +37,7 @@ class Pruning:
     """
 
     def __init__(self) -> None:
-        self._hooks: list[Any] = []
-        self._attributes: list[tuple[nn.Module, str]] = []
+        self._steps: list[Callable[[], object]] = []
         self.last: Selection | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -47,24 +51,21 @@ class Pruning:
         return html.table(f"Pruning ({self._state()}), latest selection", (), rows)
 
     def _state(self) -> str:
-        return "active" if self._hooks else "restored"
+        return "active" if self._steps else "restored"
 
     def restore(self) -> None:
         """Take the pruning out of the model, which is then what it was. A second call does nothing."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        while self._attributes:
-            module, name = self._attributes.pop()
-            vars(module).pop(name, None)
+        while self._steps:
+            self._steps.pop()()
 
-    def add_hooks(self, *handles: Any) -> None:
-        """Remove hooks at the restore."""
-        self._hooks += handles
+    def at_restore(self, *steps: Callable[[], object]) -> None:
+        """Add steps to :meth:`restore`, which takes the last first; methods and partials, which a deepcopy can copy."""
+        self._steps += steps
 
     def override(self, module: nn.Module, name: str, value: Callable[..., Any] | Pruning) -> None:
         """Give one instance an attribute until the restore."""
         vars(module)[name] = value
-        self._attributes.append((module, name))
+        self.at_restore(functools.partial(_forget, module, name))
 
     def claim(self, layers: nn.ModuleList) -> None:
         """Hold ``layers`` until the restore: two prunings would not know of each other's lengths."""

@@ -94,7 +94,7 @@ class ImageTokens:
         if vision_scores:
             layer, self._reduce = vision_attention(core)
             self._watch = QueriesAndKeys(attention_of(layer), pruning)
-        pruning.add_hooks(core.register_forward_pre_hook(self._find, with_kwargs=True))
+        pruning.at_restore(core.register_forward_pre_hook(self._find, with_kwargs=True).remove)
         for modality in MODALITIES:
             if hasattr(core, name := f"get_{modality}_features"):
                 pruning.override(core, name, MethodType(_wrapper(core.__class__, name, modality), self))

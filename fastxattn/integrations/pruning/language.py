@@ -88,7 +88,7 @@ class LanguagePruning:
             if number >= self.at:
                 hook = _Layer(self, number)
                 hooks.append(layer.register_forward_pre_hook(hook.shorten, with_kwargs=True))
-        self.pruning.add_hooks(*hooks)
+        self.pruning.at_restore(*(hook.remove for hook in hooks))
         if hasattr(language, "_deepstack_process"):
             self.pruning.override(language, "_deepstack_process", MethodType(_deepstack, self))
 

@@ -43,7 +43,8 @@ class QueriesAndKeys:
         self.head_dim = int(attention.head_dim)
         self.scale = float(getattr(attention, "scaling", getattr(attention, "scale", self.head_dim**-0.5)))
         query, key = (self._last(attention, kind) for kind in ("q", "k"))
-        pruning.add_hooks(query.register_forward_hook(self._keep_query), key.register_forward_hook(self._keep_key))
+        pruning.at_restore(query.register_forward_hook(self._keep_query).remove)
+        pruning.at_restore(key.register_forward_hook(self._keep_key).remove)
 
     @staticmethod
     def _last(attention: Any, kind: str) -> Any:

@@ -18,7 +18,7 @@ def prune_model(
     model: nn.Module,
     *,
     keep: float | Budget,
-    strategy: str | None = None,
+    strategy: str = "auto",
     at: int | Sequence[int] | None = None,
     full_length: bool = True,
 ) -> Pruning:
@@ -41,8 +41,8 @@ def prune_model(
     Args:
         model: one of the above; it is changed in place.
         keep: the share of image tokens to keep, or a budget.
-        strategy: a name of ``fastxattn.ops.pruning.STRATEGIES``; :func:`fastxattn.register_strategy` adds to it. When
-            None "attention", or "divprune" in vision-language models without attention over image tokens there.
+        strategy: a name of ``fastxattn.ops.pruning.STRATEGIES``; :func:`fastxattn.register_strategy` adds to it.
+            "auto" is "attention", or "divprune" in vision-language models without attention over image tokens there.
         at: the layer before which tokens are pruned; several for encoders, where each time ``keep`` of the tokens that
             are left stay (stages as in PyramidDrop, steps as in ToMe; the sizes of merged tokens are carried along).
         full_length: see above; vision-language models only.
@@ -68,7 +68,7 @@ def prune_model(
     core = getattr(model, "model", model)
     language = language_model(core)
     place: Any = 0 if at is None else at
-    if strategy is None:
+    if strategy == "auto":
         strategy = default_strategy(core, place) if language is not None else EncoderPruning.default_strategy(model)
     chosen = find_strategy(strategy)
     budget = keep if isinstance(keep, Budget) else Budget.ratio(keep)
