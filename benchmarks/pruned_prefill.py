@@ -40,7 +40,7 @@ def qwen(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
     vision = {"depth": 1, "hidden_size": 64, "out_hidden_size": 3584, "num_heads": 4, "intermediate_size": 64}
     rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
     text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": layers, "num_attention_heads": 28}
-    text |= {"num_key_value_heads": 4, "vocab_size": 128, "rope_parameters": rope}
+    text |= {"num_key_value_heads": 4, "vocab_size": 128, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2}
     names = {"image_token_id": IMAGE, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95}
     config = t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **names)
     ids = torch.tensor([[1, 96, *[IMAGE] * 1296, 95, *[5] * TEXT]])
