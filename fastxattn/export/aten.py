@@ -13,15 +13,56 @@ from onnxscript import opset18 as op
 
 
 def searchsorted(sorted_sequence, values, out_int32=False, right=False, side=None, sorter=None):
-    """How many entries of a 1-D sorted sequence lie before (``right``: at or before) each value."""
+    """How many entries of a sorted sequence lie before (``right``: at or before) each value; NaN lies behind all.
+
+    The sequence is 1-D, or one for each row of values.
+    """
     if sorter is not None:
         raise ValueError("searchsorted with a sorter cannot be exported")
     last = op.Constant(value_ints=[-1])
     column = op.Unsqueeze(values, last)
-    sequence = op.CastLike(sorted_sequence, values)
-    before = op.LessOrEqual(sequence, column) if right or side == "right" else op.Less(sequence, column)
+    rows = (
+        sorted_sequence
+        if len(sorted_sequence.shape) == 1
+        else op.Unsqueeze(sorted_sequence, op.Constant(value_ints=[-2]))
+    )
+    behind = op.Greater if right or side == "right" else op.GreaterOrEqual
+    before = op.Not(behind(rows, column))
     kind = TensorProto.INT32 if out_int32 else TensorProto.INT64
     return op.ReduceSum(op.Cast(before, to=kind), last, keepdims=0)
+
+
+def cross_entropy(self, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0):
+    """Classes or probabilities as targets; torch's exporter drops ``label_smoothing`` and probabilities."""
+    rank = len(self.shape)
+    axis = 1 if rank > 1 else 0
+    axes = op.Constant(value_ints=[axis])
+    logp = op.LogSoftmax(self, axis=axis)
+    zero, one = (op.CastLike(op.Constant(value_float=x), self) for x in (0.0, 1.0))
+    factor = None if weight is None else op.Reshape(weight, op.Constant(value_ints=[-1] + [1] * (rank - 1 - axis)))
+    weighted = logp if factor is None else op.Mul(logp, factor)
+    if target.dtype.is_floating_point():
+        classes = op.CastLike(op.Shape(self, start=axis, end=axis + 1), self)
+        even = op.Div(op.CastLike(op.Constant(value_float=float(label_smoothing)), self), classes)
+        keep = op.CastLike(op.Constant(value_float=1.0 - label_smoothing), self)
+        loss = op.Neg(op.ReduceSum(op.Mul(weighted, op.Add(op.Mul(target, keep), even)), axes, keepdims=0))
+        counted = op.Expand(one, op.Shape(loss))
+    else:
+        valid = op.Not(op.Equal(target, op.CastLike(op.Constant(value_int=ignore_index), target)))
+        label = op.Unsqueeze(op.Where(valid, target, op.CastLike(op.Constant(value_int=0), target)), axes)
+        picked = op.Neg(op.Squeeze(op.GatherElements(weighted, label, axis=axis), axes))
+        if label_smoothing:
+            classes = op.CastLike(op.Shape(self, start=axis, end=axis + 1), self)
+            even = op.Div(op.CastLike(op.Constant(value_float=float(label_smoothing)), self), classes)
+            keep = op.CastLike(op.Constant(value_float=1.0 - label_smoothing), self)
+            picked = op.Sub(op.Mul(picked, keep), op.Mul(op.ReduceSum(weighted, axes, keepdims=0), even))
+        loss = op.Where(valid, picked, zero)
+        each = one if weight is None else op.Gather(weight, op.Squeeze(label, axes))
+        counted = op.Where(valid, each, zero)
+    if reduction == 0:
+        return loss
+    total = op.ReduceSum(loss, keepdims=0)
+    return total if reduction == 2 else op.Div(total, op.ReduceSum(counted, keepdims=0))
 
 
 def log_sigmoid(self):
@@ -84,6 +125,7 @@ TRANSLATIONS = {
     torch.ops.aten.repeat_interleave.self_int: repeat_interleave,
     torch.ops.aten.sort.stable: sort_stable,
     torch.ops.aten.searchsorted.Tensor: searchsorted,
+    torch.ops.aten.cross_entropy_loss.default: cross_entropy,
     torch.ops.aten.log_sigmoid.default: log_sigmoid,
     torch.ops.aten.log_sigmoid_forward.default: log_sigmoid_forward,
     torch.ops.aten.logaddexp.default: logaddexp,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastxattn.export.flat import is_packed
+from fastxattn.export.sizes import Inputs
 from fastxattn.packed import PackedTokens
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def vary(args: Sequence[Any], kwargs: Mapping[str, Any], seed: int = 0) -> Iterator[tuple[str, Inputs]]:
@@ -26,8 +26,8 @@ def vary(args: Sequence[Any], kwargs: Mapping[str, Any], seed: int = 0) -> Itera
     """
     example: Inputs = (tuple(args), dict(kwargs))
     generator = torch.Generator().manual_seed(seed)
-    leaves = pytree.tree_leaves(example, is_leaf=_is_packed)
-    packed = [leaf for leaf in leaves if _is_packed(leaf)]
+    leaves = pytree.tree_leaves(example, is_leaf=is_packed)
+    packed = [leaf for leaf in leaves if is_packed(leaf)]
     plain = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     yield "example", example
     yield "values x 30", _map(example, lambda x: x * 30 if x.is_floating_point() else x)
@@ -48,7 +48,7 @@ def _packed_cases(example: Inputs, generator: torch.Generator) -> Iterator[tuple
         place = iter(range(1 << 30))
 
         def one(tokens: Any) -> Any:
-            if not _is_packed(tokens):
+            if not is_packed(tokens):
                 return tokens
             # Each input gets the pattern from another start, so that lengths differ between inputs too.
             shift = next(place)
@@ -65,17 +65,13 @@ def _packed_cases(example: Inputs, generator: torch.Generator) -> Iterator[tuple
             offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             return PackedTokens(values, offsets, max(lengths, default=0))
 
-        return pytree.tree_map(one, example, is_leaf=_is_packed)  # type: ignore[no-any-return]
+        return pytree.tree_map(one, example, is_leaf=is_packed)  # type: ignore[no-any-return]
 
     yield "ragged, one empty", relength([0.4, 0.0, 1.0, 0.7, 1.3])
     yield "one sequence", relength([1.0])
     yield "only empty sequences", relength([0.0, 0.0])
     yield "no keys for some", relength([0.0, 1.0])
     yield "NaN past the last offset", relength([0.5, 1.0], extra=3)
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, PackedTokens)
 
 
 def _is_mask(x: Tensor) -> bool:
@@ -92,8 +88,8 @@ def _ragged_mask(mask: Tensor, empty_row: bool) -> Tensor:
 
 def _map(example: Inputs, change: Any) -> Inputs:
     def leaf(x: Any) -> Any:
-        if _is_packed(x):
+        if is_packed(x):
             return PackedTokens(change(x.values), x.cu_seqlens, x.max_seqlen) if x.values.is_floating_point() else x
         return change(x) if isinstance(x, Tensor) else x
 
-    return pytree.tree_map(leaf, example, is_leaf=_is_packed)  # type: ignore[no-any-return]
+    return pytree.tree_map(leaf, example, is_leaf=is_packed)  # type: ignore[no-any-return]

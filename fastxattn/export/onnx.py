@@ -13,8 +13,12 @@ from typing import Any
 import onnxscript
 import torch
 
-from fastxattn.export.flat import Flat, bind, tensors
+from fastxattn.export.files import beside
+from fastxattn.export.flat import Flat, bind, evaluate, free, open_lengths, tensors
 from fastxattn.export.operations import DOMAIN, functions, translations
+from fastxattn.export.parity import check_sizes
+from fastxattn.export.sizes import Example, Inputs
+from fastxattn.ops.onnx_parts import loop_conditions
 
 OPSETS = range(18, 25)
 """Opsets that today's runtimes execute in full."""
@@ -33,10 +37,13 @@ class Exported:
     """How many nodes of each fastxattn operator the graph has."""
     bytes: int
     """Size of the file and of its external data."""
+    compared: tuple[str, ...]
+    """Sizes at which the file was compared with the module, with and without the operator library."""
 
     def __str__(self) -> str:
         ops = ", ".join(f"{count} x {name}" for name, count in self.nodes.items()) or "no fastxattn operators"
-        return f"{self.path}: opset {self.opset}, {self.bytes / 2**20:.1f} MiB, {ops}"
+        size = f"{self.bytes / 2**20:.1f} MiB"
+        return f"{self.path}: opset {self.opset}, {size}, {ops}, compared at {len(self.compared)} sizes"
 
 
 def to_onnx(
@@ -58,7 +65,8 @@ def to_onnx(
 
     A node lies in the domain ``fastxattn`` and the file carries a function of the same name made of standard
     operators. A runtime that does not know the operator inlines the function; one with the operator library registered
-    (:func:`ort_library_path`) runs the kernel.
+    (:func:`ort_library_path`) runs the kernel. The file is compared with the module at several sizes, both ways, before
+    it is moved into place.
 
     Args:
         module: in eval mode, on the CPU; it is not changed.
@@ -67,7 +75,8 @@ def to_onnx(
         kwargs: example keyword inputs.
         dynamic: True: every axis that the module does not itself fix stays open (token totals, batch, lengths; an
             axis of size 1 in the example too). False: the example's sizes. Else, by input name, the open axes:
-            ``{"query": {0: "tokens"}}``.
+            ``{"query": {0: "tokens"}}``. False instead of a name fixes an axis at the example's size; where all are
+            False, every other axis stays open.
         opset: 18 to 24. Later opsets have no attention kernel in today's ONNX Runtime.
         dtype: convert floating-point weights and example inputs to float32, float16 or bfloat16 first.
         form: of attention's portable body: ``"loop"`` over sequences, or ``"padded"`` for runtimes without sequence
@@ -79,7 +88,8 @@ def to_onnx(
 
     Raises:
         FileExistsError: the file exists and ``overwrite`` is False.
-        ValueError: a wrong opset, dtype or form, or dropout that is switched on.
+        ValueError: a wrong opset, dtype or form; a part in training mode; or the file differs from the module on the
+            example or at another size, which names the axis. Nothing is written then.
 
     Example:
         >>> report = fastxattn.export.to_onnx(model.eval(), (tokens,), "model.onnx")
@@ -90,70 +100,105 @@ def to_onnx(
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32, float16 or bfloat16; got {dtype}")
     local = functions(form, opset)
-    data = path.with_name(path.name + ".data")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
-    if module.training:
-        raise ValueError("module must be in eval mode: call module.eval() first")
-    kwargs = dict(kwargs or {})
+    for name, part in module.named_modules():
+        if part.training:
+            raise ValueError(f"module must be in eval mode, all of it: call module.eval() first; {name or 'it'} trains")
+    inputs: Inputs = (tuple(args), dict(kwargs or {}))
     if dtype is not None:
         module = copy.deepcopy(module).to(dtype)
-        args, kwargs = _convert((tuple(args), kwargs), dtype)
-    program = _trace(module, args, kwargs, dynamic, opset, input_names, output_names)
+        inputs = _convert(inputs, dtype)
+    fixed = _fixed(tensors(bind(module, *inputs)), dynamic)
+    traced = Example(module, *inputs, fixed)
+    if dynamic is not False:
+        traced = Example(module, *traced.grown(lambda larger: _accepts(module, larger)), fixed)
+    program, names = _trace(module, traced.resized({}), dynamic, opset)
     model = program.model
     used = _count(model.graph)
     model.functions.clear()  # the optimizer need not know them
     program.optimize()
+    _name(model.graph, list(input_names or tensors(bind(module, *inputs))), names, output_names)
+    loop_conditions(model.graph)
     for name in used:
         model.functions[(DOMAIN, name, "")] = onnxscript.ir.serde.deserialize_function(local[name])
     if used:
         model.opset_imports[DOMAIN] = 1
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     external = weights > _EXTERNAL_ABOVE if external_data is None else external_data
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The old data file would be appended to, not replaced.
-    data.unlink(missing_ok=True)
-    program.save(str(path), external_data=external)
-    size = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
-    names = [[value.name or "" for value in values] for values in (model.graph.inputs, model.graph.outputs)]
-    return Exported(path, opset, tuple(names[0]), tuple(names[1]), used, size)
+    with beside(path, overwrite=overwrite) as fresh:
+        program.save(str(fresh), external_data=external)
+        compared = check_sizes(fresh, module, inputs, traced, bounded="Select" in used)
+        size = sum(file.stat().st_size for file in fresh.parent.iterdir())
+    named = [tuple(value.name or "" for value in values) for values in (model.graph.inputs, model.graph.outputs)]
+    return Exported(path, opset, *named, used, size, compared)
 
 
 def _trace(
-    module: torch.nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    dynamic: bool | Mapping[str, Mapping[int, Any]],
-    opset: int,
-    input_names: Sequence[str] | None,
-    output_names: Sequence[str] | None,
-) -> torch.onnx.ONNXProgram:
+    module: torch.nn.Module, inputs: Inputs, dynamic: bool | Mapping[str, Mapping[int, Any]], opset: int
+) -> tuple[torch.onnx.ONNXProgram, list[str]]:
     """Run torch's exporter with translations of the fastxattn operators; its advice to exporter authors is silenced."""
-    flat = Flat(module, args, kwargs)
-    inputs = tensors(bind(module, args, kwargs))
+    flat = Flat(module, *inputs)
+    leaves = tensors(bind(module, *inputs))
     loud = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = loud.level
     loud.setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), open_lengths():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 flat,
-                tuple(inputs.values()),
+                tuple(leaves.values()),
                 dynamo=True,
                 verbose=False,
                 optimize=False,
                 opset_version=opset,
-                dynamic_shapes=_axes(inputs, dynamic),
-                input_names=list(input_names or inputs),
+                dynamic_shapes=_axes(leaves, dynamic),
                 custom_translation_table=translations(),
             )
     finally:
         loud.setLevel(level)
     assert program is not None  # torch returns None only when it is given a file
-    for value, name in zip(program.model.graph.outputs, output_names or flat.traced.output_names, strict=True):
+    return program, list(flat.traced.output_names)
+
+
+def _accepts(module: torch.nn.Module, inputs: Inputs) -> bool:
+    try:
+        evaluate(module, inputs)
+    except Exception:
+        return False
+    return True
+
+
+def _name(graph: Any, inputs: list[str], outputs: list[str], chosen: Sequence[str] | None) -> None:
+    """Name inputs and outputs; an output that is an input, a weight or another output becomes a value of its own."""
+    for kind, names, values in (("input", inputs, graph.inputs), ("output", chosen or outputs, graph.outputs)):
+        if len(names) != len(values):
+            raise ValueError(f"{kind}_names must name {len(values)} {kind}s; got {list(names)}")
+    taken: set[str] = set()
+    wanted = [*(free(name, taken) for name in inputs)]
+    own = [*chosen] if chosen else [free(name if name not in taken else f"output_{name}", taken) for name in outputs]
+    if len({*inputs, *own}) != len(inputs) + len(own):
+        raise ValueError(f"input_names and output_names must all differ; got {inputs} and {own}")
+    ends: list[Any] = []
+    for i, value in enumerate(graph.outputs):
+        if value.producer() is None or any(value is end for end in ends):
+            copied = onnxscript.ir.node("Identity", [value])
+            graph.append(copied)
+            copied.outputs[0].shape, copied.outputs[0].type = value.shape, value.type
+            graph.outputs[i] = value = copied.outputs[0]
+        ends.append(value)
+    reserved = {*wanted, *own}
+    used = set(reserved)
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.name in reserved:
+                value.name = free(f"{value.name}_inner", used)
+    for value in list(graph.initializers.values()):
+        if value.name in reserved:
+            value.name = free(f"{value.name}_weight", used)
+    for value, name in zip([*graph.inputs, *ends], [*wanted, *own], strict=True):
         value.name = name
-    return program
 
 
 def _convert(tree: Any, dtype: torch.dtype) -> Any:
@@ -162,18 +207,32 @@ def _convert(tree: Any, dtype: torch.dtype) -> Any:
     )
 
 
+def _fixed(inputs: Mapping[str, torch.Tensor], dynamic: bool | Mapping[str, Mapping[int, Any]]) -> set[tuple[str, int]]:
+    """(input, axis) of the axes that ``dynamic`` fixes."""
+    if isinstance(dynamic, bool):
+        return set() if dynamic else {(name, axis) for name, x in inputs.items() for axis in range(x.ndim)}
+    unknown = sorted(set(dynamic) - set(inputs))
+    if unknown:
+        raise ValueError(f"dynamic names unknown inputs: {unknown}; the inputs are {list(inputs)}")
+    given = {(name, axis): value for name, axes in dynamic.items() for axis, value in axes.items()}
+    closed = {key for key, value in given.items() if value is False}
+    if len(closed) == len(given):
+        return closed
+    return {(name, axis) for name, x in inputs.items() for axis in range(x.ndim)} - (set(given) - closed)
+
+
 def _axes(inputs: Mapping[str, torch.Tensor], dynamic: bool | Mapping[str, Mapping[int, Any]]) -> Any:
     """torch.export's ``dynamic_shapes`` for Flat: every axis open, to be closed only where the module fixes it."""
     if dynamic is False:
         return None
-    given = {} if dynamic is True else dynamic
-    unknown = sorted(set(given) - set(inputs))
-    if unknown:
-        raise ValueError(f"dynamic names unknown inputs: {unknown}; the inputs are {list(inputs)}")
-    open_axes = [
-        dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) if dynamic is True else {} for x in inputs.values()
-    ]
-    return {"leaves": tuple({**axes, **given.get(name, {})} for name, axes in zip(inputs, open_axes, strict=True))}
+    fixed, given = _fixed(inputs, dynamic), {} if dynamic is True else dynamic
+
+    def one(name: str, axis: int) -> Any:
+        if (name, axis) in fixed:
+            return torch.export.Dim.STATIC
+        return given.get(name, {}).get(axis, torch.export.Dim.AUTO)
+
+    return {"leaves": tuple({axis: one(name, axis) for axis in range(x.ndim)} for name, x in inputs.items())}
 
 
 def _count(graph: Any) -> dict[str, int]:

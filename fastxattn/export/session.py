@@ -132,6 +132,15 @@ class Session:
         self._session.run_with_iobinding(binding)
         return tuple(_to_torch(value) for value in binding.get_outputs())
 
+    def takes(self, args: Sequence[Tensor]) -> bool:
+        """Whether the sizes are those that the file fixes."""
+        declared = [value.shape for value in self._session.get_inputs()]
+        return all(
+            not isinstance(size, int) or size == given
+            for sizes, x in zip(declared, args, strict=True)
+            for size, given in zip(sizes, x.shape, strict=True)
+        )
+
     def _feeds(self, args: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if len(args) > len(self.input_names):
             raise ValueError(f"at most {len(self.input_names)} inputs ({self.input_names}); got {len(args)}")
@@ -145,7 +154,7 @@ class Session:
                 raise TypeError(f"{name} must be {self._types[name]}; got {tensor.dtype}")
             if tensor.device.type != self.device:
                 raise ValueError(f"{name} must be on {self.device}; got {tensor.device}")
-        return {name: tensor.detach().contiguous() for name, tensor in feeds.items()}
+        return {name: tensor.detach().resolve_conj().resolve_neg().contiguous() for name, tensor in feeds.items()}
 
 
 _NOTHING = torch.zeros(1, dtype=torch.int64)

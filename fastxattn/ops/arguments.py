@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from typing_extensions import Self, dataclass_transform
 
 LARGEST = torch.finfo(torch.float32).max
@@ -178,6 +178,9 @@ def default_scale(query: object, scale: float | None) -> float:
     if scale is not None:
         return scale
     try:
-        return query.size(-1) ** -0.5  # type: ignore[attr-defined, no-any-return]
+        width = query.size(-1)  # type: ignore[attr-defined]
+        # An exported graph holds the scale as a number, so the width is fixed; else the example's scale would be kept.
+        fixed = width if isinstance(width, int) or not is_exporting() else int(width)
+        return fixed**-0.5  # type: ignore[no-any-return]
     except (AttributeError, TypeError, IndexError, ZeroDivisionError):
         return 1.0  # checks refuse a query that is no tensor or has no width

@@ -105,11 +105,22 @@ def inlined(body: onnxscript.OnnxFunction) -> onnx.FunctionProto:
     parts = [ir.serde.deserialize_function(piece.to_function_proto()) for piece in pieces]
     model = ir.Model(function.graph, ir_version=10, functions=parts)
     InlinePass()(model)
+    loop_conditions(model.graph)
     _rename(model.graph)
     whole = ir.Function(
         function.domain, function.name, graph=model.graph, attributes=list(function.attributes.values())
     )
     return ir.serde.serialize_function(whole)
+
+
+def loop_conditions(graph):
+    """Give every Loop without a condition a constant true one; onnx's reference evaluator reads none as false."""
+    for node in list(ir.traversal.RecursiveGraphIterator(graph)):
+        if node.op_type == "Loop" and node.domain == "" and node.inputs[1] is None:
+            always = ir.node("Constant", [], attributes={"value": ir.tensor(True, name="always")})
+            always.outputs[0].name = "always"
+            node.prepend(always)
+            node.replace_input_with(1, always.outputs[0])
 
 
 def _rename(graph):

@@ -84,7 +84,9 @@ NODE = node(AbsorbedAttention)
 def translate(problem):
     """The node for a call of ``fastxattn::absorbed_attention_<backend>`` met by torch's exporter."""
     out, lse = call(NODE, problem, {"kv_range": NO_RANGE, "key_bias": NO_KEY_BIAS})
-    return out, lse, lse  # the third result only serves a backward pass
+    # The third result, (2, heads, rows), only serves a backward pass: no node reads it, so that it is removed.
+    one = op.Unsqueeze(lse, op.Constant(value_ints=[0]))
+    return out, lse, op.Concat(one, one, axis=0)
 
 
 TRANSLATIONS = {"absorbed_attention_cpu": translate}
