@@ -119,6 +119,7 @@ def to_onnx(
     model.functions.clear()  # the optimizer need not know them
     program.optimize()
     _name(model.graph, list(input_names or tensors(bind(module, *inputs))), names, output_names)
+    _close(program)
     loop_conditions(model.graph)
     for name in used:
         model.functions[(DOMAIN, name, "")] = onnxscript.ir.serde.deserialize_function(local[name])
@@ -168,6 +169,16 @@ def _accepts(module: torch.nn.Module, inputs: Inputs) -> bool:
     except Exception:
         return False
     return True
+
+
+def _close(program: torch.onnx.ONNXProgram) -> None:
+    """Declare the sizes of the inputs that the module fixes, which torch leaves open: another is refused at once."""
+    assert program.exported_program is not None
+    ranges = program.exported_program.range_constraints
+    fixed = {str(name): int(found.lower) for name, found in ranges.items() if found.lower == found.upper}
+    for value in program.model.graph.inputs:
+        dims = [fixed.get(str(getattr(dim, "value", dim)), dim) for dim in value.shape or ()]
+        value.shape = onnxscript.ir.Shape(dims)
 
 
 def _name(graph: Any, inputs: list[str], outputs: list[str], chosen: Sequence[str] | None) -> None:
