@@ -3,13 +3,73 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx.external_data_helper import ExternalDataInfo
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, uses_external_data
+
+SMALL = 64
+"""Elements up to which external constants are read: scales, axes and shapes."""
+
+
+def read(path: Path, *, weights: bool) -> onnx.ModelProto:
+    """The model at ``path``, sound enough to be walked: no cycles, no missing inputs, no data outside its folder.
+
+    Args:
+        path: the file.
+        weights: read all external data; else only small constants.
+
+    Raises:
+        ValueError: it is no ONNX model, or a malformed one; one line.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        onnx.checker.check_model(_skeleton(model))
+        for graph in _graphs(model.graph):
+            for tensor in graph.initializer:
+                if uses_external_data(tensor) and (weights or math.prod(tensor.dims) <= SMALL):
+                    load_external_data_for_tensor(tensor, str(path.parent))
+                    tensor.data_location = onnx.TensorProto.DEFAULT
+                    del tensor.external_data[:]
+            _open_axes([*graph.input, *graph.output, *graph.value_info])
+    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} is not a valid ONNX model: {lines[0]}") from error
+    return model
+
+
+def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for the checker, without weights, and with the shapes that it wants and runtimes do not."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for graph in _graphs(copy.graph):
+        for tensor in graph.initializer:
+            if uses_external_data(tensor):
+                tensor.CopyFrom(onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]))
+        for value in (*graph.input, *graph.output):
+            if value.type.HasField("tensor_type"):
+                value.type.tensor_type.shape.SetInParent()
+    return copy
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _graphs(inner)
+
+
+def _open_axes(values: list[onnx.ValueInfoProto]) -> None:
+    """Axes declared -1, as old exporters write "dynamic", become open: shape inference ends the process on them."""
+    for value in values:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_value") and dim.dim_value < 0:
+                dim.ClearField("dim_value")
 
 
 @contextlib.contextmanager

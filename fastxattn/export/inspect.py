@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 
+from fastxattn.export.files import read
 from fastxattn.export.operations import DOMAIN
 from fastxattn.export.patterns import Index, Match, find
 
@@ -49,10 +50,13 @@ class Inspection:
 def inspect(path: str | Path) -> Inspection:
     """Lint an ONNX file for what is known to break with attention. The file is not run.
 
+    Raises:
+        ValueError: it is not a valid ONNX model.
+
     Example:
         >>> print(fastxattn.export.inspect("model.onnx"))
     """
-    model = onnx.load(str(path), load_external_data=False)
+    model = read(Path(path), weights=False)
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     index = Index(model)
     matches = list(find(index))

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from fastxattn.export.files import read
 from fastxattn.export.operations import DOMAIN, functions
 from fastxattn.export.patterns import Index, find
 from fastxattn.export.rewrite import write
@@ -65,14 +66,15 @@ def optimize(
 
     Raises:
         FileExistsError: ``out`` exists.
-        ValueError: the outputs differ, or the opset cannot be handled; nothing is written.
+        ValueError: the file is not a valid model or does not run on the inputs, the outputs differ, or the opset
+            cannot be handled; nothing is written.
     """
     path = Path(path)
     target = Path(out) if out is not None else path.with_suffix(".fastxattn.onnx")
     for file in (target, target.with_name(target.name + ".data")):
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists; pass overwrite=True to replace it")
-    before = onnx.load(str(path))
+    before = read(path, weights=True)
     after = _converted(before)
     index = Index(after)
     rewritten, left = [], []
@@ -95,7 +97,8 @@ def optimize(
         return Optimized(None, (), tuple(left), 0.0)
     _drop_dead(after.graph)
     version = next(o.version for o in after.opset_import if o.domain in ("", "ai.onnx"))
-    after.functions.append(functions("loop", version)["Attention"])
+    if not any(f.domain == DOMAIN and f.name == "Attention" for f in after.functions):
+        after.functions.append(functions("loop", version)["Attention"])
     if not any(o.domain == DOMAIN for o in after.opset_import):
         after.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     after.ir_version = max(after.ir_version, 9)
@@ -213,9 +216,13 @@ def _compare(
         if before is not None:
             old = Path(folder) / "before.onnx"
             _save(before, old, large)
-        reference = _session(old, False)
+        try:
+            reference = _session(old, False)
+            expected = [reference.run(None, dict(given)) for given in feeds]
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{path} does not run on the inputs that were tried (see inputs=): {reason}") from error
         names = [o.name for o in reference.get_outputs()]
-        expected = [reference.run(None, dict(given)) for given in feeds]
         worst = 0.0
         for side in (False, True):
             session = _session(fresh, side)
