@@ -131,8 +131,8 @@ def to_onnx(
         program.save(str(fresh), external_data=external)
         compared = check_sizes(fresh, module, inputs, traced, bounded="Select" in used)
         size = sum(file.stat().st_size for file in fresh.parent.iterdir())
-    named = [tuple(value.name or "" for value in values) for values in (model.graph.inputs, model.graph.outputs)]
-    return Exported(path, opset, *named, used, size, compared)
+    taken, given = (tuple(value.name or "" for value in side) for side in (model.graph.inputs, model.graph.outputs))
+    return Exported(path, opset, taken, given, used, size, compared)
 
 
 def _trace(

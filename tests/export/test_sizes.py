@@ -197,7 +197,7 @@ def test_names_of_nested_repeated_and_chosen_values(chosen: bool, tmp_path: Path
         assert done.inputs == ("out", "nested_a_b", "nested_a_b_2", "late")
         assert done.outputs == ("output_out", "again", "output_late", "list_0", "list_1")
     onnx.checker.check_model(str(done.path), full_check=True)
-    report = export.verify(done.path, Names().eval(), args, kwargs)
+    report = export.verify(done.path, Names().eval(), args, kwargs=kwargs)
     assert report.ok, str(report)
 
 
