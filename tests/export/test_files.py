@@ -62,9 +62,9 @@ def test_external_constants_lie_beside_the_model(tmp_path: Path, monkeypatch: py
         NODE("Softmax", ["t"], ["w"]),
         NODE("MatMul", ["w", "v"], ["o"]),
     ]
-    shapes = {"q": [2, 2, 3, 4], "k": [2, 2, 4, 5], "v": [2, 2, 5, 4]}
+    shapes = {"q": ["b", 2, "l", 4], "k": ["b", 2, 4, "m"], "v": ["b", 2, "m", 4]}
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
-    output = helper.make_tensor_value_info("o", TensorProto.FLOAT, [2, 2, 3, 4])
+    output = helper.make_tensor_value_info("o", TensorProto.FLOAT, ["b", 2, "l", 4])
     scale = numpy_helper.from_array(np.array([0.5], np.float32), "c")
     model = helper.make_model(helper.make_graph(nodes, "g", inputs, [output], [scale]), ir_version=9)
     model.opset_import[0].version = 18
