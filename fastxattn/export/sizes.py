@@ -75,7 +75,9 @@ class Example:
         for group in (*together, *alone):
             size = self.axes[group[0]]
             for other in (size + 1, 1) if group in together else (size + 1,):
-                yield self._variation(dict.fromkeys(group, other), group in together)
+                # A mask whose axis alone shrinks to 1 broadcasts, for a module that checks nothing.
+                all_of_it = sum(self.axes[key] == size for key in large) == len(group)
+                yield self._variation(dict.fromkeys(group, other), group in together and (other > 1 or all_of_it))
         lengths = [key for key in self.axes if is_packed(self.leaves[key[0]]) and key[1] == 1]
         for group in _groups(lengths, lambda key: 0, lambda key: key):
             for other in (0, 1) if len(group) > 1 else (0,):

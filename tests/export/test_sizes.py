@@ -238,3 +238,24 @@ def test_a_lazily_negated_tensor_keeps_its_sign(tmp_path: Path) -> None:
     session = exported(lambda x: x * 1, torch.ones(2, 2), folder=tmp_path)
     x = torch.tensor([[1.0 + 2.0j]]).conj().imag
     assert session(x)[0].item() == -2.0
+
+
+def test_a_mask_that_broadcasts_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerDecoderLayer(32, 4, 48, batch_first=True)
+
+        def forward(self, tgt: Tensor, memory: Tensor, tgt_mask: Tensor, memory_mask: Tensor) -> Tensor:
+            out: Tensor = self.layer(tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_is_causal=False)
+            return out
+
+    module = Step().eval()
+    fastxattn.accelerate(module)
+    masks = torch.ones(40, 40, dtype=torch.bool).triu(1), torch.zeros(40, 30, dtype=torch.bool)
+    args = torch.randn(2, 40, 32), torch.randn(2, 30, 32), *masks
+    done = export.to_onnx(module, args, tmp_path / "m.onnx")
+    hidden = masks[0].clone()
+    hidden[0] = True  # a query without keys: 0 here, NaN in torch's own float64 attention
+    report = export.verify(done.path, module, args, cases={"a query without keys": ((*args[:2], hidden, masks[1]), {})})
+    assert report.ok, str(report)
