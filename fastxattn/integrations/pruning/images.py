@@ -58,7 +58,7 @@ class Images:
         count = int(self.everywhere().sum())
         if scores is None or scores.shape[0] != count:
             raise ValueError(
-                f"strategy must not need attention here: the vision encoder gave scores of "
+                f"strategy must not need attention here: the vision encoder returned scores of "
                 f"{0 if scores is None else scores.shape[0]} image tokens, and the prompt has {count} (features that "
                 "were computed before prune_model, or videos); take divprune, cdpruner, norm, or at > 0"
             )
