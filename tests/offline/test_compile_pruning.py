@@ -29,24 +29,27 @@ def test_kernels_compile_offline(capability: int) -> None:
                 "p_cu_keep": ints,
                 "p_keep": ints,
                 "p_assignment": ints,
+                "total": "i32",
+                "capacity": "i32",
             },
             {"HAS_PROTECTED": True, "BLOCK": kernels.SELECT_BLOCK},
         ),
         "quantile_kernel": (
-            {"p_scores": floats, "p_cu": ints, "p_q": floats, "p_out": floats, "Q": "i32"},
+            {"p_scores": floats, "p_cu": ints, "p_q": floats, "p_out": floats, "total": "i32", "Q": "i32"},
             {"BLOCK": kernels.SELECT_BLOCK},
         ),
         "gather_kernel": (
-            {"p_x": rows, "p_index": ints, "p_coefficient": floats, "p_out": rows, "C": "i32"},
+            {"p_x": rows, "p_index": ints, "p_coefficient": floats, "p_out": rows, "rows": "i32", "C": "i32"},
             {"HAS_COEFFICIENT": True, "BLOCK": kernels.ROW_BLOCK},
         ),
         "merge_kernel": (
-            {"p_x": rows, "p_members": "*i64", "p_first": "*i64", "p_coefficient": floats, "p_out": rows, "C": "i32"},
+            {"p_x": rows, "p_members": "*i64", "p_first": "*i64", "p_coefficient": floats, "p_out": rows}
+            | {"total_rows": "i32", "C": "i32"},
             {"HAS_COEFFICIENT": True, "BLOCK": kernels.ROW_BLOCK},
         ),
         "match_kernel": (
             {"p_x": rows, "p_inverse": floats, "p_a": ints, "p_cu_a": ints, "p_b": ints, "p_cu_b": ints, "p_best": ints}
-            | {"p_similarity": floats, "C": "i32"},
+            | {"p_similarity": floats, "rows": "i32", "rows_a": "i32", "rows_b": "i32", "C": "i32"},
             {"EXCLUDE_SELF": False, "UPCAST": False, "M": kernels.MATCH_M, "N": kernels.MATCH_N, "K": kernels.MATCH_K},
         ),
         "greedy_kernel": (

@@ -88,7 +88,7 @@ def co_attention_backward_rows(
     i_b, i_block = find_sequence(p_cu_x, batch, i_program // heads, 1, BLOCK_M)
     start_x, length_x = find_span(p_cu_x, None, rows_x, i_b)
     start_y, length_y = find_span(p_cu_y, None, rows_y, i_b)
-    if i_block * BLOCK_M >= length_x:
+    if (i_block < 0) | (i_block * BLOCK_M >= length_x):
         return
     i_head64 = i_head.to(tl.int64)
     o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)

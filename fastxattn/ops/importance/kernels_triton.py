@@ -68,7 +68,7 @@ def importance(
     start_q, length_q = find_span(p_cu_q, p_used_q, slots_q, i_b)
     start_k, length_k = find_span(p_cu_k, p_used_k, slots_k, i_b)
     i_first = i_block * BLOCK_N
-    if i_first >= length_k:
+    if (i_first < 0) | (i_first >= length_k):
         return
     o_n = i_first + tl.arange(0, BLOCK_N)
     m_n = o_n < length_k

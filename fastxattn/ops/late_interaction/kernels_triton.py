@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastxattn.ops.attention.triton.common import dot_seen
+from fastxattn.ops.attention.triton.common import dot_seen, find_span
 from fastxattn.ops.contrastive.triton.kernels import LOWEST, products
 from fastxattn.ops.late_interaction.operator import gradients, results
 from fastxattn.ops.late_interaction.problem import Problem, SmoothProblem, smooth_of
@@ -85,8 +85,9 @@ def maxsim_kernel(
 ):  # fmt: skip
     """Program = (set of a, set of b). A column's best over earlier blocks of rows waits in p_value and p_extra."""
     i_a, i_b = tl.program_id(0) // sets_b, tl.program_id(0) % sets_b
-    start_a, end_a = tl.load(p_cu_a + i_a), tl.minimum(tl.load(p_cu_a + i_a + 1), tokens_a)
-    start_b, end_b = tl.load(p_cu_b + i_b), tl.minimum(tl.load(p_cu_b + i_b + 1), tokens_b)
+    start_a, length_a = find_span(p_cu_a, None, tokens_a, i_a)
+    start_b, length_b = find_span(p_cu_b, None, tokens_b, i_b)
+    end_a, end_b = start_a + length_a, start_b + length_b
     total_a = 0.0
     total_b = 0.0
     for i_m in range(start_a, end_a, BLOCK_M):
@@ -160,14 +161,14 @@ def maxsim_gradient_kernel(
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_m = o_m < rows_x
     b_set_x = tl.load(p_set_x + o_m, mask=m_m, other=0)
-    m_m = m_m & (b_set_x < sets_x)  # tokens past the last offset are nobody's
+    m_m = m_m & (b_set_x >= 0) & (b_set_x < sets_x)  # tokens past the last offset are nobody's
     b_start_x = tl.load(p_cu_x + b_set_x, mask=m_m, other=0)
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for i_n in range(0, rows_y, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < rows_y
         b_set_y = tl.load(p_set_y + o_n, mask=m_n, other=0)
-        m_n = m_n & (b_set_y < sets_y)
+        m_n = m_n & (b_set_y >= 0) & (b_set_y < sets_y)
         b_start_y = tl.load(p_cu_y + b_set_y, mask=m_n, other=0)
         m_pair = m_m[:, None] & m_n[None, :]
         b_s = 0.0

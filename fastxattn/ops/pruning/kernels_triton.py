@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastxattn.ops.attention.triton.common import find_rows, find_span
 from fastxattn.ops.pruning.problem import MAX_MIN, Gather, Greedy, Match, Merge, Quantile, Select
 from fastxattn.ops.pruning.reference import FLOOR, kept_offsets
 from fastxattn.ops.pruning.segments import inverse_norms, members_by_row
@@ -59,13 +60,21 @@ def kth_key(p_scores, p_protected, begin, n, rank, HAS_PROTECTED: tl.constexpr, 
 
 @triton.jit
 def select_kernel(
-    p_scores, p_protected, p_cu, p_cu_keep, p_keep, p_assignment, HAS_PROTECTED: tl.constexpr, BLOCK: tl.constexpr
+    p_scores,
+    p_protected,
+    p_cu,
+    p_cu_keep,
+    p_keep,
+    p_assignment,
+    total,
+    capacity,
+    HAS_PROTECTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     i_b = tl.program_id(0)
-    begin = tl.load(p_cu + i_b)
-    n = tl.load(p_cu + i_b + 1) - begin
-    place = tl.load(p_cu_keep + i_b)
-    wanted = tl.load(p_cu_keep + i_b + 1) - place
+    begin, n = find_span(p_cu, None, total, i_b)
+    place, wanted = find_span(p_cu_keep, None, capacity, i_b)
+    wanted = tl.minimum(wanted, n)
     if wanted > 0:
         cut = kth_key(p_scores, p_protected, begin, n, wanted, HAS_PROTECTED, BLOCK)
         above = n * 0
@@ -88,10 +97,9 @@ def select_kernel(
 
 
 @triton.jit
-def quantile_kernel(p_scores, p_cu, p_q, p_out, Q, BLOCK: tl.constexpr):
+def quantile_kernel(p_scores, p_cu, p_q, p_out, total, Q, BLOCK: tl.constexpr):
     i_b, i_q = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(p_cu + i_b)
-    n = tl.load(p_cu + i_b + 1) - begin
+    begin, n = find_span(p_cu, None, total, i_b)
     numbers = n * 0
     for start in range(0, n, BLOCK):
         o = start + tl.arange(0, BLOCK)
@@ -116,24 +124,29 @@ def key_score(key):
 
 
 @triton.jit
-def gather_kernel(p_x, p_index, p_coefficient, p_out, C, HAS_COEFFICIENT: tl.constexpr, BLOCK: tl.constexpr):
+def gather_kernel(p_x, p_index, p_coefficient, p_out, rows, C, HAS_COEFFICIENT: tl.constexpr, BLOCK: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(p_index + i_row).to(tl.int64)
-    row = tl.load(p_x + source * C + o_c, mask=o_c < tl.where(source >= 0, C, 0), other=0.0)
+    known = (source >= 0) & (source < rows)
+    row = tl.load(p_x + source * C + o_c, mask=o_c < tl.where(known, C, 0), other=0.0)
     if HAS_COEFFICIENT:
-        factor = tl.where(source >= 0, tl.load(p_coefficient + i_row), 0.0)
+        factor = tl.where(known, tl.load(p_coefficient + i_row), 0.0)
         row = row.to(tl.float32) * factor
     tl.store(p_out + i_row * C + o_c, row.to(p_out.dtype.element_ty), mask=o_c < C)
 
 
 @triton.jit
-def merge_kernel(p_x, p_members, p_first, p_coefficient, p_out, C, HAS_COEFFICIENT: tl.constexpr, BLOCK: tl.constexpr):
+def merge_kernel(
+    p_x, p_members, p_first, p_coefficient, p_out, total_rows, C, HAS_COEFFICIENT: tl.constexpr, BLOCK: tl.constexpr
+):
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for at in range(tl.load(p_first + i_row), tl.load(p_first + i_row + 1)):
+    end = tl.minimum(tl.load(p_first + i_row + 1), total_rows)
+    for at in range(tl.maximum(tl.load(p_first + i_row), 0), end):
         source = tl.load(p_members + at).to(tl.int64)
+        source = tl.minimum(tl.maximum(source, 0), total_rows - 1)
         row = tl.load(p_x + source * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)
         if HAS_COEFFICIENT:
             row = row * tl.load(p_coefficient + source)
@@ -151,6 +164,9 @@ def match_kernel(
     p_cu_b,
     p_best,
     p_similarity,
+    rows,
+    rows_a,
+    rows_b,
     C,
     EXCLUDE_SELF: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -159,18 +175,19 @@ def match_kernel(
     K: tl.constexpr,
 ):
     i_b = tl.program_id(0)
-    a_begin, a_end = tl.load(p_cu_a + i_b), tl.load(p_cu_a + i_b + 1)
-    b_begin, b_end = tl.load(p_cu_b + i_b), tl.load(p_cu_b + i_b + 1)
+    a_begin, a_count = find_span(p_cu_a, None, rows_a, i_b)
+    b_begin, b_count = find_span(p_cu_b, None, rows_b, i_b)
+    a_end, b_end = a_begin + a_count, b_begin + b_count
     o_m = a_begin + tl.program_id(1) * M + tl.arange(0, M)
     if a_begin + tl.program_id(1) * M < a_end:
         m_m = o_m < a_end
-        a_row = tl.load(p_a + o_m, mask=m_m, other=0).to(tl.int64)
+        a_row = find_rows(p_a, o_m, rows, m_m).to(tl.int64)
         a_scale = tl.load(p_inverse + a_row, mask=m_m, other=0.0)
         best = tl.full((M,), float("-inf"), tl.float32)
         where = tl.full((M,), -1, tl.int32)
         for start in range(b_begin, b_end, N):
             o_n = start + tl.arange(0, N)
-            b_row = tl.load(p_b + o_n, mask=o_n < b_end, other=0).to(tl.int64)
+            b_row = find_rows(p_b, o_n, rows, o_n < b_end).to(tl.int64)
             b_scale = tl.load(p_inverse + b_row, mask=o_n < b_end, other=float("nan"))
             products = tl.zeros((M, N), tl.float32)
             for k in range(0, C, K):
@@ -228,8 +245,8 @@ def greedy_kernel(
     K: tl.constexpr,
 ):
     i_b = tl.program_id(0)
-    begin = tl.load(p_cu + i_b).to(tl.int64)
-    n = (tl.load(p_cu + i_b + 1) - begin).to(tl.int32)
+    begin, n = find_span(p_cu, None, T, i_b)
+    begin = begin.to(tl.int64)
     count = tl.minimum(tl.minimum(tl.load(p_counts + i_b), n), max_count)
     largest = 0.0
     for start in range(0, n, N):
@@ -255,7 +272,7 @@ def greedy_kernel(
             take = (first < n) & ((pick == n) | (here > top))
             pick = tl.where(take, first, pick)
             top = tl.where(take, here, top)
-        pick = tl.where(seed < n, seed, pick)
+        pick = tl.minimum(tl.where(seed < n, seed, pick), n - 1)  # others may have picked all of overlapping sequences
         chosen = tl.load(p_value + begin + pick)
         chosen_scale = tl.load(p_inverse + begin + pick)
         chosen_quality = tl.load(p_quality + begin + pick)
@@ -309,7 +326,8 @@ def select(p: Select) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if p.cu_seqlens.shape[0] > 1:
         guard = p.scores if p.protected is None else p.protected.to(torch.uint8)
         select_kernel[(p.cu_seqlens.shape[0] - 1,)](
-            p.scores, guard, p.cu_seqlens, cu_keep, keep_index, assignment, p.protected is not None, SELECT_BLOCK
+            *(p.scores, guard, p.cu_seqlens, cu_keep, keep_index, assignment),
+            *(p.scores.shape[0], p.capacity, p.protected is not None, SELECT_BLOCK),
         )
     if p.x is None:
         return keep_index, cu_keep, assignment, p.scores.new_empty(0)
@@ -322,7 +340,7 @@ def gather(p: Gather) -> Tensor:
     if out.numel():
         coefficient = p.index if p.coefficient is None else p.coefficient
         gather_kernel[rows, triton.cdiv(channels, ROW_BLOCK)](
-            p.x, p.index, coefficient, out, channels, p.coefficient is not None, ROW_BLOCK
+            p.x, p.index, coefficient, out, p.x.shape[0], channels, p.coefficient is not None, ROW_BLOCK
         )
     return out
 
@@ -334,7 +352,7 @@ def merge(p: Merge) -> Tensor:
         members, first = members_by_row(p.assignment, p.rows)
         coefficient = p.x if p.coefficient is None else p.coefficient
         merge_kernel[p.rows, triton.cdiv(channels, ROW_BLOCK)](
-            p.x, members, first, coefficient, out, channels, p.coefficient is not None, ROW_BLOCK
+            p.x, members, first, coefficient, out, p.x.shape[0], channels, p.coefficient is not None, ROW_BLOCK
         )
     return out
 
@@ -342,11 +360,13 @@ def merge(p: Merge) -> Tensor:
 def match(p: Match, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
     best = torch.full_like(p.a_index, -1)
     similarity = torch.full(p.a_index.shape, torch.nan, dtype=torch.float32, device=p.x.device)
-    if p.a_index.shape[0] and p.cu_a.shape[0] > 1:
+    if p.x.shape[0] and p.a_index.shape[0] and p.cu_a.shape[0] > 1:
         upcast = interpreted() and p.x.dtype == torch.bfloat16
         tensors = (p.x, inverse_norms(p.x), p.a_index, p.cu_a, p.b_index, p.cu_b, best, similarity)
         match_kernel[p.cu_a.shape[0] - 1, triton.cdiv(p.a_index.shape[0], MATCH_M)](
-            *tensors, p.x.shape[1], exclude_self, upcast, MATCH_M, MATCH_N, MATCH_K
+            *tensors,
+            *(p.x.shape[0], p.a_index.shape[0], p.b_index.shape[0], p.x.shape[1]),
+            *(exclude_self, upcast, MATCH_M, MATCH_N, MATCH_K),
         )
     return best, similarity
 
@@ -385,5 +405,7 @@ def greedy(p: Greedy) -> Tensor:
 def quantile(p: Quantile) -> Tensor:
     out = p.scores.new_empty(p.cu_seqlens.shape[0] - 1, p.q.shape[0])
     if out.numel():
-        quantile_kernel[tuple(out.shape)](p.scores, p.cu_seqlens, p.q, out, p.q.shape[0], SELECT_BLOCK)
+        quantile_kernel[tuple(out.shape)](
+            p.scores, p.cu_seqlens, p.q, out, p.scores.shape[0], p.q.shape[0], SELECT_BLOCK
+        )
     return out

@@ -24,6 +24,7 @@ from fastxattn.ops.attention.triton.common import (
     across,
     adjust_scores,
     dot_seen,
+    find_places,
     find_rows,
     find_sequence,
     find_span,
@@ -66,8 +67,8 @@ def load_norm(p_norm, o_row, o_head, rows_q, m_row):
 @triton.jit
 def row_step(
     b_q, b_do, b_lse, i_first, p_k, p_v, p_index_k, p_key_bias, p_bias, p_seed, p_range, b_start, b_end, start_k,
-    length_k, rows_k, o_row, o_pos, o_head, m_m, stride_kr, stride_vr, stride_key_bias, stride_bias_h, stride_bias_q,
-    stride_bias_k, scale, softcap, dropout_p,
+    length_k, rows_k, batch, o_row, o_pos, o_head, m_m, stride_kr, stride_vr, stride_key_bias, stride_bias_h,
+    stride_bias_q, stride_bias_k, scale, softcap, dropout_p,
     SOFTCAP: tl.constexpr, KEY_BIAS_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +81,9 @@ def row_step(
     b_v = load_rows(p_v, o_row_k, stride_vr, m_n, True, VALUE_DIM, BLOCK_DV)
     m_seen = m_m[:, None] & m_n[None, :]
     b_s = rows_by_keys(b_q, b_k, b_q.dtype == tl.float32, PRECISION)
+    o_pos_k = find_places(p_bias, o_row_k, start_k, rows_k, batch)
     b_s, b_tanh = adjust_scores(
-        b_s, p_key_bias, p_bias, o_row[:, None], o_row_k[None, :], o_pos[:, None], (o_row_k - start_k)[None, :],
+        b_s, p_key_bias, p_bias, o_row[:, None], o_row_k[None, :], o_pos[:, None], o_pos_k[None, :],
         o_head[:, None], m_seen, stride_key_bias, stride_bias_q, stride_bias_k, stride_bias_h, scale, softcap, UNIT,
         SOFTCAP, KEY_BIAS_HEADS,
     )  # fmt: skip
@@ -127,12 +129,13 @@ def attention_backward_sums(
         p_bias += i_b.to(tl.int64) * stride_bias_b
     p_k += i_kv.to(tl.int64) * stride_kh
     p_v += i_kv.to(tl.int64) * stride_vh
+    o_pos = find_places(p_bias, o_row, start_q, rows_q, batch)
     b_total = tl.zeros((BLOCK_M,), tl.float32)
     b_rest = tl.zeros((BLOCK_M,), tl.float32)
     for i_first in range(i_low, i_high, BLOCK_N):
         _k, b_p, b_dp, _tanh, m_seen = row_step(
             b_q, b_do, b_lse, i_first, p_k, p_v, p_index_k, p_key_bias, p_bias, p_seed, p_range, b_start, b_end,
-            start_k, length_k, rows_k, o_row, o_row - start_q, o_head, m_m, stride_kr, stride_vr, stride_key_bias,
+            start_k, length_k, rows_k, batch, o_row, o_pos, o_head, m_m, stride_kr, stride_vr, stride_key_bias,
             stride_bias_h, stride_bias_q, stride_bias_k, scale, softcap, dropout_p, SOFTCAP, KEY_BIAS_HEADS, HEAD_DIM,
             VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
@@ -186,11 +189,12 @@ def attention_backward_query(
             p_bias += i_b.to(tl.int64) * stride_bias_b
         p_k += i_kv.to(tl.int64) * stride_kh
         p_v += i_kv.to(tl.int64) * stride_vh
+        o_pos = find_places(p_bias, o_row, start_q, rows_q, batch)
         b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for i_first in range(i_low, i_high, BLOCK_N):
             b_k, b_p, b_dp, b_tanh, m_seen = row_step(
                 b_q, b_do, b_lse, i_first, p_k, p_v, p_index_k, p_key_bias, p_bias, p_seed, p_range, b_start, b_end,
-                start_k, length_k, rows_k, o_row, o_row - start_q, o_head, m_m, stride_kr, stride_vr, stride_key_bias,
+                start_k, length_k, rows_k, batch, o_row, o_pos, o_head, m_m, stride_kr, stride_vr, stride_key_bias,
                 stride_bias_h, stride_bias_q, stride_bias_k, scale, softcap, dropout_p, SOFTCAP, KEY_BIAS_HEADS,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
             )  # fmt: skip
@@ -229,7 +233,7 @@ def attention_backward_key(
     start_q, length_q = find_span(p_cu_q, p_used_q, slots_q, i_b)
     start_k, length_k = find_span(p_cu_k, p_used_k, slots_k, i_b)
     i_first = i_block * BLOCK_N
-    if i_first >= length_k:
+    if (i_first < 0) | (i_first >= length_k):
         return
     o_n = i_first + tl.arange(0, BLOCK_N)
     m_n = o_n < length_k
@@ -238,6 +242,7 @@ def attention_backward_key(
     b_v = load_rows(p_v + i_kv.to(tl.int64) * stride_vh, o_row_k, stride_vr, m_n, True, VALUE_DIM, BLOCK_DV)
     if p_bias is not None:
         p_bias += i_b.to(tl.int64) * stride_bias_b
+    o_pos_k = find_places(p_bias, o_row_k, start_k, rows_k, batch)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     HEAD_SUMS: tl.constexpr = GROUP if KEY_BIAS_HEADS else 1
@@ -263,9 +268,10 @@ def attention_backward_key(
             b_lse = anchor_of(p_lse, o_row, o_head, rows_q, m_m, length_k, p_norm is not None, UNIT)
             b_delta = load_statistic(p_delta, o_row, o_head, rows_q, m_m)
             b_s = across(b_k, b_q, p_norm is not None, PRECISION)
+            o_pos = find_places(p_bias, o_row, start_q, rows_q, batch)
             b_s, b_tanh = adjust_scores(
-                b_s, p_key_bias, p_bias, o_row[None, :], o_row_k[:, None], (o_row - start_q)[None, :],
-                (o_row_k - start_k)[:, None], o_head[None, :], m_n[:, None] & m_m[None, :], stride_key_bias,
+                b_s, p_key_bias, p_bias, o_row[None, :], o_row_k[:, None], o_pos[None, :],
+                o_pos_k[:, None], o_head[None, :], m_n[:, None] & m_m[None, :], stride_key_bias,
                 stride_bias_q, stride_bias_k, stride_bias_h, scale, softcap, UNIT, SOFTCAP, KEY_BIAS_HEADS,
             )  # fmt: skip
             b_p = tl.where(m_seen, power(b_s - b_lse[None, :], UNIT), 0.0)
@@ -309,12 +315,12 @@ def attention_backward_key(
 
 
 @triton.jit
-def find_places(p_cu, p_used, p_slot, slots, rows, i_b, o_place):
+def rows_of_places(p_cu, p_used, p_slot, slots, rows, places, i_b, o_place):
     """Row, slot and presence of places of the padded layout in sequence i_b."""
     start = tl.load(p_cu + i_b)
     end = tl.load(p_cu + i_b + 1)
     o_row = tl.minimum(tl.maximum(start + o_place, 0), rows - 1)
-    m_place = start + o_place < tl.minimum(end, rows)
+    m_place = (o_place < places) & (start + o_place < tl.minimum(end, rows))
     o_slot = o_place
     if p_slot is not None:
         o_slot = tl.load(p_slot + o_row, mask=m_place, other=-1)
@@ -354,7 +360,7 @@ def attention_backward_bias(
             i_h64 = tl.cast(i_h, tl.int64)
             for i_m in range(i_block_q, tl.cdiv(places_q, BLOCK_M) if ROWS_SHARED else i_block_q + 1):
                 o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-                o_row, _slot, m_m = find_places(p_cu_q, p_used_q, p_slot_q, slots_q, rows_q, i_b, o_m)
+                o_row, _slot, m_m = rows_of_places(p_cu_q, p_used_q, p_slot_q, slots_q, rows_q, places_q, i_b, o_m)
                 o_head = o_m * 0 + i_h
                 b_q = load_rows(p_q + i_h64 * stride_qh, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)
                 b_do = load_rows(p_dout + i_h64 * stride_oh, o_row, stride_or, m_m, True, VALUE_DIM, BLOCK_DV)
@@ -363,7 +369,9 @@ def attention_backward_bias(
                 b_delta = load_statistic(p_delta, o_row, o_head, rows_q, m_m)
                 for i_n in range(i_block_k, tl.cdiv(places_k, BLOCK_N) if COLUMNS_SHARED else i_block_k + 1):
                     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-                    o_row_k, o_slot, m_n = find_places(p_cu_k, p_used_k, p_slot_k, slots_k, rows_k, i_b, o_n)
+                    o_row_k, o_slot, m_n = rows_of_places(
+                        p_cu_k, p_used_k, p_slot_k, slots_k, rows_k, places_k, i_b, o_n
+                    )
                     i_kv64 = i_h64 // GROUP
                     b_k = load_rows(p_k + i_kv64 * stride_kh, o_row_k, stride_kr, m_n, True, HEAD_DIM, BLOCK_D)
                     b_v = load_rows(p_v + i_kv64 * stride_vh, o_row_k, stride_vr, m_n, True, VALUE_DIM, BLOCK_DV)

@@ -124,7 +124,10 @@ def dot_seen(b_a, b_x, b_acc, m_seen, GUARD: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit
 def find_sequence(p_cu, batch, i_tile, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """The sequence that tile number i_tile belongs to, and the number of that sequence's first tile."""
+    """The sequence that tile number i_tile belongs to, and the number of the tile within it, at most i_tile.
+
+    Negative where the first offset is beyond the tile, which happens with wrong offsets alone.
+    """
     i_low = 0
     i_high = batch
     while i_high - i_low > 1:
@@ -132,8 +135,8 @@ def find_sequence(p_cu, batch, i_tile, GROUP: tl.constexpr, BLOCK: tl.constexpr)
         ahead = tl.load(p_cu + i_mid).to(tl.int64) * GROUP // BLOCK + i_mid <= i_tile
         i_low = tl.where(ahead, i_mid, i_low)
         i_high = tl.where(ahead, i_high, i_mid)
-    first = tl.load(p_cu + i_low).to(tl.int64) * GROUP // BLOCK + i_low
-    return i_low, (i_tile - first).to(tl.int32)
+    first = tl.maximum(tl.load(p_cu + i_low), 0).to(tl.int64) * GROUP // BLOCK + i_low
+    return i_low, tl.maximum(i_tile - first, -1).to(tl.int32)
 
 
 @triton.jit
@@ -154,6 +157,15 @@ def find_rows(p_index, o_slot, rows, m_slot):
     if p_index is not None:
         o_slot = tl.load(p_index + o_slot, mask=m_slot, other=0)
     return tl.minimum(tl.maximum(o_slot, 0), rows - 1)
+
+
+@triton.jit
+def find_places(p_bias, o_row, start, rows, batch):
+    """Where rows stand in their sequence of the padded layout, clamped to the places there are if a bias has them."""
+    o_place = o_row - start
+    if p_bias is not None:
+        o_place = tl.minimum(tl.maximum(o_place, 0), tl.maximum(rows // batch, 1) - 1)
+    return o_place
 
 
 @triton.jit
@@ -201,6 +213,8 @@ def find_tile(
     i_kv = i_program // SPLITS % kv_heads
     i_b, i_block = find_sequence(p_cu_q, batch, i_program // SPLITS // kv_heads, GROUP, BLOCK_M)
     start_q, length_q = find_span(p_cu_q, p_used_q, slots_q, i_b)
+    length_q = tl.where(i_block < 0, 0, length_q)
+    i_block = tl.maximum(i_block, 0)
     start_k, length_k = find_span(p_cu_k, p_used_k, slots_k, i_b)
     chunk = chunk_of(length_k, SPLITS, SPLIT_KEYS, BLOCK_N)
     nothing = (i_block * BLOCK_M >= length_q * GROUP) | ((i_split > 0) & (i_split * chunk >= length_k))

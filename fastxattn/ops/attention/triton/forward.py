@@ -15,6 +15,7 @@ from fastxattn.ops.attention.triton.common import (
     chained,
     chunk_of,
     dot_seen,
+    find_places,
     find_rows,
     find_tile,
     keep_mask,
@@ -30,7 +31,7 @@ from fastxattn.ops.attention.triton.common import (
 @triton.jit
 def forward_step(
     b_acc, b_max, b_sum, b_q, i_first, p_k, p_v, p_index_k, p_key_bias, p_bias, p_seed, p_range,
-    b_start, b_end, start_k, length_k, rows_k, base_k, o_row, o_pos, o_head, m_row,
+    b_start, b_end, start_k, length_k, rows_k, batch, o_row, o_pos, o_head, m_row,
     stride_k, stride_v, stride_key_bias, stride_bias_h, stride_bias_q, stride_bias_k, scale, softcap, dropout_p,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, KEY_BIAS_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -45,8 +46,9 @@ def forward_step(
     b_v = load_rows(p_v, o_row_k, stride_v, m_n, MASKED, VALUE_DIM, BLOCK_DV)
     m_seen = m_row[:, None] & m_n[None, :]
     b_s = chained(b_q, b_k, 4 if b_q.dtype == tl.float32 else 1, PRECISION)  # [BLOCK_M, BLOCK_N]
+    o_pos_k = find_places(p_bias, o_row_k, start_k, rows_k, batch)
     b_s, _tanh = adjust_scores(
-        b_s, p_key_bias, p_bias, o_row[:, None], o_row_k[None, :], o_pos[:, None], (o_row_k - base_k)[None, :],
+        b_s, p_key_bias, p_bias, o_row[:, None], o_row_k[None, :], o_pos[:, None], o_pos_k[None, :],
         o_head[:, None], m_seen, stride_key_bias, stride_bias_q, stride_bias_k, stride_bias_h, scale, softcap,
         UNIT, SOFTCAP, KEY_BIAS_HEADS,
     )  # fmt: skip
@@ -85,7 +87,7 @@ def attention_forward(
     )  # fmt: skip
     if nothing:
         return
-    o_pos = o_row - start_q
+    o_pos = find_places(p_bias, o_row, start_q, rows_q, batch)
     p_q_rows = p_q + o_head.to(tl.int64)[:, None] * stride_qh
     b_q = load_rows(p_q_rows, o_row, stride_qr, m_m, True, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
 
@@ -107,14 +109,14 @@ def attention_forward(
         for i_first in range(i_low, i_full, BLOCK_N):
             b_acc, b_max, b_sum = forward_step(
                 b_acc, b_max, b_sum, b_q, i_first, p_k, p_v, p_index_k, p_key_bias, p_bias, p_seed, p_range,
-                b_start, b_end, start_k, length_k, rows_k, start_k, o_row, o_pos, o_head, m_m,
+                b_start, b_end, start_k, length_k, rows_k, batch, o_row, o_pos, o_head, m_m,
                 stride_kr, stride_vr, stride_key_bias, stride_bias_h, stride_bias_q, stride_bias_k, scale, softcap,
                 dropout_p, False, SOFTCAP, KEY_BIAS_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
             )  # fmt: skip
     for i_first in range(i_full, i_high, BLOCK_N):
         b_acc, b_max, b_sum = forward_step(
             b_acc, b_max, b_sum, b_q, i_first, p_k, p_v, p_index_k, p_key_bias, p_bias, p_seed, p_range,
-            b_start, b_end, start_k, length_k, rows_k, start_k, o_row, o_pos, o_head, m_m,
+            b_start, b_end, start_k, length_k, rows_k, batch, o_row, o_pos, o_head, m_m,
             stride_kr, stride_vr, stride_key_bias, stride_bias_h, stride_bias_q, stride_bias_k, scale, softcap,
             dropout_p, True, SOFTCAP, KEY_BIAS_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
