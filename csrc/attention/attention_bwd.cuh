@@ -70,7 +70,7 @@ attention_backward_query_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS A
   const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
   const Span theirs = find_span(p.cu_k, p.used_k, p.slots_k, tile.sequence);
   const int first_row = tile.number * Rows, rows = minimum(mine.count * p.group - first_row, Rows);
-  if (rows <= 0) return;
+  if (tile.number < 0 || rows <= 0) return;
   const auto query_row = [&](int i) { return find_row(p.index_q, mine.first + (first_row + i) / p.group, p.rows_q); };
   const auto head_of = [&](int i) { return kv_head * p.group + (first_row + i) % p.group; };
   const int warp_row = warp_index() * 16;
@@ -233,7 +233,7 @@ attention_backward_key_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Att
   const Span mine = find_span(p.cu_k, p.used_k, p.slots_k, tile.sequence);
   const Span theirs = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
   const int first_key = tile.number * Rows, rows = minimum(mine.count - first_key, Rows);
-  if (rows <= 0) return;
+  if (tile.number < 0 || rows <= 0) return;
   const int warp_row = warp_index() * 16;
   const bool active = warp_row < rows;
   const int first_slot = mine.first + first_key;

@@ -49,7 +49,9 @@ attention_forward_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS ForwardW
   const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
   const Span theirs = find_span(p.cu_k, p.used_k, p.slots_k, tile.sequence);
   const int all_rows = mine.count * p.group, first_row = tile.number * Rows, rows = minimum(all_rows - first_row, Rows);
-  if (rows <= 0 || cut != is_cut(p, all_rows, theirs.count) || (!cut && work.few && all_rows > kFewRows)) return;
+  if (tile.number < 0 || rows <= 0 || cut != is_cut(p, all_rows, theirs.count) ||
+      (!cut && work.few && all_rows > kFewRows))
+    return;
   int low = 0, high = theirs.count;
   if (cut) {
     const int chunk = chunk_keys(theirs.count, Keys);

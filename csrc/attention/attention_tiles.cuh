@@ -31,14 +31,15 @@ FXA_DEVICE int last_sequence(int batch, Starts starts) {
   return low;
 }
 
-// The sequence that a tile number belongs to, and the number of the tile within it.
+// The sequence that a tile number belongs to, and the number of the tile within it, at most `tile`; negative where the
+// first offset is beyond the tile, which happens with wrong offsets alone.
 struct TileOf {
   int sequence, number;
 };
 FXA_DEVICE TileOf find_sequence(const int32_t* cu, int batch, int tile, int group, int block) {
-  const auto first = [&](int b) { return static_cast<int64_t>(load_global(cu + b)) * group / block + b; };
+  const auto first = [&](int b) { return static_cast<int64_t>(maximum(load_global(cu + b), 0)) * group / block + b; };
   const int sequence = last_sequence(batch, [&](int b) { return first(b) <= tile; });
-  return {sequence, static_cast<int>(tile - first(sequence))};
+  return {sequence, first(sequence) <= tile ? static_cast<int>(tile - first(sequence)) : -1};
 }
 
 // A sequence's slots in use, clamped to the slots there are.

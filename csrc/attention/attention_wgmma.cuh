@@ -51,7 +51,7 @@ attention_forward_wgmma_kernel(FXA_PARAMS AttentionKernelParams p, FXA_PARAMS Ke
   const Span mine = find_span(p.cu_q, p.used_q, p.slots_q, tile.sequence);
   const Span theirs = find_span(p.cu_k, p.used_k, p.slots_k, tile.sequence);
   const int all_rows = mine.count * p.group, first_row = tile.number * Rows, rows = minimum(all_rows - first_row, Rows);
-  if (rows <= 0 || all_rows <= kFewRows || is_cut(p, all_rows, theirs.count)) return;
+  if (tile.number < 0 || rows <= 0 || all_rows <= kFewRows || is_cut(p, all_rows, theirs.count)) return;
   const int tiles = (theirs.count + Keys - 1) / Keys, groups = (rows + 63) / 64;
 
   const Shared<T> ring = shared_memory<T>(2 * Rows * D);

@@ -139,7 +139,7 @@ FXA_KERNEL(kTileThreads, 2)
 contrastive_positives_kernel(FXA_PARAMS ContrastiveCuda p) {
   const int x0 = block_index() * kTileRows;
   const TileRows<T> left = side_rows<T>(p.x, x0);
-  const TileRows<T> right{static_cast<const T*>(p.y.data), p.y.stride, p.target, x0, left.count};
+  const TileRows<T> right{static_cast<const T*>(p.y.data), p.y.stride, p.target, x0, left.count, p.y.rows};
   const float scale = load_global(p.scale), bias = p.bias != nullptr ? load_global(p.bias) : 0.0f;
   float products[4][4];
   tile_product<T>(left, right, p.d, p.aligned, shared_memory<T>(0), products);
@@ -150,7 +150,9 @@ contrastive_positives_kernel(FXA_PARAMS ContrastiveCuda p) {
       const int row = tile_row(e), i = x0 + row;
       if (row != tile_column(n, e) || row >= left.count) continue;
       const float factor =
-          p.x.norm != nullptr ? load_global(p.x.norm + i) * load_global(p.y.norm + load_global(p.target + i)) : 1.0f;
+          p.x.norm != nullptr
+              ? load_global(p.x.norm + i) * load_global(p.y.norm + clamped(load_global(p.target + i), p.y.rows))
+              : 1.0f;
       store_global(p.logits + i, fused(products[n][e] * factor, scale, bias));
     }
   }

@@ -46,9 +46,8 @@ FXA_DEVICE void best_matches(const LateInteractionCuda& p, bool row_is_a, int n,
   const TokenSide& rows = row_is_a ? p.a : p.b;
   const TokenSide& columns = row_is_a ? p.b : p.a;
   const int row_set = row_is_a ? n : m, column_set = row_is_a ? m : n;
-  const int r0 = load_global(rows.cu + row_set), r1 = minimum(load_global(rows.cu + row_set + 1), rows.tokens);
-  const int c0 = load_global(columns.cu + column_set);
-  const int c1 = minimum(load_global(columns.cu + column_set + 1), columns.tokens);
+  const Segment own(rows.cu, row_set, rows.tokens), others(columns.cu, column_set, columns.tokens);
+  const int r0 = own.begin, r1 = own.end, c0 = others.begin, c1 = others.end;
   const int t = thread_index(), lane = lane_index(), warp = warp_index();
   const Shared<T> stages = shared_memory<T>(0);
   const Shared<float> values = shared_memory<float>(kTileShared<T>);                      // [2][64] of a tile's rows
@@ -161,8 +160,7 @@ template <class T, class Match>
 FXA_DEVICE void match_sets(const LateInteractionCuda& p) {
   const int n = block_index() / p.b.sets, m = block_index() % p.b.sets;
   const bool from_a = p.a.best_sum != nullptr, from_b = p.b.best_sum != nullptr;
-  const int length_b = load_global(p.b.cu + m + 1) - load_global(p.b.cu + m);
-  const bool one_pass = from_a && from_b && length_b <= kMaxSimColumns;
+  const bool one_pass = from_a && from_b && Segment(p.b.cu, m, p.b.tokens).count() <= kMaxSimColumns;
   if (from_a) best_matches<T, Match>(p, true, n, m, one_pass);
   if (from_b && !one_pass) best_matches<T, Match>(p, false, n, m, false);
 }

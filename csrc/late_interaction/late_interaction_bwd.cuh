@@ -66,6 +66,11 @@ struct TokenSums {
   }
 };
 
+// Whether a number that memory holds is an index of something with `size` elements. Sums of two such numbers may
+// overflow, which unsigned ones may.
+FXA_DEVICE bool within(int i, int size) { return static_cast<uint32_t>(i) < static_cast<uint32_t>(size); }
+FXA_DEVICE int sum_of(int x, int y) { return static_cast<int>(static_cast<uint32_t>(x) + static_cast<uint32_t>(y)); }
+
 // The gradient of the scores of pair (set n of x, set m of y), summed over tokens of `side`.
 FXA_DEVICE float pair_gradient(const LateInteractionGradientCuda& p, const TokenGradientSide& side, int n, int m) {
   return load_global(side.grad + n * p.x.stride + m * p.y.stride);
@@ -87,13 +92,13 @@ maxsim_gradient_kernel(FXA_PARAMS LateInteractionGradientCuda p) {
   const int sets = (p.y.sets + p.shares - 1) / p.shares, last_set = minimum((share + 1) * sets, p.y.sets);
   for (int r = 0; r < rows && p.x.best != nullptr; ++r) {
     const int n = load_global(p.x.set + row0 + r);
-    if (n >= p.x.sets) continue;
+    if (!within(n, p.x.sets)) continue;
     const int32_t* best = static_cast<const int32_t*>(p.x.best) + static_cast<int64_t>(row0 + r) * p.y.sets;
     for (int first = share * sets; first < last_set; first += 32) {
       const int m = first + lane, place = m < last_set ? load_global(best + m) : -1;
       const float weight = place >= 0 ? pair_gradient(p, p.x, n, m) : 0.0f;
-      const int token = place >= 0 ? load_global(p.y.cu + m) + place : 0;
-      sums.add(weight != 0.0f && token < p.y.tokens, r, token, weight);
+      const int token = place >= 0 ? sum_of(load_global(p.y.cu + m), place) : 0;
+      sums.add(weight != 0.0f && within(token, p.y.tokens), r, token, weight);
     }
   }
 
@@ -101,14 +106,14 @@ maxsim_gradient_kernel(FXA_PARAMS LateInteractionGradientCuda p) {
   for (int r = 0, next; r < rows && p.y.best != nullptr; r = next) {
     const int n = load_global(p.x.set + row0 + r);
     for (next = r + 1; next < rows && load_global(p.x.set + row0 + next) == n;) ++next;
-    if (n >= p.x.sets) continue;
+    if (!within(n, p.x.sets)) continue;
     const int32_t* best = static_cast<const int32_t*>(p.y.best) + static_cast<int64_t>(n) * p.y.tokens;
-    const int begin = load_global(p.x.cu + n) - row0;
+    const int begin = sum_of(load_global(p.x.cu + n), -row0);
     for (int first = share * tokens; first < last_token; first += 32) {
       const int token = first + lane, place = token < last_token ? load_global(best + token) : -1;
-      const int row = place >= 0 ? begin + place : -1;
+      const int row = place >= 0 ? sum_of(begin, place) : -1;
       const int m = row >= r && row < next ? load_global(p.y.set + token) : p.y.sets;
-      const float weight = m < p.y.sets ? pair_gradient(p, p.y, n, m) : 0.0f;
+      const float weight = within(m, p.y.sets) ? pair_gradient(p, p.y, n, m) : 0.0f;
       sums.add(weight != 0.0f, row, token, weight);
     }
   }
@@ -150,7 +155,7 @@ smooth_weights_kernel(FXA_PARAMS LateInteractionGradientCuda p) {
         return pair_gradient(p, side, n, m) * exponential((products[k][e] - top) * inverse);
       };
       float weight = 0.0f;
-      if (n < p.x.sets && m < p.y.sets) {
+      if (within(n, p.x.sets) && within(m, p.y.sets)) {
         if (p.x.best != nullptr) weight += share(p.x, static_cast<int64_t>(x0 + row) * p.y.sets + m);
         if (p.y.best != nullptr) weight += share(p.y, static_cast<int64_t>(n) * p.y.tokens + y0 + column);
       }

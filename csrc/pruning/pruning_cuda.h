@@ -22,6 +22,9 @@ struct SelectCuda {
 struct MatchCuda {
   MatchParams match;
   const float* inverse_norm;  // (rows of x) 1 / length; 0 of a zero row, NaN of one that is not finite
+  int32_t rows;               // of x, which indices are clamped to
+  int32_t rows_a;             // elements of a_index, which cu_a is clamped to
+  int32_t rows_b;             // elements of b_index, which cu_b is clamped to
   bool aligned;               // rows of x start at multiples of 16 bytes
 };
 
@@ -33,6 +36,7 @@ struct MergeCuda {
   const float* coefficient;  // (total) or null for 1
   void* out;                 // (rows, channels)
   int64_t channels;          // elements of a row
+  int64_t total;             // rows of x, which members and first are clamped to
 };
 
 inline constexpr int kSelectThreads = 256;

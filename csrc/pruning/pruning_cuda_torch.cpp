@@ -50,6 +50,9 @@ void match(Tensor best, Tensor similarity, Tensor x, Tensor inverse_norm, Tensor
   p.match.best = plain_pointer<int32_t>(best, "best", ScalarType::Int, x, a_index.numel());
   p.match.similarity = plain_pointer<float>(similarity, "similarity", ScalarType::Float, x, a_index.numel());
   p.inverse_norm = plain_pointer<const float>(inverse_norm, "inverse_norm", ScalarType::Float, x, x.size(0));
+  p.rows = narrow(x.size(0), "rows");
+  p.rows_a = narrow(a_index.numel(), "rows of A");
+  p.rows_b = narrow(b_index.numel(), "rows of B");
   p.aligned = aligned;
   check_launch(match_cuda(p, narrow(shares, "shares"), stream_of(x)));
 }
@@ -64,6 +67,7 @@ void merge(Tensor out, Tensor x, Tensor members, Tensor first, OptionalTensor co
       plain_pointer<const float>(coefficient, "coefficient", ScalarType::Float, x, x.size(0)),
       plain_pointer<void>(out, "out", x.scalar_type(), x, 0),
       x.size(1),
+      x.size(0),
   };
   check_launch(merge_cuda(p, out.size(0), dtype_of(x, "x"), stream_of(x)));
 }

@@ -4,7 +4,7 @@
 // ballots give every kept token its place in ascending order.
 #pragma once
 
-#include "core/cuda/device.h"
+#include "core/cuda/tile.cuh"
 #include "pruning/pruning_cuda.h"
 
 namespace fastxattn::gpu {
@@ -41,7 +41,8 @@ select_kernel(FXA_PARAMS pruning::SelectCuda p) {
   const bool gathers = p.gathered != nullptr;
 
   if (b == p.batch) {  // what belongs to no sequence
-    const int kept = load_global(s.cu_keep + p.batch), tokens = load_global(s.cu + p.batch);
+    const int kept = minimum(maximum(load_global(s.cu_keep + p.batch), 0), p.capacity);
+    const int tokens = minimum(maximum(load_global(s.cu + p.batch), 0), p.total);
     for (int j = kept + share * kWarps + warp; j < p.capacity; j += shares * kWarps) {
       if (lane == 0) store_global(s.keep_index + j, -1);
       if (gathers) zero_row(static_cast<char*>(p.gathered) + j * p.row_bytes, p.row_bytes);
@@ -58,9 +59,9 @@ select_kernel(FXA_PARAMS pruning::SelectCuda p) {
   const Shared<int> chosen = totals.at(32);
   const Shared<int> rows = totals.at(64);  // of the tokens kept among the latest kThreads
 
-  const int begin = load_global(s.cu + b), n = load_global(s.cu + b + 1) - begin;
-  const int first = load_global(s.cu_keep + b);
-  int needed = load_global(s.cu_keep + b + 1) - first;
+  const Segment tokens_of(s.cu, b, p.total), places_of(s.cu_keep, b, p.capacity);
+  const int begin = tokens_of.begin, n = tokens_of.count(), first = places_of.begin;
+  int needed = minimum(places_of.count(), n);
 
   const auto guarded = [&](int i) {
     return s.protected_tokens != nullptr && load_global(s.protected_tokens + begin + i) != 0;

@@ -23,6 +23,18 @@ inline constexpr int kTileShared = 2 * 2 * kTileRows * kTilePitch<T> * static_ca
 FXA_DEVICE int tile_row(int e) { return warp_index() % 4 * 16 + lane_index() / 4 + e / 2 * 8; }
 FXA_DEVICE int tile_column(int n, int e) { return warp_index() / 4 * 32 + n * 8 + lane_index() % 4 * 2 + e % 2; }
 
+// A number that memory holds, as an index of something with `size` elements, one at least.
+FXA_DEVICE int clamped(int i, int size) { return minimum(maximum(i, 0), size - 1); }
+
+// What offsets say of one sequence or set, clamped to the rows that there are.
+struct Segment {
+  int begin, end;
+  FXA_DEVICE Segment(const int32_t* offsets, int i, int rows)
+      : begin(minimum(maximum(load_global(offsets + i), 0), rows)),
+        end(minimum(maximum(load_global(offsets + i + 1), begin), rows)) {}
+  FXA_DEVICE int count() const { return end - begin; }
+};
+
 // `count` rows from `first` on: of a matrix, or through an index.
 template <class T>
 struct TileRows {
@@ -30,10 +42,11 @@ struct TileRows {
   int64_t stride;        // elements from one row to the next
   const int32_t* index;  // null: the rows themselves
   int64_t first;
-  int count;  // rows beyond it are zero
+  int count;     // rows beyond it are zero
+  int rows = 0;  // of the matrix, which an index is clamped to
 
   FXA_DEVICE const T* row(int r) const {
-    return data + (index != nullptr ? static_cast<int64_t>(load_global(index + first + r)) : first + r) * stride;
+    return data + (index != nullptr ? int64_t{clamped(load_global(index + first + r), rows)} : first + r) * stride;
   }
 };
 

@@ -43,6 +43,9 @@ static Statistics run_match(const Arguments& a) {
   p.match.best = a.output<int32_t>(memory, "best");
   p.match.similarity = a.output<float>(memory, "similarity");
   p.inverse_norm = a.input<float>(memory, "inverse_norm");
+  p.rows = a.size("x");
+  p.rows_a = a.size("a_index");
+  p.rows_b = a.size("b_index");
   p.aligned = a.integer("aligned", 0) != 0;
   Runner runner(memory);
   runner.run("match",
@@ -61,9 +64,13 @@ FXA_SIMT_BIND(match_float16) { return run_match<f16_t>(a); }
 template <class T>
 static Statistics run_merge(const Arguments& a) {
   Memory memory;
-  const pruning::MergeCuda p{a.input<T>(memory, "x"),           a.input<int64_t>(memory, "members"),
-                             a.input<int64_t>(memory, "first"), a.input<float>(memory, "coefficient"),
-                             a.output<T>(memory, "out"),        a.size("x", 1)};
+  const pruning::MergeCuda p{a.input<T>(memory, "x"),
+                             a.input<int64_t>(memory, "members"),
+                             a.input<int64_t>(memory, "first"),
+                             a.input<float>(memory, "coefficient"),
+                             a.output<T>(memory, "out"),
+                             a.size("x", 1),
+                             a.size("x")};
   Runner runner(memory);
   const auto columns = static_cast<int>((p.channels + pruning::kMergeColumns - 1) / pruning::kMergeColumns);
   runner.run("merge", {.grid_x = a.size("out"), .grid_y = columns, .threads = pruning::kMergeThreads},
