@@ -52,8 +52,8 @@ lint: $(VENV)/.test
 # A case of every operation of the regression set, checked and untimed; `make bench-regression` times them all.
 REGRESSION := benchmarks/test_regression.py
 # Triton decides at import whether its interpreter runs, so those tests have a process of their own.
-INTERPRETED := $(foreach name,attention_triton importance co_attention contrastive_gpu late_interaction_gpu pruning_gpu \
-	retrieval_triton,tests/test_$(name).py)
+INTERPRETED := $(foreach name,attention_triton importance co_attention contrastive_gpu foreign_memory \
+	late_interaction_gpu pruning_gpu retrieval_triton,tests/test_$(name).py)
 NOT_INTERPRETED := $(addprefix --ignore=,$(INTERPRETED))
 test: lint native
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not full" -n 2 --dist loadfile $(NOT_INTERPRETED) tests $(REGRESSION)

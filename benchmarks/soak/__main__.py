@@ -32,6 +32,7 @@ SHARES = {
     "options": 0.2,
     "compositions": 0.05,
     "hostile": 0.1,
+    "launches": 0.05,
     "triton": 0.15,
     "sanitized": 0.15,
     "cpu": 0.15,
@@ -45,23 +46,25 @@ PROBLEMS = {
     "triton": "Triton, interpreted",
     "sanitized": "CPU kernels under ASan and UBSan",
 }
+COUNTED = {"hostile": "hostile call", "launches": "launch with wrong integers"}
+"""Parts that count what they tried, and what that is."""
 
 
 def environment(part: str) -> tuple[dict[str, str], str]:
     """Environment variables of a part's processes, and why it cannot run. Compiles what it needs."""
-    needs = {"triton": "triton", "files": "onnxruntime"}.get(part)
+    needs = {"triton": "triton", "launches": "triton", "files": "onnxruntime"}.get(part)
     if needs is not None:
         missing = importlib.util.find_spec(needs) is None
-        return {"TRITON_INTERPRET": "1"} if part == "triton" else {}, f"{needs} is not installed" if missing else ""
+        return {"TRITON_INTERPRET": "1"} if needs == "triton" else {}, f"{needs} is not installed" if missing else ""
     if part in (*PROBLEMS, "hostile") and (reason := native.cpu_library().reason):
         return {}, reason
     return parts.sanitizers() if part in ("sanitized", "hostile") else ({}, "")
 
 
 def problems(seconds: float, seed: int, part: str, more: dict[str, str]) -> Outcome:
-    """Random problems on a backend, or hostile calls; a crash loses one seed and goes on with the next."""
+    """Random problems on a backend, or what COUNTED names; a crash loses one seed and goes on with the next."""
     outcome = Outcome()
-    module, *options = ["hostile"] if part == "hostile" else ["problems", "cpu" if part == "sanitized" else part]
+    module, *options = [part] if part in COUNTED else ["problems", "cpu" if part == "sanitized" else part]
     end = time.monotonic() + seconds
     left = seconds
     while left > 0 or not (outcome.counts or outcome.failures):
@@ -76,8 +79,9 @@ def problems(seconds: float, seed: int, part: str, more: dict[str, str]) -> Outc
             if "case" in line:
                 record(outcome, line)
             for what, count in line.get("counts", {}).items():
-                outcome.counts[f"hostile call of {what}"] += count
-                outcome.counts[f"hostile call on {line['isa']}"] += count
+                outcome.counts[f"{COUNTED[part]} of {what}"] += count
+                if "isa" in line:
+                    outcome.counts[f"{COUNTED[part]} on {line['isa']}"] += count
         if code != 0:
             found = re.search(r".*(runtime error|ERROR: AddressSanitizer).*(\n.*){0,6}", error)  # its stack is long
             outcome.failures.append(f"problem {json.dumps(begun)}: exit {code}: {found[0] if found else error[-1500:]}")
@@ -159,7 +163,7 @@ def main() -> int:
         seconds = left * SHARES[parts_left[0]] / sum(SHARES[name] for name in parts_left)
         name = parts_left.pop(0)
         print(f"soak: {name} for {seconds:.0f} s", flush=True)
-        if name in (*PROBLEMS, "hostile"):
+        if name in (*PROBLEMS, *COUNTED):
             outcomes[name] = problems(seconds, options.seed, name, settings[name][0])
         else:
             outcomes[name] = getattr(parts, name)(seconds, options.seed)
