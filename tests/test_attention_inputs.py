@@ -18,6 +18,10 @@ def backend(request):
     return request.param
 
 
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -66,18 +70,9 @@ BAD_VALUES = {
         "cu_seqlens_q must have shape (batch + 1,), at least one offset; got none",
     ),
     "offsets 2-D": ({"cu_seqlens_q": ints(0, 2, 6)[None]}, "cu_seqlens_q must have one axis; got shape (1, 3)"),
-    "range rows": (
-        {"kv_range": torch.zeros(5, 2, dtype=torch.int32)},
-        "kv_range must have shape (query tokens, 2), (6, 2)",
-    ),
-    "range long": (
-        {"kv_range": torch.zeros(7, 2, dtype=torch.int32)},
-        "kv_range must have shape (query tokens, 2), (6, 2)",
-    ),
-    "range 3 columns": (
-        {"kv_range": torch.zeros(6, 3, dtype=torch.int32)},
-        "kv_range must have shape (query tokens, 2)",
-    ),
+    "range rows": ({"kv_range": zeros(5, 2)}, "kv_range must have shape (query tokens, 2), (6, 2)"),
+    "range long": ({"kv_range": zeros(7, 2)}, "kv_range must have shape (query tokens, 2), (6, 2)"),
+    "range 3 columns": ({"kv_range": zeros(6, 3)}, "kv_range must have shape (query tokens, 2)"),
     "range 1-D": ({"kv_range": ints(0, 1)}, "kv_range must have shape (query tokens, 2); got (2,)"),
     "bias rows": ({"key_bias": torch.zeros(8)}, "key_bias must have one row per key token, 9; got (8,)"),
     "bias heads": ({"key_bias": torch.zeros(9, 2)}, "key_bias must have one column per query head, 4; got (9, 2)"),
