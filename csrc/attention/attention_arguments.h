@@ -13,12 +13,17 @@
 namespace fastxattn {
 
 // The arguments that attention and importance share, in the order of their operators: X(presence, kind, name).
-#define FXA_ATTENTION_SLOTS(X)                                                                                     \
-  X(required, i32, cu_seqlens_q)                                                                                   \
-  X(required, i32, cu_seqlens_k)                                                                                   \
-  X(optional, i32, seqused_q)                                                                                      \
-  X(optional, i32, seqused_k) X(optional, i32, query_index) X(optional, i32, key_index) X(optional, i32, kv_range) \
-      X(optional, f32, key_bias)
+// clang-format off
+#define FXA_ATTENTION_SLOTS(X)      \
+  X(required, i32, cu_seqlens_q)    \
+  X(required, i32, cu_seqlens_k)    \
+  X(optional, i32, seqused_q)       \
+  X(optional, i32, seqused_k)       \
+  X(optional, i32, query_index)     \
+  X(optional, i32, key_index)       \
+  X(optional, i32, kv_range)        \
+  X(optional, f32, key_bias)
+// clang-format on
 // Their numbers, with the value of an absent one: X(name, default).
 #define FXA_ATTENTION_NUMBERS(X) X(scale, NAN) X(softcap, 0.0)
 
