@@ -379,7 +379,7 @@ def test_empty_batch():
         ({"logit_scale": torch.zeros(2)}, ValueError, "logit_scale must have one element"),
         ({"targets": torch.tensor([0, 1, 2, 4])}, ValueError, "targets must lie in"),
         ({"targets": torch.zeros(4)}, TypeError, "targets must be an int32"),
-        ({"groups": torch.zeros(3, dtype=torch.long)}, ValueError, r"groups\[0\] must have shape \(4,\)"),
+        ({"groups": torch.zeros(3, dtype=torch.long)}, ValueError, r"groups must have shape \(4,\)"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing must lie in"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
         ({"backend": "gpu"}, ValueError, "backend must be auto or one of"),

@@ -11,6 +11,7 @@ same number for every key, so such a row averages all values. A row of -inf give
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass, replace
 
@@ -101,7 +102,7 @@ def recognise(mask: Tensor | None, batch: int, queries: int, keys: int) -> Visib
     if known is not None and known[0]() is mask and known[1] == problem and torch.equal(known[2], content):
         return known[3]
     content, found = content.clone(), _recognise(mask, batch, queries, keys)
-    _memo[name] = (weakref.ref(mask, lambda _: _memo.pop(name, None)), problem, content, found)
+    _memo[name] = (weakref.ref(mask, functools.partial(_memo.pop, name)), problem, content, found)
     return found
 
 
