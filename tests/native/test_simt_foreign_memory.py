@@ -100,9 +100,9 @@ def test_pruning(simt: Simt, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
             guard = None if seed else torch.rand(80, generator=g) < 0.1
             counts = torch.tensor([10, 2, 40], dtype=torch.int32)
             scores = torch.randn(80, generator=g)
-            torch.ops.fastxattn.pruning_select_cuda(*Select(
-                scores=scores, cu_seqlens=cu, counts=counts, protected=guard, x=x, capacity=55
-            ).values())  # fmt: skip
+            torch.ops.fastxattn.pruning_select_cuda(
+                *Select(scores=scores, cu_seqlens=cu, counts=counts, protected=guard, x=x, capacity=55).values()
+            )
             order = torch.randperm(80, generator=g).int()
             pairs = Match(x=x, a_index=order[:40], cu_a=offsets((20, 20)), b_index=order[40:], cu_b=offsets((30, 7)))
             torch.ops.fastxattn.pruning_match_cuda(*pairs.values())
@@ -143,7 +143,13 @@ def test_positives(simt: Simt, dtype: str) -> None:
     rng, runner = np.random.default_rng(0), Wrong(simt, 0)
     x, y = (cases.as_dtype(rng.standard_normal((n, 24)), dtype) for n in (70, 90))
     getattr(runner, f"contrastive_positives_{dtype}")(
-        logits=np.empty(70, np.float32), x=x, y=y, scale=np.ones(1, np.float32), aligned=1,
-        norm_x=np.ones(70, np.float32), norm_y=np.ones(90, np.float32), target=np.arange(70, dtype=np.int32),
-    )  # fmt: skip
+        logits=np.empty(70, np.float32),
+        x=x,
+        y=y,
+        scale=np.ones(1, np.float32),
+        aligned=1,
+        norm_x=np.ones(70, np.float32),
+        norm_y=np.ones(90, np.float32),
+        target=np.arange(70, dtype=np.int32),
+    )
     assert runner.counts.total() == len(WAYS)
