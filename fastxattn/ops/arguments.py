@@ -65,7 +65,8 @@ class Arguments:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with these fields changed."""
-        return type(self)(**(dict(zip(self.names, self.values(), strict=True)) | changes))
+        fields = dict(zip(self.names, self.values(), strict=True)) if is_compiling() else self.__dict__
+        return type(self)(**(fields | changes))
 
     def plain_numbers(self) -> bool:
         """Whether every field made by :func:`number` holds a float within its limits, which a kernel takes as it is."""
