@@ -19,8 +19,8 @@ import fastxattn
 from fastxattn.runtime import backend, env, native, triton
 
 TABLE = (
-    backend.Backend("cpu", lambda problem: None if problem == "small" else "the problem is too large"),
-    backend.Backend("reference", lambda problem: None),
+    backend.Backend("cpu", lambda problem: None if problem == "small" else "the problem is too large", str),
+    backend.Backend("reference", lambda problem: None, str),
 )
 
 

@@ -18,10 +18,6 @@ import torch
 from fastxattn.runtime import env
 
 
-def _no_run(problem: Any) -> Any:
-    raise NotImplementedError
-
-
 @dataclass(frozen=True)
 class Backend:
     """One way to run an operation."""
@@ -29,7 +25,7 @@ class Backend:
     name: str
     supports: Callable[[Any], str | None]
     """Takes the operation's problem; None when it can run it, else the reason why not."""
-    run: Callable[[Any], Any] = _no_run
+    run: Callable[[Any], Any]
     """Takes a validated problem; returns the operation's results, differentiably."""
 
 
@@ -140,7 +136,11 @@ def resolve(op: str, backends: Sequence[Backend], problem: object, requested: st
 
 def dispatch(op: str, backends: Sequence[Backend], problem: object, requested: str) -> Any:
     """The results of ``problem`` on the backend that :func:`resolve` names; raises as it does."""
-    name = resolve(op, backends, problem, requested)
+    return run_on(resolve(op, backends, problem, requested), backends, problem)
+
+
+def run_on(name: str, backends: Sequence[Backend], problem: object) -> Any:
+    """The results of a validated problem on the backend of this name."""
     return next(b for b in backends if b.name == name).run(problem)
 
 

@@ -60,7 +60,7 @@ def dispatch(
     name = backend.resolve(op, backends, prepared, requested)
     if refused is not None and name == "cpu" and _unconverted(problem, prepared):
         raise refused
-    result: _Result = next(b for b in backends if b.name == name).run(prepared)
+    result: _Result = backend.run_on(name, backends, prepared)
     return result
 
 
@@ -76,11 +76,6 @@ def allowed(problem: Any, requested: str) -> bool:
         and not transforming()
         and (_loaded or _look())
     )
-
-
-def fits(kv_range: Tensor | None, query: Tensor) -> bool:
-    """Whether ranges have one row per query token: operators accept surplus rows."""
-    return kv_range is None or kv_range.shape[:1] == query.shape[:1]
 
 
 def _look() -> bool:

@@ -16,7 +16,7 @@ from fastxattn.ops.attention.problem import Problem
 from fastxattn.ops.attention.reference import attention_reference
 from fastxattn.ops.attention.triton.tiles import kind_of, padded_dim
 from fastxattn.ops.checks import float_of, readable
-from fastxattn.runtime import fast_path, reasons, tuning
+from fastxattn.runtime import backend, fast_path, reasons, tuning
 from fastxattn.runtime.autocast import cast, no_autocast
 from fastxattn.runtime.backend import Backend, preferring
 from fastxattn.runtime.operators import apply
@@ -72,13 +72,11 @@ BACKENDS = (
     Backend("flash", kernels_flash.supports, kernels_flash.attend),
     Backend("reference", lambda problem: None, _reference),
 )
-_RUN = {backend.name: backend.run for backend in BACKENDS}
 
 
 def run_on(name: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """Out and lse of a validated problem on a backend, differentiably."""
-    out, lse = _RUN[name](problem)
-    return out, lse
+    return backend.run_on(name, BACKENDS, problem)  # type: ignore[no-any-return]
 
 
 def in_order(problem: Problem) -> tuple[Backend, ...]:
@@ -95,13 +93,13 @@ def in_order(problem: Problem) -> tuple[Backend, ...]:
     return preferring(BACKENDS, best or ("cuda" if problem.query.dtype == torch.float32 else None))
 
 
-def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+def run(problem: Problem, requested: str) -> tuple[Tensor, Tensor]:
     """Out and lse of a problem whose ``scale`` is filled in and whose seed is drawn."""
-    return fast_path.dispatch("attention", in_order, problem, backend, fast=_fast, prepare=prepare)
+    return fast_path.dispatch("attention", in_order, problem, requested, fast=_fast, prepare=prepare)
 
 
 def _fast(problem: Problem) -> tuple[Tensor, Tensor] | None:
-    if not problem.plain_numbers() or not fast_path.fits(problem.kv_range, problem.query):
+    if not problem.plain_numbers():
         return None
     values = type(problem)._get(problem)
     if problem.tracked():
